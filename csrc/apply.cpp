@@ -1,0 +1,170 @@
+// apply: y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]
+#include "geometry.h"
+
+namespace involution {
+namespace INVOLUTION_ISA {
+namespace {
+
+// ------------------------------------------------------------------------------------------------ channels last
+// One vector holds W channels of a group at one position. A tile is T output positions in a row: T sums that stay in
+// registers while the taps go by.
+
+// Where a tile lies. Pointers are at the group's first channel (x, y) or tap (k) of the tile's first position.
+template <class T>
+struct Tile {
+  const T* image;  // x of this image and group, position (0, 0, 0)
+  const T* k;
+  T* y;
+  Index step;       // numbers from one position to the next in x and y: the channels
+  Index k_step;     // the same in k: groups * taps
+  Range taps[2];    // the taps of the two slow axes that meet the input
+  Index start[3];   // input position of tap (0, 0, 0) at the tile's first output position
+};
+
+// K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
+// them known, every x is loaded once for all the sums it belongs to.
+template <class T, int W, int Positions, int K, int S, bool Inside>
+INVOLUTION_INLINE void apply_tile(const Geometry& g, const Tile<T>& tile) {
+  using V = Vector<T, W>;
+  V sum[Positions] = {};
+  const Index width = g.input[2];
+  for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
+    for (Index b = tile.taps[1].first; b < tile.taps[1].end; ++b) {
+      const Index depth = tile.start[0] + a * g.dilation[0], height = tile.start[1] + b * g.dilation[1];
+      const T* x = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * tile.step;
+      const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
+      if constexpr (K > 0) {
+        unroll<(Positions - 1) * S + K>([&](auto q) INVOLUTION_BODY {
+          if (!Inside && !within(tile.start[2] + q, width)) return;
+          V here = load<V>(x + q * tile.step);
+          keep(here);
+          unroll<Positions>([&](auto t) INVOLUTION_BODY {
+            constexpr int v = decltype(q)::value - decltype(t)::value * S;
+            if constexpr (v >= 0 && v < K) sum[t] += here * k[t * tile.k_step + v];
+          });
+        });
+      } else {
+        for (Index v = 0; v < g.kernel[2]; ++v) {
+          unroll<Positions>([&](auto t) INVOLUTION_BODY {
+            const Index q = t * g.stride[2] + v * g.dilation[2];
+            if (!Inside && !within(tile.start[2] + q, width)) return;
+            sum[t] += load<V>(x + q * tile.step) * k[t * tile.k_step + v];
+          });
+        }
+      }
+    }
+  }
+  unroll<Positions>([&](auto t) INVOLUTION_BODY { store(tile.y + t * tile.step, sum[t]); });
+}
+
+template <class T, int W, int Positions, int K, int S>
+void apply_positions(const Geometry& g, const Tile<T>& tile) {
+  const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
+  if (tile.start[2] >= 0 && end < g.input[2]) {
+    apply_tile<T, W, Positions, K, S, true>(g, tile);
+  } else {
+    apply_tile<T, W, Positions, K, S, false>(g, tile);
+  }
+}
+
+// All channels of a group, W at a time, the rest with vectors of half that width, and so on.
+template <class T, int W, int Positions, int K, int S>
+INVOLUTION_INLINE void apply_group(const Geometry& g, Tile<T> tile, Index channels) {
+  for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
+    apply_positions<T, W, Positions, K, S>(g, tile);
+  }
+  if constexpr (W > 1) {
+    if (channels > 0) apply_group<T, W / 2, Positions, 0, 0>(g, tile, channels);
+  }
+}
+
+// One row of output positions in tiles; the groups of a tile before the next tile, as the kernel map lies in memory.
+template <class T, int Positions, int K, int S>
+void apply_row(const Geometry& g, const T* x, const T* k, T* y, Index row, Range groups) {
+  const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
+  const Index n = row / (g.output[0] * g.output[1]);
+  const Index depth = row / g.output[1] % g.output[0], height = row % g.output[1];
+  Tile<T> tile;
+  tile.step = g.channels;
+  tile.k_step = g.groups * taps;
+  tile.taps[0] = taps_of_output(g, 0, depth);
+  tile.taps[1] = taps_of_output(g, 1, height);
+  tile.start[0] = depth * g.stride[0] - g.padding[0];
+  tile.start[1] = height * g.stride[1] - g.padding[1];
+  for (Index next = 0; next < row_length; next += Positions) {
+    const Index first = least(next, row_length - Positions);  // the last tile may overlap its neighbour
+    const Index position = row * row_length + first;
+    tile.start[2] = first * g.stride[2] - g.padding[2];
+    for (Index group = groups.first; group < groups.end; ++group) {
+      fetch_ahead(k + position * tile.k_step, Positions * tile.k_step, group, g.groups);
+      tile.image = x + n * volume(g.input) * g.channels + group * width;
+      tile.k = k + position * tile.k_step + group * taps;
+      tile.y = y + position * g.channels + group * width;
+      apply_group<T, kLanes<T>, Positions, K, S>(g, tile, width);
+    }
+  }
+}
+
+template <class T, int K, int S>
+void apply_channels_last(const Geometry& g, const T* x, const T* k, T* y) {
+  const Items items(g, g.output[0] * g.output[1]);
+  with_tile_size(g.output[2], [&](auto positions) {
+    in_parallel(g, items.count(), [&](Index i) {
+      apply_row<T, decltype(positions)::value, K, S>(g, x, k, y, items.row(i), items.groups(i, g));
+    });
+  });
+}
+
+// -------------------------------------------------------------------------------------------------- contiguous
+// One output row of every channel of a group at a time: the kernel map's row of each tap meets them all.
+template <class T>
+void apply_contiguous(const Geometry& g, const T* x, const T* k, T* y) {
+  const Index width = g.channels / g.groups, rows = g.output[0] * g.output[1], row_length = g.output[2];
+  in_parallel(g, g.batch * g.groups * rows, [&](Index i) {
+    const Index group = i / rows, depth = i % rows / g.output[1], height = i % g.output[1];  // group of all images
+    const T* images = x + group * width * volume(g.input);
+    const T* maps = k + group * volume(g.kernel) * rows * row_length + i % rows * row_length;
+    T* out = y + group * width * rows * row_length + i % rows * row_length;
+    for (Index c = 0; c < width; ++c) {
+      for (Index j = 0; j < row_length; ++j) out[c * rows * row_length + j] = 0;
+    }
+    const Range a_range = taps_of_output(g, 0, depth), b_range = taps_of_output(g, 1, height);
+    for (Index a = a_range.first; a < a_range.end; ++a) {
+      for (Index b = b_range.first; b < b_range.end; ++b) {
+        const Index d = depth * g.stride[0] + a * g.dilation[0] - g.padding[0];
+        const Index h = height * g.stride[1] + b * g.dilation[1] - g.padding[1];
+        for (Index v = 0; v < g.kernel[2]; ++v) {
+          const Range js = outputs_of_tap(g, 2, v);
+          const T* map = maps + ((a * g.kernel[1] + b) * g.kernel[2] + v) * rows * row_length;
+          const Index shift = v * g.dilation[2] - g.padding[2];
+          for (Index c = 0; c < width; ++c) {
+            const T* in = images + c * volume(g.input) + (d * g.input[1] + h) * g.input[2] + shift;
+            T* row = out + c * rows * row_length;
+            if (g.stride[2] == 1) {
+#pragma omp simd
+              for (Index j = js.first; j < js.end; ++j) row[j] += map[j] * in[j];
+            } else {
+              for (Index j = js.first; j < js.end; ++j) row[j] += map[j] * in[j * g.stride[2]];
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+}  // namespace
+
+template <class T>
+void apply(const Geometry& g, const T* x, const T* k, T* y) {
+  if (!g.channels_last) return apply_contiguous(g, x, k, y);
+  with_kernel_size_and_stride(g, [&](auto kernel_size, auto stride) {
+    apply_channels_last<T, decltype(kernel_size)::value, decltype(stride)::value>(g, x, k, y);
+  });
+}
+
+template void apply(const Geometry&, const float*, const float*, float*);
+template void apply(const Geometry&, const double*, const double*, double*);
+
+}  // namespace INVOLUTION_ISA
+}  // namespace involution

@@ -1,0 +1,108 @@
+// What the kernels need of a geometry: which taps and positions meet, tiles of positions, and work for the threads.
+#pragma once
+#include "vector.h"
+
+namespace involution {
+namespace INVOLUTION_ISA {
+
+template <class T>
+void apply(const Geometry&, const T* x, const T* k, T* y);
+template <class T>
+void adjoint(const Geometry&, const T* g, const T* k, T* dx);
+template <class T>
+void correlate(const Geometry&, const T* g, const T* x, T* dk);
+
+INVOLUTION_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
+INVOLUTION_INLINE Index most(Index a, Index b) { return a > b ? a : b; }
+INVOLUTION_INLINE Index floor_divide(Index a, Index b) { return a / b - (a % b < 0); }
+INVOLUTION_INLINE Index ceil_divide(Index a, Index b) { return -floor_divide(-a, b); }
+INVOLUTION_INLINE bool within(Index i, Index size) { return uint64_t(i) < uint64_t(size); }
+INVOLUTION_INLINE Index volume(const int64_t (&sizes)[3]) { return sizes[0] * sizes[1] * sizes[2]; }
+
+// A half-open range of indices.
+struct Range {
+  Index first, end;
+};
+
+// The taps u of one axis that meet the input from output position o.
+INVOLUTION_INLINE Range taps_of_output(const Geometry& g, int axis, Index o) {
+  const Index start = o * g.stride[axis] - g.padding[axis], step = g.dilation[axis];
+  return {most(0, ceil_divide(-start, step)), least(g.kernel[axis], ceil_divide(g.input[axis] - start, step))};
+}
+
+// The output positions o of one axis whose tap u meets the input.
+INVOLUTION_INLINE Range outputs_of_tap(const Geometry& g, int axis, Index u) {
+  const Index shift = u * g.dilation[axis] - g.padding[axis], step = g.stride[axis];
+  return {most(0, ceil_divide(-shift, step)), least(g.output[axis], ceil_divide(g.input[axis] - shift, step))};
+}
+
+// The output position that reads input position i through tap u, or -1.
+INVOLUTION_INLINE Index output_at(const Geometry& g, int axis, Index i, Index u) {
+  const Index reach = i + g.padding[axis] - u * g.dilation[axis];
+  if (reach < 0 || reach % g.stride[axis] != 0) return -1;
+  const Index o = reach / g.stride[axis];
+  return o < g.output[axis] ? o : -1;
+}
+
+// Calls body(0), ..., body(count - 1), each once, on the geometry's threads if they are worth waking.
+template <class F>
+INVOLUTION_INLINE void in_parallel(const Geometry& g, Index count, F&& body) {
+  const Index multiply_adds = g.batch * g.channels * volume(g.output) * volume(g.kernel);
+  const int threads = multiply_adds < 100000 ? 1 : int(g.threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (Index i = 0; i < count; ++i) body(i);
+}
+
+// Calls body(Constant<K>, Constant<S>) with the fast axis' kernel size and stride where there is a kernel specialised to
+// them, and with 0, 0 elsewhere.
+template <class F>
+INVOLUTION_INLINE void with_kernel_size_and_stride(const Geometry& g, F&& body) {
+  const Index k = g.kernel[2], s = g.stride[2];
+  if (g.dilation[2] != 1 || s > 2) return body(Constant<0>{}, Constant<0>{});
+  if (k == 7) return s == 1 ? body(Constant<7>{}, Constant<1>{}) : body(Constant<7>{}, Constant<2>{});
+  if (k == 5) return s == 1 ? body(Constant<5>{}, Constant<1>{}) : body(Constant<5>{}, Constant<2>{});
+  if (k == 3) return s == 1 ? body(Constant<3>{}, Constant<1>{}) : body(Constant<3>{}, Constant<2>{});
+  return body(Constant<0>{}, Constant<0>{});
+}
+
+// Calls body(Constant<T>), T being the number of positions that one tile of such a row should have: as many sums as
+// registers hold, no more than the row has, and little left over.
+template <class F>
+INVOLUTION_INLINE void with_tile_size(Index row_length, F&& body) {
+  if constexpr (kRegisters == 32) {
+    const bool fits = ceil_divide(row_length, 14) * 14 <= ceil_divide(row_length, 7) * 7;
+    if (row_length >= 14 && fits) return body(Constant<14>{});
+  }
+  if (row_length >= 7) return body(Constant<7>{});
+  if (row_length >= 4) return body(Constant<4>{});
+  if (row_length >= 2) return body(Constant<2>{});
+  return body(Constant<1>{});
+}
+
+// Fetches into cache, while one group of a tile is at work, the same share of the kernel map of the next tile, which
+// starts `numbers` further on.
+template <class T>
+INVOLUTION_INLINE void fetch_ahead(const T* tile, Index numbers, Index group, Index groups) {
+  const char* next = reinterpret_cast<const char*>(tile + numbers + numbers / groups * group);
+  for (Index byte = 0; byte < numbers / groups * Index(sizeof(T)); byte += 64) __builtin_prefetch(next + byte);
+}
+
+// Rows of one image that the threads share; where there are few, each row's groups are split into several items.
+struct Items {
+  Index rows, blocks, groups_per_block;
+
+  INVOLUTION_INLINE Items(const Geometry& g, Index image_rows) : rows(g.batch * image_rows) {
+    const Index wanted = rows >= 4 * g.threads ? 1 : least(g.groups, ceil_divide(4 * g.threads, rows));
+    groups_per_block = ceil_divide(g.groups, wanted);
+    blocks = ceil_divide(g.groups, groups_per_block);
+  }
+  INVOLUTION_INLINE Index count() const { return rows * blocks; }
+  INVOLUTION_INLINE Index row(Index item) const { return item / blocks; }
+  INVOLUTION_INLINE Range groups(Index item, const Geometry& g) const {
+    const Index first = item % blocks * groups_per_block;
+    return {first, least(g.groups, first + groups_per_block)};
+  }
+};
+
+}  // namespace INVOLUTION_ISA
+}  // namespace involution

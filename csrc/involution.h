@@ -1,0 +1,44 @@
+/* The CPU kernels' whole contract: a geometry and three maps, for float and double.
+ *
+ *     y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]
+ *
+ * Taps outside the input are skipped. Results are overwritten, and the same for every number of threads.
+ * Nothing here allocates, throws or keeps state but the chosen instruction set.
+ */
+#pragma once
+#include <stdint.h>
+
+#define INVOLUTION_PUBLIC __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  int64_t batch, channels, groups;
+  /* Per axis, the slowest first; a 1d or 2d call has size 1 (padding 0) on its missing leading axes. */
+  int64_t input[3], kernel[3], output[3], stride[3], padding[3], dilation[3];
+  /* 0: images are [N, C, *S], kernel maps [N, G, *K, *O].  1: images are [N, *S, C], kernel maps [N, *O, G, *K]. */
+  int64_t channels_last;
+  int64_t threads;
+} involution_geometry;
+
+INVOLUTION_PUBLIC void involution_apply_f32(const involution_geometry*, const float* x, const float* k, float* y);
+INVOLUTION_PUBLIC void involution_apply_f64(const involution_geometry*, const double* x, const double* k, double* y);
+
+/* dx from the output's gradient g */
+INVOLUTION_PUBLIC void involution_adjoint_f32(const involution_geometry*, const float* g, const float* k, float* dx);
+INVOLUTION_PUBLIC void involution_adjoint_f64(const involution_geometry*, const double* g, const double* k, double* dx);
+
+/* dk from the output's gradient g */
+INVOLUTION_PUBLIC void involution_correlate_f32(const involution_geometry*, const float* g, const float* x, float* dk);
+INVOLUTION_PUBLIC void involution_correlate_f64(const involution_geometry*, const double* g, const double* x, double* dk);
+
+/* The instruction set in use: the best one this CPU runs, until involution_use names another ("avx512", "avx2" or
+ * "baseline"), which returns 0 and changes nothing if this library or CPU does not have it. */
+INVOLUTION_PUBLIC const char* involution_instruction_set(void);
+INVOLUTION_PUBLIC int involution_use(const char* name);
+
+#ifdef __cplusplus
+}
+#endif

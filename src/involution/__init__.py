@@ -1,0 +1,51 @@
+"""Involution (Li et al., CVPR 2021): the operator, its layers, and networks made of them.
+
+Attributes load on first access, so that ``involution --help`` needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .nn.involution import Involution1d, Involution2d, Involution3d
+    from .ops.functional import involution1d, involution2d, involution3d
+    from .ops.selection import backends
+
+    __version__: str
+
+_HOME = {
+    "involution1d": "ops.functional",
+    "involution2d": "ops.functional",
+    "involution3d": "ops.functional",
+    "backends": "ops.selection",
+    "Involution1d": "nn.involution",
+    "Involution2d": "nn.involution",
+    "Involution3d": "nn.involution",
+}
+
+__all__ = [  # noqa: F822  (served by __getattr__)
+    "Involution1d",
+    "Involution2d",
+    "Involution3d",
+    "__version__",
+    "backends",
+    "involution1d",
+    "involution2d",
+    "involution3d",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("involution")
+    if name not in _HOME:
+        raise AttributeError(f"module 'involution' has no attribute {name!r}")
+    value = getattr(import_module(f"involution.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

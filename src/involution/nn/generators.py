@@ -1,0 +1,65 @@
+"""Kernel generators: modules that look at a layer's input and return its kernel map.
+
+A generator gets the layer's input at full resolution, [N, C, *S], and returns [N, G, *K, *O] with O = ceil(S / stride).
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class BottleneckGenerator(nn.Module):
+    """The paper's generator (section 3.2): reduce, normalise, activate, span.
+
+    With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
+    border. Cost: (C*C/r + C/r * G*prod(K)) * prod(O) multiply-adds.
+
+    Args:
+        channels: C of the layer's input.
+        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        groups: G, the number of kernels per position.
+        stride: one number per spatial axis.
+        reduction_ratio: r; the width in between is max(1, C // r).
+        norm_layer: called with the width; None takes BatchNorm of the right dimension.
+        act_layer: called without arguments.
+
+    Shapes: [N, C, *S] -> [N, G, *K, *ceil(S / stride)].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        reduction_ratio: int = 4,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__()
+        dims = len(kernel_size)
+        width = max(1, channels // reduction_ratio)
+        taps = 1
+        for size in kernel_size:
+            taps *= size
+        self.map_shape = (groups, *kernel_size)
+        strides = tuple(stride)
+        self.pool: nn.Module = (
+            AVERAGE_POOL[dims](strides, strides, ceil_mode=True, count_include_pad=False)
+            if max(strides) > 1
+            else nn.Identity()
+        )
+        self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
+        self.norm = (norm_layer or BATCH_NORM[dims])(width)
+        self.act = act_layer()
+        self.span = CONVOLUTION[dims](width, groups * taps, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, G, *K, *O]."""
+        hidden = self.act(self.norm(self.reduce(self.pool(input))))
+        span: Tensor = self.span(hidden)
+        return span.unflatten(1, self.map_shape)

@@ -1,0 +1,129 @@
+"""Involution1d, Involution2d and Involution3d: a kernel generator and the operator, from one body."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.functional import involve
+from .generators import BottleneckGenerator
+
+Ints = int | Sequence[int]
+
+
+class _Involution(nn.Module):
+    """The body of all three layers; see :class:`Involution2d`."""
+
+    dims: int
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Ints = 7,
+        stride: Ints = 1,
+        padding: Ints | None = None,
+        dilation: Ints = 1,
+        group_channels: int = 16,
+        reduction_ratio: int = 4,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+        kernel_generator: nn.Module | Callable[..., nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("group_channels", group_channels), ("reduction_ratio", reduction_ratio)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if channels % group_channels != 0:
+            raise ValueError(f"group_channels must divide channels, got group_channels={group_channels}, channels={channels}")
+        self.channels = channels
+        self.group_channels = group_channels
+        self.groups = channels // group_channels
+        self.kernel_size = self._per_axis("kernel_size", kernel_size)
+        self.stride = self._per_axis("stride", stride)
+        self.dilation = self._per_axis("dilation", dilation)
+        totals = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
+        self.padding = tuple(total // 2 for total in totals)
+        self._sides = [(total // 2, total - total // 2) for total in totals]
+        if padding is not None and self._per_axis("padding", padding, least=0) != self.padding:
+            raise ValueError(
+                f"padding must be None or {self.padding}, which keeps the output at ceil(size / stride), got {padding!r}; "
+                f"involution{self.dims}d takes any padding"
+            )
+        if kernel_generator is None:
+            self.generator: nn.Module = BottleneckGenerator(
+                channels, self.kernel_size, self.groups, self.stride, reduction_ratio, norm_layer, act_layer
+            )
+        elif isinstance(kernel_generator, nn.Module):
+            self.generator = kernel_generator
+        else:
+            self.generator = kernel_generator(channels, self.kernel_size, self.groups, self.stride, self.dilation)
+        self.to(device=device, dtype=dtype)
+
+    def _per_axis(self, name: str, value: Ints, least: int = 1) -> tuple[int, ...]:
+        values = (value,) * self.dims if isinstance(value, int) else tuple(value)
+        if len(values) != self.dims or any(not isinstance(v, int) or v < least for v in values):
+            raise ValueError(f"{name} must be an int or {self.dims} ints, each at least {least}, got {value!r}")
+        return values
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] or [C, *S] -> the same with sizes ceil(S / stride)."""
+        if input.dim() == self.dims + 1:
+            batched: Tensor = self(input.unsqueeze(0))
+            return batched.squeeze(0)
+        if input.dim() != self.dims + 2 or input.shape[1] != self.channels:
+            axes = ", ".join("DHW"[3 - self.dims :])
+            raise ValueError(
+                f"input must be [N, {self.channels}, {axes}] or [{self.channels}, {axes}], got {list(input.shape)}"
+            )
+        return involve(input, self.generator(input), self.stride, self._sides, self.dilation)
+
+    def extra_repr(self) -> str:
+        """The arguments, as nn.Conv2d shows its own."""
+        parts: list[Any] = [self.channels, f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        if max(self.dilation) > 1:
+            parts.append(f"dilation={self.dilation}")
+        return ", ".join(map(str, [*parts, f"group_channels={self.group_channels}"]))
+
+
+class Involution1d(_Involution):
+    """Involution over [N, C, L]; see :class:`Involution2d`."""
+
+    dims = 1
+
+
+class Involution2d(_Involution):
+    """The involution layer (paper, section 3.2): kernels generated from the input, then applied to it.
+
+    Always returns ceil(S / stride) positions per axis; the left side is padded by floor(dilation * (K - 1) / 2).
+
+    Args:
+        channels: C, of input and output.
+        kernel_size: K, an int or one per axis.
+        stride: an int or one per axis.
+        padding: None, or the value that None stands for (the layer's output size is fixed).
+        dilation: an int or one per axis.
+        group_channels: channels that share a kernel; must divide `channels`.
+        reduction_ratio: of the default generator.
+        norm_layer: of the default generator: called with its width; None takes BatchNorm.
+        act_layer: of the default generator: called without arguments.
+        kernel_generator: None for the paper's bottleneck; or a module, or a callable (channels, kernel_size, groups,
+            stride, dilation) -> module. The module maps the layer's input [N, C, *S] to [N, G, *K, *ceil(S / stride)].
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shapes: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]; the batch axis may be missing.
+
+    Raises:
+        ValueError: an argument or the input does not fit; the generator's map has another size than the output.
+    """
+
+    dims = 2
+
+
+class Involution3d(_Involution):
+    """Involution over [N, C, D, H, W]; see :class:`Involution2d`."""
+
+    dims = 3

@@ -1,0 +1,1 @@
+"""The operator: three maps, their backends, and the functions that users call."""

@@ -1,0 +1,135 @@
+"""The CPU backend: loads the C++ kernels of csrc/ and calls them through their C ABI (csrc/involution.h).
+
+ctypes releases the GIL during a call. The library links libgomp by its plain name and torch is imported first, so
+both share one OpenMP runtime; every call passes torch's own thread count.
+"""
+
+import ctypes
+import os
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .geometry import Geometry, is_channels_last, memory_order
+
+_FILE = "libinvolution.so"
+_KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class _CGeometry(ctypes.Structure):
+    """`involution_geometry` of csrc/involution.h. Missing leading axes have size 1."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
+        *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
+        *((name, ctypes.c_int64) for name in ("channels_last", "threads")),
+    ]
+
+
+def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.apply."""
+    _call("apply", ("input", "kernel_map", "output"), (input, kernel_map, out), geometry)
+
+
+def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.adjoint."""
+    _call("adjoint", ("output", "kernel_map", "input"), (grad, kernel_map, out), geometry)
+
+
+def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.correlate."""
+    _call("correlate", ("output", "input", "kernel_map"), (grad, input, out), geometry)
+
+
+def _call(name: str, roles: tuple[str, str, str], tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
+    """Brings both operands into the layout of the first, runs the kernel, and fills `out` (the last tensor)."""
+    channels_last = is_channels_last(tensors[0])
+    dims, out = len(geometry.input), tensors[2]
+    dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
+    in_memory = [
+        (t.permute(memory_order(role, dims)) if channels_last else t) for role, t in zip(roles, tensors, strict=True)
+    ]
+    first, second = (t.to(dtype).contiguous() for t in in_memory[:2])
+    result = in_memory[2] if out.dtype == dtype else torch.empty_like(in_memory[2], dtype=dtype)
+
+    function = getattr(_loaded(), f"involution_{name}_{_SUFFIX[dtype]}")
+    function(_c_geometry(geometry, channels_last), first.data_ptr(), second.data_ptr(), result.data_ptr())
+    if result is not in_memory[2]:
+        in_memory[2].copy_(result)
+
+
+def _c_geometry(geometry: Geometry, channels_last: bool) -> _CGeometry:
+    missing = 3 - len(geometry.input)
+    sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
+    padding = (*(0,) * missing, *geometry.padding)
+    dilation = (*(1,) * missing, *geometry.dilation)
+    return _CGeometry(
+        *geometry[:3], *sizes, padding, dilation, channels_last, torch.get_num_threads()
+    )
+
+
+def instruction_set() -> str:
+    """The instruction set in use: avx512, avx2 or baseline.
+
+    Raises:
+        RuntimeError: there is no library to ask.
+    """
+    name: bytes = _loaded().involution_instruction_set()
+    return name.decode()
+
+
+def why_not() -> str:
+    """Why the kernels cannot be used; empty if they can."""
+    return _load()[1]
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return _load()[0]
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError(f"the CPU kernels cannot be used: {why_not()}")
+    return found
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    path = _path()
+    if path is None:
+        return None, f"{_FILE} is not installed (was this installed with INVOLUTION_NATIVE=0, or without a compiler?)"
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path} does not load: {error}"
+    for name in ("apply", "adjoint", "correlate"):
+        for suffix in _SUFFIX.values():
+            function = getattr(loaded, f"involution_{name}_{suffix}")
+            function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
+            function.restype = None
+    loaded.involution_instruction_set.restype = ctypes.c_char_p
+    loaded.involution_use.argtypes = [ctypes.c_char_p]
+    wanted = os.environ.get("INVOLUTION_ISA")
+    if wanted and not loaded.involution_use(wanted.encode()):
+        raise ValueError(f"INVOLUTION_ISA={wanted!r}: wanted avx512, avx2 or baseline, and one that this CPU can run")
+    return loaded, ""
+
+
+def _path() -> Path | None:
+    """The library beside this file or, in an editable install, where the installer put it."""
+    beside = Path(__file__).with_name(_FILE)
+    if beside.exists():
+        return beside
+    try:
+        installed = Path(str(metadata.distribution("involution").locate_file(f"involution/ops/{_FILE}")))
+    except metadata.PackageNotFoundError:
+        return None
+    return installed if installed.exists() else None
+
+

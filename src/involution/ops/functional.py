@@ -1,0 +1,194 @@
+"""The front door: involution1d, involution2d and involution3d, with their checks, shape rule and dtype rule."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .geometry import MAPS
+from .registration import evaluate
+
+Ints = int | Sequence[int]
+Padding = Ints | Literal["same", "valid"]
+
+_APPLY = MAPS[0]
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def involution1d(
+    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+) -> Tensor:
+    """Involution over one spatial axis: see :func:`involution2d`.
+
+    Shapes: input [N, C, L] or [C, L]; kernel_map [N, G, K, Lo] or [G, K, Lo]; returns [N, C, Lo] or [C, Lo].
+    """
+    return _involution(1, input, kernel_map, stride, padding, dilation)
+
+
+def involution2d(
+    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+) -> Tensor:
+    """Applies to every position its own kernel, shared by the channels of a group (paper, section 3.1).
+
+        y[n, c, i, j] = sum over u, v of k[n, c // (C/G), u, v, i, j] * x[n, c, i*s + u*d - p, j*s + v*d - p]
+
+    Taps outside the input are skipped: an Inf or NaN weight there has no effect, and its gradient is 0.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; float16, bfloat16, float32 or float64. Any strides; channels_last is fast.
+        kernel_map: [N, G, Kh, Kw, Ho, Wo] or [G, Kh, Kw, Ho, Wo], of input's dtype and device; G divides C. Output
+            sizes follow torch.nn.functional.conv2d: Ho = (H + 2*padding - dilation*(Kh-1) - 1) // stride + 1.
+        stride: an int, or one per spatial axis.
+        padding: an int, one per spatial axis, "valid", or "same" (stride 1 only; where the total is odd, the right
+            side gets the extra position).
+        dilation: an int, or one per spatial axis.
+
+    Returns:
+        [N, C, Ho, Wo] (or [C, Ho, Wo]), of input's dtype, or autocast's under autocast; channels_last exactly if the
+        input is and is not also contiguous. Half precision accumulates in float32.
+
+    Raises:
+        TypeError: an argument is no tensor, a dtype is not one of the four, or the two dtypes differ.
+        ValueError: ranks, sizes, devices, groups, stride, padding or dilation do not fit.
+    """
+    return _involution(2, input, kernel_map, stride, padding, dilation)
+
+
+def involution3d(
+    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+) -> Tensor:
+    """Involution over three spatial axes: see :func:`involution2d`.
+
+    Shapes: input [N, C, D, H, W] or [C, D, H, W]; kernel_map [N, G, Kd, Kh, Kw, Do, Ho, Wo] or without N; returns
+    [N, C, Do, Ho, Wo] or [C, Do, Ho, Wo].
+    """
+    return _involution(3, input, kernel_map, stride, padding, dilation)
+
+
+def _involution(
+    dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padding: Padding, dilation: Ints
+) -> Tensor:
+    _check_tensors(input, kernel_map)
+    if input.dim() == dims + 1 and kernel_map.dim() == 2 * dims + 1:
+        return _involution(dims, input.unsqueeze(0), kernel_map.unsqueeze(0), stride, padding, dilation).squeeze(0)
+    if input.dim() != dims + 2 or kernel_map.dim() != 2 * dims + 2:
+        raise ValueError(
+            f"involution{dims}d wants input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
+            f"the batch), got input {list(input.shape)} and kernel_map {list(kernel_map.shape)}"
+        )
+    return involve(*prepare(input, kernel_map, stride, padding, dilation))
+
+
+def prepare(
+    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+) -> tuple[Tensor, Tensor, tuple[int, ...], list[tuple[int, int]], tuple[int, ...]]:
+    """A call's arguments in full, for `involve`: batched tensors, and one number (or pair) per spatial axis."""
+    _check_tensors(input, kernel_map)
+    dims = kernel_map.dim() - input.dim()
+    if input.dim() == dims + 1:
+        input, kernel_map = input.unsqueeze(0), kernel_map.unsqueeze(0)
+    strides = _per_axis("stride", stride, dims, 1)
+    dilations = _per_axis("dilation", dilation, dims, 1)
+    return input, kernel_map, strides, _sides(padding, kernel_map.shape[2 : 2 + dims], strides, dilations), dilations
+
+
+def involve(
+    input: Tensor,
+    kernel_map: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Involution with a left and a right padding for every spatial axis; batched tensors only.
+
+    Raises: as involution2d.
+    """
+    input, kernel_map = _under_autocast(input, kernel_map)
+    _check_agreement(input, kernel_map)
+    dims = len(stride)
+    kernel, output = kernel_map.shape[2 : 2 + dims], kernel_map.shape[2 + dims :]
+    wanted = []
+    for axis, (left, right) in enumerate(padding):
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        padded = input.shape[2 + axis] + left + right
+        if padded < reach:
+            raise ValueError(
+                f"kernel_map's kernel {list(kernel)} with dilation {list(dilation)} reaches over {reach} positions of "
+                f"axis {axis}, but the padded input has {padded} there (input {list(input.shape)})"
+            )
+        wanted.append((padded - reach) // stride[axis] + 1)
+    if list(output) != wanted:
+        raise ValueError(
+            f"kernel_map must have the output's spatial sizes {wanted}, got {list(output)} (input "
+            f"{list(input.shape)}, kernel_map {list(kernel_map.shape)}, stride {list(stride)}, padding "
+            f"{list(padding)}, dilation {list(dilation)})"
+        )
+    size = [input.shape[0], input.shape[1], *output]
+    return evaluate(_APPLY, input, kernel_map, size, list(stride), [left for left, _ in padding], list(dilation))
+
+
+def _check_tensors(input: Tensor, kernel_map: Tensor) -> None:
+    for name, tensor in (("input", input), ("kernel_map", kernel_map)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def _under_autocast(input: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Both arguments in autocast's dtype where autocast is on, as conv2d has it; float64 is left alone."""
+    device = input.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return input, kernel_map
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (input, kernel_map))  # type: ignore[return-value]
+
+
+def _check_agreement(input: Tensor, kernel_map: Tensor) -> None:
+    if input.dtype != kernel_map.dtype:
+        raise TypeError(f"input and kernel_map must have one dtype, got {input.dtype} and {kernel_map.dtype}")
+    if input.device != kernel_map.device:
+        raise ValueError(f"input and kernel_map must be on one device, got {input.device} and {kernel_map.device}")
+    shapes = f"input {list(input.shape)}, kernel_map {list(kernel_map.shape)}"
+    if input.shape[0] != kernel_map.shape[0]:
+        raise ValueError(
+            f"input and kernel_map must have one batch size, got {input.shape[0]} and {kernel_map.shape[0]} ({shapes})"
+        )
+    channels, groups = input.shape[1], kernel_map.shape[1]
+    if channels == 0 or groups == 0 or channels % groups != 0:
+        raise ValueError(
+            f"kernel_map's groups (axis 1) must divide input's channels (axis 1), got {groups} groups for {channels} "
+            f"channels ({shapes})"
+        )
+    if any(size == 0 for size in input.shape[2:]):
+        raise ValueError(f"input must have no empty spatial axis ({shapes})")
+    if any(size == 0 for size in kernel_map.shape[2:]):
+        raise ValueError(f"kernel_map must have no empty kernel or spatial axis ({shapes})")
+
+
+def _per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
+    values = (value,) * dims if isinstance(value, int | torch.SymInt) else tuple(value)
+    if len(values) == 1:
+        values *= dims
+    if len(values) != dims or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in values):
+        raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return values
+
+
+def _sides(
+    padding: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Left and right padding of every axis."""
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        if any(s > 1 for s in stride):
+            raise ValueError(f'padding="same" wants stride 1, got stride {list(stride)}')
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    if isinstance(padding, str):
+        raise ValueError(f'padding must be an int, {len(kernel)} ints, "same" or "valid", got {padding!r}')
+    return [(p, p) for p in _per_axis("padding", padding, len(kernel), 0)]

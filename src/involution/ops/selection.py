@@ -1,0 +1,114 @@
+"""Which backend serves a call and, when asked, why the others do not."""
+
+import os
+import warnings
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import cpu, reference
+
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in order of preference
+
+
+def _forced_backend() -> str | None:
+    name = os.environ.get("INVOLUTION_BACKEND") or None
+    if name is not None and name not in _BACKENDS:
+        raise ValueError(f"INVOLUTION_BACKEND must be one of {', '.join(_BACKENDS)}, got {name!r}")
+    return name
+
+
+forced = _forced_backend()  # read once; None leaves the choice to the tensors
+
+
+class Backend(NamedTuple):
+    """What one backend says of a call.
+
+    `available`: it can run in this process. `serves`: it is the one that runs this call (asked in general: it runs
+    some calls). `reason`: why it does not, empty where it does.
+    """
+
+    name: str
+    available: bool
+    serves: bool
+    reason: str
+
+
+def backends(*call: Any) -> list[Backend]:
+    """Every backend, with the reason why it does or does not serve.
+
+    Args:
+        call: nothing, for the state in general; or the arguments of an involution1d/2d/3d call, input and kernel
+            map first.
+
+    Returns:
+        One record (name, available, serves, reason) per backend, the preferred first. For a call exactly one serves.
+
+    Raises:
+        TypeError: the call does not begin with two tensors, or has a wrong dtype.
+        ValueError: the call's arguments do not belong together.
+
+    Example:
+        >>> import torch, involution
+        >>> x, k = torch.rand(1, 16, 8, 8), torch.rand(1, 1, 3, 3, 8, 8)
+        >>> [b.name for b in involution.backends(x, k, 1, 1) if b.serves]
+        ['cpu']
+    """
+    if not call:
+        return [_record(name, _refusal(name), True) for name in _BACKENDS]
+    from .functional import prepare  # functional needs registration, which needs this module
+
+    first, second, *_ = prepare(*call)
+    chosen = backend_for(first, second)
+    return [_record(name, _refusal(name, first), module is chosen) for name, module in _BACKENDS.items()]
+
+
+def backend_for(first: Tensor, second: Tensor) -> ModuleType:
+    """The backend that runs a map on these two tensors.
+
+    Raises:
+        RuntimeError: INVOLUTION_BACKEND forces one that cannot.
+    """
+    refusals = {}
+    for name, module in _BACKENDS.items():
+        refusals[name] = _refusal(name, first)
+        if not refusals[name]:
+            if name == "reference" and forced is None and first.device.type == "cpu":
+                _warn_slow(refusals["cpu"])
+            return module
+    raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {refusals[str(forced)]}")
+
+
+def _refusal(name: str, tensor: Tensor | None = None) -> str:
+    """Why a backend does not run a call on such tensors; empty if it can."""
+    if forced not in (None, name):
+        return f"INVOLUTION_BACKEND={forced} forbids it"
+    if name == "cpu":
+        if cpu.library() is None:
+            return cpu.why_not()
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+    return ""
+
+
+def _record(name: str, refusal: str, asked_for: bool) -> Backend:
+    available = name != "cpu" or cpu.library() is not None
+    serves = asked_for and not refusal
+    return Backend(name, available, serves, "" if serves else refusal or "a preferred backend serves")
+
+
+_warned = False
+
+
+def _warn_slow(reason: str) -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"involution runs on its reference path, which is several times slower than its CPU kernels: {reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+

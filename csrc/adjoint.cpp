@@ -111,8 +111,10 @@ template <class T, int K, int S>
 void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) {
   const Items items(g, g.input[0] * g.input[1]);
   with_tile_size(g.input[2], [&](auto positions) {
+    constexpr int size = decltype(positions)::value;
+    constexpr int positions_in_phase = S > 1 ? (size + S - 1) / S * S : size;  // every tile starts at the same phase
     in_parallel(g, items.count(), [&](Index i) {
-      adjoint_row<T, decltype(positions)::value, K, S>(g, grad, k, dx, items.row(i), items.groups(i, g));
+      adjoint_row<T, positions_in_phase, K, S>(g, grad, k, dx, items.row(i), items.groups(i, g));
     });
   });
 }

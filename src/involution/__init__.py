@@ -23,7 +23,7 @@ _HOME = {
     "Involution3d": "nn.involution",
 }
 
-__all__ = [  # noqa: F822  (served by __getattr__)
+__all__ = [
     "Involution1d",
     "Involution2d",
     "Involution3d",

@@ -1,15 +1,13 @@
 """Involution1d, Involution2d and Involution3d: a kernel generator and the operator, from one body."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.functional import involve
+from ..ops.functional import Ints, involve, per_axis
 from .generators import BottleneckGenerator
-
-Ints = int | Sequence[int]
 
 
 class _Involution(nn.Module):
@@ -33,24 +31,30 @@ class _Involution(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("group_channels", group_channels), ("reduction_ratio", reduction_ratio)):
+        for name, value in (
+            ("channels", channels),
+            ("group_channels", group_channels),
+            ("reduction_ratio", reduction_ratio),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if channels % group_channels != 0:
-            raise ValueError(f"group_channels must divide channels, got group_channels={group_channels}, channels={channels}")
+            raise ValueError(
+                f"group_channels must divide channels, got group_channels={group_channels}, channels={channels}"
+            )
         self.channels = channels
         self.group_channels = group_channels
         self.groups = channels // group_channels
-        self.kernel_size = self._per_axis("kernel_size", kernel_size)
-        self.stride = self._per_axis("stride", stride)
-        self.dilation = self._per_axis("dilation", dilation)
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
+        self.stride = per_axis("stride", stride, self.dims, 1)
+        self.dilation = per_axis("dilation", dilation, self.dims, 1)
         totals = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self.padding = tuple(total // 2 for total in totals)
         self._sides = [(total // 2, total - total // 2) for total in totals]
-        if padding is not None and self._per_axis("padding", padding, least=0) != self.padding:
+        if padding is not None and per_axis("padding", padding, self.dims, 0) != self.padding:
             raise ValueError(
-                f"padding must be None or {self.padding}, which keeps the output at ceil(size / stride), got {padding!r}; "
-                f"involution{self.dims}d takes any padding"
+                f"padding must be None or {self.padding}, which gives outputs of ceil(size / stride), got {padding!r} "
+                f"(the function involution{self.dims}d takes any padding)"
             )
         if kernel_generator is None:
             self.generator: nn.Module = BottleneckGenerator(
@@ -61,12 +65,6 @@ class _Involution(nn.Module):
         else:
             self.generator = kernel_generator(channels, self.kernel_size, self.groups, self.stride, self.dilation)
         self.to(device=device, dtype=dtype)
-
-    def _per_axis(self, name: str, value: Ints, least: int = 1) -> tuple[int, ...]:
-        values = (value,) * self.dims if isinstance(value, int) else tuple(value)
-        if len(values) != self.dims or any(not isinstance(v, int) or v < least for v in values):
-            raise ValueError(f"{name} must be an int or {self.dims} ints, each at least {least}, got {value!r}")
-        return values
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *S] or [C, *S] -> the same with sizes ceil(S / stride)."""

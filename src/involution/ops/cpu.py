@@ -67,9 +67,7 @@ def _c_geometry(geometry: Geometry, channels_last: bool) -> _CGeometry:
     sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
     padding = (*(0,) * missing, *geometry.padding)
     dilation = (*(1,) * missing, *geometry.dilation)
-    return _CGeometry(
-        *geometry[:3], *sizes, padding, dilation, channels_last, torch.get_num_threads()
-    )
+    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, torch.get_num_threads())
 
 
 def instruction_set() -> str:
@@ -131,5 +129,3 @@ def _path() -> Path | None:
     except metadata.PackageNotFoundError:
         return None
     return installed if installed.exists() else None
-
-

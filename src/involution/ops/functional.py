@@ -66,9 +66,7 @@ def involution3d(
     return _involution(3, input, kernel_map, stride, padding, dilation)
 
 
-def _involution(
-    dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padding: Padding, dilation: Ints
-) -> Tensor:
+def _involution(dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padding: Padding, dilation: Ints) -> Tensor:
     _check_tensors(input, kernel_map)
     if input.dim() == dims + 1 and kernel_map.dim() == 2 * dims + 1:
         return _involution(dims, input.unsqueeze(0), kernel_map.unsqueeze(0), stride, padding, dilation).squeeze(0)
@@ -88,8 +86,8 @@ def prepare(
     dims = kernel_map.dim() - input.dim()
     if input.dim() == dims + 1:
         input, kernel_map = input.unsqueeze(0), kernel_map.unsqueeze(0)
-    strides = _per_axis("stride", stride, dims, 1)
-    dilations = _per_axis("dilation", dilation, dims, 1)
+    strides = per_axis("stride", stride, dims, 1)
+    dilations = per_axis("dilation", dilation, dims, 1)
     return input, kernel_map, strides, _sides(padding, kernel_map.shape[2 : 2 + dims], strides, dilations), dilations
 
 
@@ -167,8 +165,13 @@ def _check_agreement(input: Tensor, kernel_map: Tensor) -> None:
         raise ValueError(f"kernel_map must have no empty kernel or spatial axis ({shapes})")
 
 
-def _per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
-    values = (value,) * dims if isinstance(value, int | torch.SymInt) else tuple(value)
+def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
+    """One number per spatial axis, from an int or a sequence.
+
+    Raises:
+        ValueError: `value` is neither, or below `least`; the message names it.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
     if len(values) == 1:
         values *= dims
     if len(values) != dims or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in values):
@@ -191,4 +194,4 @@ def _sides(
         return [(total // 2, total - total // 2) for total in totals]
     if isinstance(padding, str):
         raise ValueError(f'padding must be an int, {len(kernel)} ints, "same" or "valid", got {padding!r}')
-    return [(p, p) for p in _per_axis("padding", padding, len(kernel), 0)]
+    return [(p, p) for p in per_axis("padding", padding, len(kernel), 0)]

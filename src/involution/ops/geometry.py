@@ -11,10 +11,13 @@ A map takes two of the roles and makes the third.
 
 from collections.abc import Iterator, Sequence
 from itertools import product
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Index = tuple[int | slice | EllipsisType, ...]
 
 
 class Map(NamedTuple):
@@ -48,8 +51,11 @@ class Geometry(NamedTuple):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def taps(self) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], tuple[slice, ...]]]:
-        """Every tap u that meets the input somewhere: (u, output positions it serves, input positions it reads)."""
+    def taps(self) -> Iterator[tuple[Index, Index, Index]]:
+        """Every tap that meets the input somewhere, as three indices: into the kernel map, the output and the input.
+
+        They pick the weights, the output positions that these weights serve, and the input positions they multiply.
+        """
         for tap in product(*(range(k) for k in self.kernel)):
             at_output, at_input = [], []
             for axis, u in enumerate(tap):
@@ -62,7 +68,7 @@ class Geometry(NamedTuple):
                 at_output.append(slice(first, last + 1))
                 at_input.append(slice(first * step + shift, last * step + shift + 1, step))
             else:
-                yield tap, tuple(at_output), tuple(at_input)
+                yield (slice(None), slice(None), *tap, *at_output), (..., *at_output), (..., *at_input)
 
 
 def geometry(
@@ -95,7 +101,15 @@ def geometry(
     if min(*stride, *dilation) < 1:
         raise ValueError(f"stride and dilation must be positive, got {list(stride)} and {list(dilation)}")
     return Geometry(
-        x[0], x[1], k[1], tuple(x[2:]), tuple(k[2 : 2 + dims]), tuple(y[2:]), tuple(stride), tuple(padding), tuple(dilation)
+        x[0],
+        x[1],
+        k[1],
+        tuple(x[2:]),
+        tuple(k[2 : 2 + dims]),
+        tuple(y[2:]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
     )
 
 

@@ -14,8 +14,8 @@ def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) ->
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
     x, k = _grouped(input, geometry), _widened(kernel_map)
     y = torch.zeros_like(_grouped(out, geometry), dtype=x.dtype)
-    for tap, at_output, at_input in geometry.taps():
-        y[..., *at_output].addcmul_(k[:, :, *tap, *at_output].unsqueeze(2), x[..., *at_input])
+    for at_map, at_output, at_input in geometry.taps():
+        y[at_output].addcmul_(k[at_map].unsqueeze(2), x[at_input])
     _grouped_view(out, geometry).copy_(y)
 
 
@@ -23,8 +23,8 @@ def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -
     """dx, the gradient with respect to x: every product of `apply` goes back to where its x came from."""
     g, k = _grouped(grad, geometry), _widened(kernel_map)
     dx = torch.zeros_like(_grouped(out, geometry), dtype=g.dtype)
-    for tap, at_output, at_input in geometry.taps():
-        dx[..., *at_input].addcmul_(k[:, :, *tap, *at_output].unsqueeze(2), g[..., *at_output])
+    for at_map, at_output, at_input in geometry.taps():
+        dx[at_input].addcmul_(k[at_map].unsqueeze(2), g[at_output])
     _grouped_view(out, geometry).copy_(dx)
 
 
@@ -32,8 +32,8 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
     """dk, the gradient with respect to k: for every tap and position, the dot product over a group's channels."""
     g, x = _grouped(grad, geometry), _grouped(input, geometry)
     out.zero_()
-    for tap, at_output, at_input in geometry.taps():
-        out[:, :, *tap, *at_output] = (g[..., *at_output] * x[..., *at_input]).sum(2)
+    for at_map, at_output, at_input in geometry.taps():
+        out[at_map] = (g[at_output] * x[at_input]).sum(2)
 
 
 def _grouped_view(image: Tensor, geometry: Geometry) -> Tensor:

@@ -38,7 +38,9 @@ def _operator(map: Map) -> Any:
     return getattr(torch.ops.involution, map.name).default
 
 
-def _gradients(ctx: Any, map: Map, operands: Sequence[Tensor], window: Sequence[Any], cotangent: Tensor) -> list[Tensor | None]:
+def _gradients(
+    ctx: Any, map: Map, operands: Sequence[Tensor], window: Sequence[Any], cotangent: Tensor
+) -> list[Tensor | None]:
     """The gradients of <map(operands), cotangent> with respect to both operands; None where not needed."""
     known = {map.takes[0]: operands[0], map.takes[1]: operands[1], map.makes: cotangent}
     gradients: list[Tensor | None] = []
@@ -83,11 +85,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], map: Map, *arguments: Any) -> tuple[Tensor, int]:
-        return _fold_batch(map, info, in_dims[1:], *arguments)
+        return _fold_batch(partial(evaluate, map), info, in_dims[1:], *arguments)
 
 
 def _fold_batch(
-    map: Map, info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, size: Sequence[int], *window: Any
+    call: Any, info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, size: Sequence[int], *window: Any
 ) -> tuple[Tensor, int]:
     """vmap rule: the mapped dimension joins the batch."""
 
@@ -96,7 +98,7 @@ def _fold_batch(
         return mapped.flatten(0, 1)
 
     folded_size = [info.batch_size * size[0], *size[1:]]
-    result = evaluate(map, fold(first, in_dims[0]), fold(second, in_dims[1]), folded_size, *window)
+    result = call(fold(first, in_dims[0]), fold(second, in_dims[1]), folded_size, *window)
     return result.unflatten(0, (info.batch_size, size[0])), 0
 
 
@@ -144,5 +146,5 @@ for _map in MAPS:
     _library.impl(_map.name, partial(_run, _map), "CompositeExplicitAutograd")
     torch.library.register_fake(_name, partial(_fake, _map), lib=_library)
     torch.library.register_autograd(_name, partial(_backward, _map), setup_context=_setup_context, lib=_library)
-    torch.library.register_vmap(_name, partial(_fold_batch, _map), lib=_library)
+    torch.library.register_vmap(_name, partial(_fold_batch, _operator(_map)), lib=_library)
     register_flop_formula(getattr(torch.ops.involution, _map.name))(partial(_flops, _map))

@@ -110,5 +110,3 @@ def _warn_slow(reason: str) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
-
-

@@ -1,0 +1,38 @@
+# Every target works from nothing on a fresh machine with Python 3.11+, a C++ compiler and make.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: install demo test lint bench docs wheel clean
+
+install: $(INSTALLED)
+
+# Editable, with all extras; again when the kernels or the project's settings change.
+$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python examples/digits.py
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks
+
+docs: $(INSTALLED)
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+wheel: $(INSTALLED)
+	$(BIN)/pip wheel . --no-deps -w dist
+
+clean:
+	rm -rf .venv build dist runs docs/_build

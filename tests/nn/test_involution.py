@@ -1,0 +1,196 @@
+"""The layers: the paper's formula, sizes at every stride, generators, and what bad arguments get."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import involution
+from involution import Involution1d, Involution2d, Involution3d
+from involution.nn import BottleneckGenerator
+from involution.ops.geometry import is_channels_last
+
+LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
+ONES = {1: (9,), 2: (9, 10), 3: (5, 6, 7)}
+
+
+def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
+    """The official layer's naive formula (unfold), for odd kernels and sizes divisible by the stride."""
+    n, c, h, w = x.shape
+    (k, _), (s, _), g = layer.kernel_size, layer.stride, layer.groups
+    pooled = nn.functional.avg_pool2d(x, s, s) if s > 1 else x
+    generator = layer.generator
+    weights = generator.span(torch.relu(generator.norm(generator.reduce(pooled))))
+    weights = weights.view(n, g, 1, k * k, h // s, w // s)
+    windows = nn.functional.unfold(x, k, padding=(k - 1) // 2, stride=s).view(n, g, c // g, k * k, h // s, w // s)
+    return (weights * windows).sum(3).reshape(n, c, h // s, w // s)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_equals_the_official_formula(stride: int, kernel_size: int, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    layer = Involution2d(32, kernel_size, stride).double()
+    x = torch.randn(2, 32, 8, 12, dtype=torch.float64)
+    if channels_last:
+        x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
+    y = layer(x)
+    torch.testing.assert_close(y, naive(layer, x))
+    assert is_channels_last(y) == channels_last
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_output_size_is_ceil_of_size_over_stride(dims: int, stride: int, kernel_size: int, dilation: int) -> None:
+    layer = LAYERS[dims](8, kernel_size, stride, dilation=dilation, group_channels=4)
+    y = layer(torch.randn(2, 8, *ONES[dims]))
+    assert y.shape == (2, 8, *(-(-size // stride) for size in ONES[dims]))
+    assert layer.padding == (dilation * (kernel_size - 1) // 2,) * dims
+
+
+@pytest.mark.parametrize(("size", "stride"), [(1, 2), (1, 3), (2, 3), (5, 2), (7, 3), (8, 3)])
+def test_pooling_at_sizes_the_stride_does_not_divide_averages_what_is_there(size: int, stride: int) -> None:
+    generator = BottleneckGenerator(4, (3,), 2, (stride,))
+    x = torch.randn(1, 4, size)
+    pooled = generator.pool(x)
+    for i in range(-(-size // stride)):
+        torch.testing.assert_close(pooled[..., i], x[..., i * stride : (i + 1) * stride].mean(-1))
+
+
+def test_default_generator_is_the_papers() -> None:
+    layer = Involution2d(64)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes == {
+        "generator.reduce.weight": (16, 64, 1, 1),
+        "generator.norm.weight": (16,),
+        "generator.norm.bias": (16,),
+        "generator.span.weight": (4 * 49, 16, 1, 1),
+        "generator.span.bias": (4 * 49,),
+    }
+    assert Involution2d(2, group_channels=1, reduction_ratio=4).generator.reduce.out_channels == 1
+
+
+def test_norm_and_activation_can_be_chosen() -> None:
+    layer = Involution2d(32, norm_layer=lambda width: nn.GroupNorm(2, width), act_layer=nn.GELU)
+    assert isinstance(layer.generator.norm, nn.GroupNorm)
+    assert isinstance(layer.generator.act, nn.GELU)
+    assert layer(torch.randn(1, 32, 5, 5)).shape == (1, 32, 5, 5)
+
+
+class Everywhere(nn.Module):
+    """One learned kernel for all positions."""
+
+    def __init__(self, channels, kernel_size, groups, stride, dilation) -> None:
+        super().__init__()
+        self.arguments = (channels, kernel_size, groups, stride, dilation)
+        self.kernel = nn.Parameter(torch.randn(groups, *kernel_size))
+        self.stride = stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        sizes = [-(-size // s) for size, s in zip(x.shape[2:], self.stride, strict=True)]
+        return self.kernel[..., None, None].expand(len(x), *self.kernel.shape, *sizes)
+
+
+def test_a_generator_can_be_a_class_a_callable_or_a_module() -> None:
+    layer = Involution2d(8, 3, 2, dilation=2, group_channels=4, kernel_generator=Everywhere)
+    assert layer.generator.arguments == (8, (3, 3), 2, (2, 2), (2, 2))
+    x = torch.randn(2, 8, 9, 7)
+    weight = layer.generator.kernel.repeat_interleave(4, 0).unsqueeze(1)
+    expected = nn.functional.conv2d(x, weight, stride=2, padding=2, dilation=2, groups=8)
+    torch.testing.assert_close(layer(x), expected)
+    again = Involution2d(8, 3, 2, dilation=2, group_channels=4, kernel_generator=layer.generator)
+    assert again.generator is layer.generator
+    torch.testing.assert_close(again(x), expected)
+
+
+def test_a_generator_with_another_size_is_an_error_that_names_both() -> None:
+    layer = Involution2d(8, 3, group_channels=4, kernel_generator=Everywhere)
+    layer.generator.stride = (2, 2)
+    with pytest.raises(ValueError, match=r"\[6, 6\], got \[3, 3\]"):
+        layer(torch.randn(1, 8, 6, 6))
+
+
+def test_unbatched_input() -> None:
+    layer = Involution2d(32).eval()
+    x = torch.randn(32, 6, 7)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
+
+
+def test_device_and_dtype() -> None:
+    layer = Involution2d(32, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_copies_pickles_and_prints() -> None:
+    layer = Involution2d(32, dilation=2).eval()
+    x = torch.randn(1, 32, 6, 6)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other(x), layer(x))
+    assert "32, kernel_size=(7, 7), stride=(1, 1), dilation=(2, 2), group_channels=16" in repr(layer)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_compile_export_autocast_and_training_agree_with_eager(dims: int) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[dims](32, 3, 2).eval()
+    x = torch.randn(2, 32, *ONES[dims])
+    expected = layer(x).detach()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(("stride", "sizes"), [(1, (8, 12, 17, 20, 31)), (2, (8, 12, 18, 20, 32))])
+def test_five_image_sizes_make_at_most_two_graphs(stride: int, sizes: tuple[int, ...]) -> None:
+    """Two things are torch's own: with gradients its convolutions specialise to every size on CPU, and its average
+    pooling specialises to even sizes (odd ones make a third graph)."""
+    layer = Involution2d(32, 3, stride).eval()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(layer, fullgraph=True)
+    with torch.no_grad():
+        for size in sizes:
+            x = torch.randn(2, 32, size, size + 2)
+            torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 24}, "group_channels must divide channels, got group_channels=16, channels=24"),
+        ({"channels": 0}, "channels must be a positive int, got 0"),
+        ({"channels": 32, "group_channels": -1}, "group_channels must be a positive int"),
+        ({"channels": 32, "reduction_ratio": 0}, "reduction_ratio must be a positive int"),
+        ({"channels": 32, "kernel_size": 0}, "kernel_size must be"),
+        ({"channels": 32, "kernel_size": (3, 3, 3)}, "kernel_size must be an int or 2 ints"),
+        ({"channels": 32, "stride": 0}, "stride must be"),
+        ({"channels": 32, "dilation": 0.5}, "dilation must be"),
+        ({"channels": 32, "padding": 2}, r"padding must be None or \(3, 3\)"),
+        ({"channels": 32, "padding": -3}, "padding must be"),
+    ],
+)
+def test_bad_arguments(arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Involution2d(**arguments)
+
+
+def test_the_right_padding_is_accepted() -> None:
+    assert Involution2d(32, 7, padding=3).padding == Involution2d(32, 7, padding=(3, 3)).padding == (3, 3)
+
+
+def test_bad_input() -> None:
+    layer = Involution2d(32)
+    with pytest.raises(ValueError, match=r"input must be \[N, 32, H, W\] or \[32, H, W\], got \[1, 16, 8, 8\]"):
+        layer(torch.randn(1, 16, 8, 8))
+    with pytest.raises(ValueError, match=r"got \[32, 8\]"):
+        layer(torch.randn(32, 8))
+    assert involution.Involution2d is Involution2d

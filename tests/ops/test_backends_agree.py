@@ -1,0 +1,111 @@
+"""Every backend against the float64 loop, over random geometries: forward and all gradients."""
+
+import pytest
+import torch
+from definition import BACKENDS, INSTRUCTION_SETS, Call, backend, calls, loop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import involution
+from involution.ops.geometry import is_channels_last
+
+OPERATOR = {1: involution.involution1d, 2: involution.involution2d, 3: involution.involution3d}
+# In units of the largest value: the rounding of the result, and of sums of a few hundred products.
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def assert_agrees(name: str, call: Call, seed: int) -> None:
+    x, k, g = call.tensors(seed)
+    expected = loop(call, x, k, g)
+    with backend(name, call.instruction_set if name == "cpu" else None):
+        x.requires_grad_()
+        k.requires_grad_()
+        y = OPERATOR[call.dims](x, k, call.stride, call.padding, call.dilation)
+        dx, dk = torch.autograd.grad(y, (x, k), g)
+    for what, got, want in zip(("y", "dx", "dk"), (y, dx, dk), expected, strict=True):
+        assert got.dtype == call.dtype, what
+        error = (got.double() - want).abs().max()
+        assert error <= TOLERANCE[call.dtype] * max(1.0, float(want.abs().max())), (what, float(error))
+    assert (y.movedim(1, -1) if is_channels_last(x) else y).is_contiguous()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_random_geometries(dims: int) -> None:
+    """700 geometries a dimension; each one on every backend."""
+
+    @settings(max_examples=700)
+    @given(call=calls(dims), seed=st.integers(0, 2**16))
+    def check(call: Call, seed: int) -> None:
+        for name in BACKENDS:
+            assert_agrees(name, call, seed)
+
+    check()
+
+
+# One call for every specialised loop of the kernels: K and S known, all tile sizes, inside and at borders.
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [2, 3, 5, 7])
+def test_every_loop(kernel: int, stride: int, channels_last: bool, instruction_set: str) -> None:
+    for row in (1, 3, 5, 7, 14, 28, 33):
+        for width in (16, 5):
+            call = Call(
+                1, 2, width, (2, row * stride), (2, kernel), (1, stride), (1, kernel // 2), (1, 1),
+                torch.float32, channels_last, instruction_set,
+            )  # fmt: skip
+            assert_agrees("cpu", call, seed=row)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_error_is_at_most_twice_that_of_conv2d(
+    name: str, channels_last: bool, dtype: torch.dtype
+) -> None:
+    """A depthwise convolution is the involution whose kernel is the same everywhere."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 32, 20, 20).to(dtype), torch.randn(32, 1, 7, 7).to(dtype)
+    k = w.view(1, 32, 7, 7, 1, 1).expand(4, 32, 7, 7, 20, 20)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=3, groups=32)
+    theirs = (torch.nn.functional.conv2d(x, w, padding=3, groups=32).double() - exact).abs().max()
+    with backend(name):
+        ours = (involution.involution2d(x, k, padding=3).double() - exact).abs().max()
+    assert ours <= 2 * theirs
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_taps_outside_are_skipped_and_inside_follow_ieee(name: str, channels_last: bool, bad: float) -> None:
+    call = Call(1, 2, 16, (9, 9), (7, 7), (2, 2), (3, 3), (1, 1), torch.float32, channels_last, INSTRUCTION_SETS[0])
+    x, k, g = call.tensors(0)
+    clean = k.clone()
+    outside = torch.zeros_like(k, dtype=torch.bool)
+    for u in range(7):
+        for v in range(7):
+            for i in range(5):
+                for j in range(5):
+                    outside[:, :, u, v, i, j] = not (0 <= 2 * i + u - 3 < 9 and 0 <= 2 * j + v - 3 < 9)
+    assert outside.any()
+    k = k.masked_fill(outside, bad)
+    with backend(name):
+        x.requires_grad_()
+        k.requires_grad_()
+        y = involution.involution2d(x, k, 2, 3)
+        torch.testing.assert_close(y, involution.involution2d(x, clean, 2, 3), rtol=0, atol=0)
+        dx, dk = torch.autograd.grad(y, (x, k), g)
+        assert dx.isfinite().all()
+        assert (dk[outside] == 0).all()
+        # An infinite gradient or input does not reach the taps outside either.
+        _, dk = torch.autograd.grad(involution.involution2d(x, k, 2, 3), (x, k), torch.full_like(g, bad))
+        assert (dk[outside] == 0).all()
+        # Inside: a bad weight times anything is bad, for its own position and group alone.
+        poisoned = clean.clone()
+        poisoned[0, 1, 3, 3, 2, 2] = bad
+        y = involution.involution2d(x, poisoned, 2, 3)
+        assert not y[0, 16:, 2, 2].isfinite().any()
+        assert y[0, :16].isfinite().all()
+        assert y.isfinite().sum() == y.numel() - 16

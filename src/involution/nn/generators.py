@@ -16,7 +16,7 @@ class BottleneckGenerator(nn.Module):
     """The paper's generator (section 3.2): reduce, normalise, activate, span.
 
     With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
-    border. Cost: (C*C/r + C/r * G*prod(K)) * prod(O) multiply-adds.
+    border. Cost: ``(C*C/r + C/r * G*prod(K)) * prod(O)`` multiply-adds.
 
     Args:
         channels: C of the layer's input.
@@ -27,7 +27,7 @@ class BottleneckGenerator(nn.Module):
         norm_layer: called with the width; None takes BatchNorm of the right dimension.
         act_layer: called without arguments.
 
-    Shapes: [N, C, *S] -> [N, G, *K, *ceil(S / stride)].
+    Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
 
     def __init__(

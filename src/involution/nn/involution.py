@@ -108,7 +108,8 @@ class Involution2d(_Involution):
         norm_layer: of the default generator: called with its width; None takes BatchNorm.
         act_layer: of the default generator: called without arguments.
         kernel_generator: None for the paper's bottleneck; or a module, or a callable (channels, kernel_size, groups,
-            stride, dilation) -> module. The module maps the layer's input [N, C, *S] to [N, G, *K, *ceil(S / stride)].
+            stride, dilation) -> module. The module maps the layer's input ``[N, C, *S]`` to
+            ``[N, G, *K, *ceil(S / stride)]``.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -1,0 +1,48 @@
+"""The README is true: its code runs, and its table of what runs where says what the selection says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import involution
+from involution.ops import cpu
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_code_runs(block: str) -> None:
+    names: dict[str, object] = {}
+    exec(block, names)
+    if "layer" in names:
+        assert names["layer"](names["x"]).shape == (8, 64, 28, 28)
+        assert names["y"].shape == (8, 64, 56, 56)
+        assert names["y"].is_contiguous(memory_format=torch.channels_last)
+
+
+def rows() -> list[tuple[str, str]]:
+    """(devices, backend) of every row of the table."""
+    table = README.partition("## What runs where")[2].partition("\n\n")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    return [(row[0], re.match(r"`(\w+)`", row[1])[1]) for row in cells]
+
+
+def serving(device: str) -> str:
+    x, k = torch.empty(1, 4, 5, 5, device=device), torch.empty(1, 2, 3, 3, 5, 5, device=device)
+    return next(record.name for record in involution.backends(x, k, 1, 1) if record.serves)
+
+
+def test_table_of_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = rows()
+    assert [devices for devices, _ in table] == [
+        "`cpu`",
+        "`cpu`, installed without kernels",
+        "`cuda`, `mps`, `xpu`, all else",
+    ]
+    assert serving("cpu") == table[0][1]
+    assert serving("meta") == table[2][1]  # a device without kernels of its own
+    monkeypatch.setattr(cpu, "_load", lambda: (None, "not installed"))
+    with pytest.warns(RuntimeWarning, match="reference path"):
+        assert serving("cpu") == table[1][1]

@@ -1,0 +1,9 @@
+"""Networks made of involutions, and their twins made of convolutions.
+
+Importing this package registers them with timm: ``timm.create_model("rednet50", num_classes=10)``.
+"""
+
+from . import resnet
+from .rednet import RedNet
+
+__all__ = ["RedNet", "resnet"]

@@ -1,0 +1,124 @@
+"""The convolution twins of RedNet: timm's ResNet at the same depths, widths and input sizes.
+
+Registers resnet26_paper and resnet38_paper (timm's own resnet26 has depths 2, 2, 2, 2 and is another network; the
+twins of RedNet-50, 101 and 152 are timm's resnet50, resnet101 and resnet152), and resnet14_cifar and resnet26_cifar
+for images of 32x32. No weights exist for them: `pretrained=True` raises timm's own RuntimeError.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import register_model as _register_model
+from timm.models.resnet import Bottleneck, ResNet
+from torch import nn
+
+__all__ = ["CifarResNet"]  # timm adds the entry points' names
+
+EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
+register_model: Callable[[EntryPoint], EntryPoint] = _register_model  # timm ships without types
+
+
+class CifarResNet(ResNet):
+    """timm's ResNet for images of 32x32: its stem is one 3x3 convolution of stride 1, without pooling.
+
+    Args:
+        in_chans: channels of the image.
+        output_stride: 8, 16 or 32, none of which the network exceeds: it never dilates.
+        stem_width: half of the stem's output channels, as in timm's deep stems.
+        **kwargs: the other arguments of timm's ResNet.
+
+    Raises:
+        ValueError: output_stride does not fit.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        stem_width: int = 16,
+        **kwargs: Any,
+    ) -> None:
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride must be one of (8, 16, 32), got {output_stride!r}")
+        # Of timm's stems the deep one leaves the output's width free; only its norm and activation stay.
+        super().__init__(*args, in_chans=in_chans, stem_width=stem_width, stem_type="deep", **kwargs)
+        where: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
+        self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, padding=1, bias=False, **where)
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws the others
+        self.maxpool = nn.Identity()
+        for info in self.feature_info:
+            info["reduction"] = max(1, info["reduction"] // 4)
+
+
+def _cfg(**entries: Any) -> dict[str, Any]:
+    """timm's record of a variant; without a url, because there are no weights to download."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "conv1",
+        "classifier": "fc",
+        **entries,
+    }
+
+
+def _cifar_cfg() -> dict[str, Any]:
+    return _cfg(
+        num_classes=10,
+        input_size=(3, 32, 32),
+        pool_size=(4, 4),
+        crop_pct=1.0,
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "resnet26_paper": _cfg(),
+        "resnet38_paper": _cfg(),
+        "resnet14_cifar": _cifar_cfg(),
+        "resnet26_cifar": _cifar_cfg(),
+    }
+)
+
+
+def _resnet(variant: str, pretrained: bool, **kwargs: Any) -> ResNet:
+    return build_model_with_cfg(ResNet, variant, pretrained, **{"block": Bottleneck, **kwargs})
+
+
+def _cifar_resnet(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
+    small = {"block": Bottleneck, "channels": (16, 32, 64, 128)}
+    model: CifarResNet = build_model_with_cfg(CifarResNet, variant, pretrained, **{**small, **kwargs})
+    return model
+
+
+@register_model
+def resnet26_paper(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-26 as the paper compares it: bottlenecks at depths 1, 2, 4, 1; 13.70 M parameters."""
+    return _resnet("resnet26_paper", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})
+
+
+@register_model
+def resnet38_paper(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-38 as the paper compares it: bottlenecks at depths 2, 3, 5, 2; 19.63 M parameters."""
+    return _resnet("resnet38_paper", pretrained, **{"layers": (2, 3, 5, 2), **kwargs})
+
+
+@register_model
+def resnet14_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """The twin of rednet14_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
+    return _cifar_resnet("resnet14_cifar", pretrained, **{"layers": (1, 1, 1, 1), **kwargs})
+
+
+@register_model
+def resnet26_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """The twin of rednet26_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
+    return _cifar_resnet("resnet26_cifar", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})

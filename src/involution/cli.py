@@ -1,0 +1,118 @@
+"""The `involution` command: a dispatcher that loads nothing before it knows the verb."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+_TRAINING = {
+    "fit": "train a model, validating after every epoch",
+    "validate": "evaluate on the validation set",
+    "test": "evaluate on the test set",
+    "predict": "run the model over images",
+}
+_TASKS_EXTRA = ("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: without the program's name; None takes sys.argv's.
+
+    Returns:
+        The exit code: 0, 1 where something is missing, 2 for a wrong call.
+    """
+    verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if verb in ("-h", "--help"):
+        print(_help())
+        return 0
+    if verb == "--version":
+        print(f"involution {version('involution')}")
+        return 0
+    verbs: dict[str, Callable[[list[str]], int]] = {"doctor": _doctor}
+    verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
+    if verb not in verbs:
+        print(f"involution: verb must be one of {', '.join([*_TRAINING, 'doctor'])}, got {verb!r}", file=sys.stderr)
+        return 2
+    return verbs[verb](rest)
+
+
+def _help() -> str:
+    training = "\n".join(f"  {verb:9} {what}" for verb, what in _TRAINING.items())
+    return f"""usage: involution VERB [options]
+
+{training}
+  doctor    show what runs here: backends, versions, instruction set, threads
+
+  involution fit -c digits_rednet                       a packaged recipe
+  involution fit -c recipe.yaml --trainer.max_epochs 3  a file, with an option changed
+  involution test -c digits_rednet --ckpt_path runs/digits_rednet/version_0/checkpoints/best.ckpt
+
+involution VERB --help lists a verb's options; involution --version prints the version."""
+
+
+def _train(verb: str, rest: list[str]) -> int:
+    missing = [module for module in _TASKS_EXTRA if find_spec(module) is None]
+    if missing:
+        print(
+            f"involution {verb} needs {', '.join(missing)}, not installed here: pip install 'involution[tasks]'",
+            file=sys.stderr,
+        )
+        return 1
+    from .tasks.recipes import resolve_configs
+
+    try:
+        resolve_configs(rest)  # before the slow imports
+    except ValueError as error:
+        print(f"involution {verb}: {error}", file=sys.stderr)
+        return 2
+    from . import zoo  # noqa: F401  (registers our models with timm)
+    from .tasks.command import run
+
+    run([verb, *rest])
+    return 0
+
+
+def _doctor(rest: list[str]) -> int:
+    """Prints backends, versions, and the machine as torch and the kernels see it."""
+    import platform
+
+    import torch
+
+    from .ops import cpu
+    from .ops.selection import backends
+
+    if rest:
+        print(f"involution doctor takes no arguments, got {' '.join(rest)}", file=sys.stderr)
+        return 2
+    facts = {package: _version(package) for package in ("involution", "timm", "lightning")}
+    facts |= {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "instruction set": cpu.instruction_set() if cpu.library() else f"none: {cpu.why_not()}",
+        "threads": str(torch.get_num_threads()),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
+    }
+    for name, value in facts.items():
+        print(f"{name:16} {value}")
+    print(f"\n{'backend':16} {'available':10} {'serves':8} reason")
+    for backend in backends():
+        print(f"{backend.name:16} {_yes(backend.available):10} {_yes(backend.serves):8} {backend.reason}".rstrip())
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Training curves from the metrics.csv files that runs leave."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+Curve = tuple[list[int], list[float]]
+
+
+def read_curve(file: Path, metric: str) -> Curve:
+    """One metric of a run: the epochs, counted from 1, and the values at them.
+
+    Raises:
+        ValueError: the file has no such metric.
+    """
+    with file.open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row.get(metric)]
+    if not rows:
+        raise ValueError(f"metric must be a column with values of {file}, got {metric!r}")
+    return [int(row["epoch"]) + 1 for row in rows], [float(row[metric]) for row in rows]
+
+
+def draw_curves(runs: Mapping[str, Path], file: Path, title: str = "") -> Figure:
+    """Draws loss (left) and accuracy (right) over epochs, training dashed and validation solid, a colour per run.
+
+    Args:
+        runs: name -> metrics.csv of a classification run.
+        file: where the picture goes; its folder is made.
+        title: above everything.
+
+    Returns:
+        The figure, already saved.
+
+    Raises:
+        ValueError: a file lacks a metric.
+    """
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
+    if title:
+        figure.suptitle(title)
+    for axis, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        for colour, (name, metrics) in enumerate(runs.items()):
+            for part, style in (("train", "--"), ("val", "-")):
+                axis.plot(*read_curve(metrics, f"{part}/{metric}"), style, color=f"C{colour}", label=f"{name}, {part}")
+        axis.set_xlabel("epoch")
+        axis.set_ylabel(metric)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
+    return figure

@@ -1,0 +1,103 @@
+"""What the classification data modules share: loaders, a data set in memory, and a split that keeps class shares."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Sample = tuple[Tensor, int]
+Transform = Callable[[Any], Tensor]
+
+
+class TensorImages(Dataset[Sample]):
+    """Images [N, C, H, W] and labels [N] held in memory, as (transformed image, label) pairs."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: Transform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(self.images[index]), int(self.labels[index])
+
+
+class ClassificationData(LightningDataModule):
+    """Loaders over `train_set`, `val_set` and `test_set`, which a subclass makes in `setup`.
+
+    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Only training is shuffled; prediction runs over the
+    test set.
+
+    Args:
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+    """
+
+    classes: list[str]
+    train_set: Dataset[Sample]
+    val_set: Dataset[Sample]
+    test_set: Dataset[Sample]
+
+    def __init__(self, batch_size: int, num_workers: int) -> None:
+        super().__init__()
+        self.batch_size, self.num_workers = batch_size, num_workers
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """Shuffled batches of the training set."""
+        return self._loader(self.train_set, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the validation set."""
+        return self._loader(self.val_set)
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test set."""
+        return self._loader(self.test_set)
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        """Batches of the test set."""
+        return self._loader(self.test_set)
+
+    def _loader(self, dataset: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=shuffle,  # by keyword: Lightning makes the loader again for prediction, with its own sampler
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def normalised(*steps: v2.Transform, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Transform:
+    """The steps, then float32 in 0..1, then (x - mean) / std per channel."""
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+
+
+def stratified_split(labels: Tensor, held_out: int | float) -> tuple[Tensor, Tensor]:
+    """Splits indices at random, always the same way, so that classes keep their shares.
+
+    Args:
+        labels: [N].
+        held_out: size of the second part, a count or a fraction of N.
+
+    Returns:
+        Indices of the first and the second part, int64.
+    """
+    kept, held = train_test_split(
+        torch.arange(len(labels)).numpy(), test_size=held_out, stratify=labels.numpy(), random_state=0
+    )
+    return torch.from_numpy(kept), torch.from_numpy(held)

@@ -1,0 +1,75 @@
+"""The LightningCLI behind `involution fit | validate | test | predict`, the same for every task."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from .recipes import resolve_configs
+
+
+class TaskCLI(LightningCLI):
+    """LightningCLI with this project's defaults.
+
+    Beside LightningCLI's own arguments there is `checkpoint`, the ModelCheckpoint that keeps best.ckpt (by
+    `checkpoint.monitor`; without one the latest); last.ckpt is that of the last complete epoch. The model's
+    num_classes comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir:
+    config.yaml, metrics.csv, TensorBoard's events, checkpoints.
+    """
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As LightningCLI's, without its warning about `args` beside a filled sys.argv: the dispatcher owns that."""
+        self.config = parser.parse_args(args)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `checkpoint` and takes the number of classes from the data."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.filename": "best"})
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs to CSV and TensorBoard unless `trainer.logger` says otherwise."""
+        trainer = self.config[self.subcommand]["trainer"]
+        if trainer["logger"] in (None, True):
+            kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
+        return super().instantiate_trainer(**kwargs)
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    """Both write into the same `version_N`; left alone, each would count its own."""
+    csv = CSVLogger(folder, name="", flush_logs_every_n_steps=20)
+    return [csv, TensorBoardLogger(folder, name="", version=csv.version, default_hp_metric=False)]
+
+
+def run(arguments: list[str]) -> TaskCLI:
+    """Runs one verb.
+
+    Args:
+        arguments: the verb (fit, validate, test, predict), then LightningCLI's arguments. `-c` also takes the name of
+            a packaged recipe, and runs/<that name> is then where the run writes.
+
+    Returns:
+        The finished LightningCLI, with `.trainer`, `.model` and `.datamodule`.
+
+    Raises:
+        ValueError: a config is neither a file nor a recipe.
+        SystemExit: an argument is wrong (jsonargparse's message is on stderr).
+    """
+    resolved, name = resolve_configs(arguments)
+    # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    return TaskCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": last},
+        parser_kwargs={"prog": "involution"},
+        args=resolved,
+    )

@@ -1,0 +1,38 @@
+import pytest
+
+from involution.show.curves import draw_curves, read_curve
+
+METRICS = """epoch,lr,step,train/accuracy,train/loss,val/accuracy,val/loss
+0,0.1,9,,,,
+0,,20,,,0.5,1.5
+0,,20,0.4,2.0,,
+1,,41,,,0.75,1.0
+1,,41,0.7,1.25,,
+"""
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    file = tmp_path / "metrics.csv"
+    file.write_text(METRICS)
+    return file
+
+
+def test_read_curve(metrics):
+    assert read_curve(metrics, "val/accuracy") == ([1, 2], [0.5, 0.75])
+    assert read_curve(metrics, "train/loss") == ([1, 2], [2.0, 1.25])
+
+
+@pytest.mark.parametrize("metric", ["test/loss", "nothing"])
+def test_missing_metric(metrics, metric):
+    with pytest.raises(ValueError, match=f"'{metric}'"):
+        read_curve(metrics, metric)
+
+
+def test_curves_hold_every_run_and_part(metrics, tmp_path):
+    figure = draw_curves({"a": metrics, "b": metrics}, tmp_path / "out" / "curves.png")
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    loss, accuracy = figure.axes
+    assert [line.get_label() for line in loss.lines] == ["a, train", "a, val", "b, train", "b, val"]
+    assert list(accuracy.lines[1].get_ydata()) == [0.5, 0.75]
+    assert list(loss.lines[2].get_ydata()) == [2.0, 1.25]

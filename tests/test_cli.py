@@ -1,0 +1,97 @@
+import json
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+
+import pytest
+import torch
+
+from involution.cli import main
+from involution.ops.selection import backends
+
+
+def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_help_loads_no_torch_and_is_quick():
+    code = """
+import json, sys
+from involution.cli import main
+code = main(["--help"])
+print(json.dumps([code, sorted({name.partition(".")[0] for name in sys.modules})]))
+"""
+    started = time.perf_counter()
+    done = in_fresh_python(code)
+    seconds = time.perf_counter() - started
+    *text, last = done.stdout.splitlines()
+    exit_code, modules = json.loads(last)
+    assert exit_code == 0
+    assert text[0].startswith("usage: involution")
+    assert not {"torch", "lightning", "timm", "numpy", "rich"} & set(modules)
+    assert seconds < 1
+
+
+def test_no_verb_prints_help(capsys):
+    assert main([]) == 0
+    assert "usage: involution" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"involution {version('involution')}\n"
+
+
+def test_unknown_verb(capsys):
+    assert main(["fti"]) == 2
+    captured = capsys.readouterr()
+    assert "'fti'" in captured.err
+    assert "fit, validate, test, predict, doctor" in captured.err
+    assert captured.out == ""
+
+
+def test_unknown_recipe_lists_the_known_ones(capsys):
+    assert main(["fit", "-c", "digits_rednett"]) == 2
+    message = capsys.readouterr().err
+    assert "'digits_rednett'" in message
+    assert "digits_rednet," in message
+
+
+def test_missing_extra_is_named_without_traceback():
+    code = """
+import sys
+sys.modules["lightning"] = None
+from involution.cli import main
+sys.exit(main(["fit", "-c", "digits_rednet"]))
+"""
+    done = in_fresh_python(code)
+    assert done.returncode == 1
+    assert "needs lightning" in done.stderr
+    assert "pip install 'involution[tasks]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor_shows_backends_and_versions(capsys):
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    words = {line.split()[0]: line.split()[1:] for line in lines if line}
+    assert words["torch"] == [torch.__version__]
+    assert words["threads"] == [str(torch.get_num_threads())]
+    for backend in backends():
+        assert words[backend.name][0] == ("yes" if backend.available else "no")
+
+
+def test_doctor_refuses_arguments(capsys):
+    assert main(["doctor", "--json"]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["fit", "-c", "digits_rednet", "--model.no_such_option", "1"], ["fit", "-c"]])
+def test_wrong_options_exit_with_2(arguments, capsys):
+    try:
+        code = main(arguments)
+    except SystemExit as exit:  # jsonargparse's way out
+        code = exit.code
+    assert code == 2
+    assert capsys.readouterr().err

@@ -70,7 +70,7 @@ def picture(trained: TaskCLI, file: Path) -> None:
     test_set = trained.datamodule.test_set
     chosen = [int((test_set.labels == digit).nonzero()[0, 0]) for digit in range(10)]
     batch = torch.stack([test_set[index][0] for index in chosen])
-    maps = catch_kernel_maps(trained.model, batch.to(trained.model.device), LAYERS)
+    maps = catch_kernel_maps(trained.model.net, batch.to(trained.model.device), list(LAYERS))
     heats = {LAYERS[name]: kernel_heat(kernels) for name, kernels in maps.items()}
     draw_kernels(test_set.images[chosen], heats, file, title="What the kernels sum to, at every position")
 
@@ -81,7 +81,8 @@ def main(arguments: list[str]) -> None:
     trained = {network: train(network, arguments) for network in RECIPES}
     summary = {network: evaluate(cli) for network, cli in trained.items()}
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    draw_curves({NAMES[network]: metrics_file(cli) for network, cli in trained.items()}, FOLDER / "curves.png")
+    logs = {NAMES[network]: metrics_file(cli) for network, cli in trained.items()}
+    draw_curves(logs, FOLDER / "curves.png", title="Handwritten digits (the training loss includes label smoothing)")
     picture(trained["rednet"], FOLDER / "kernels.png")
     console = Console()
     console.print(table(summary))

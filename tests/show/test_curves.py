@@ -35,4 +35,5 @@ def test_curves_hold_every_run_and_part(metrics, tmp_path):
     loss, accuracy = figure.axes
     assert [line.get_label() for line in loss.lines] == ["a, train", "a, val", "b, train", "b, val"]
     assert list(accuracy.lines[1].get_ydata()) == [0.5, 0.75]
+    assert loss.get_ylim()[1] == 4.0  # twice the largest training loss, so that one bad validation hides nothing
     assert list(loss.lines[2].get_ydata()) == [2.0, 1.25]

@@ -133,6 +133,21 @@ def test_evaluation_takes_a_checkpoint(tmp_path, verb):
     assert part is None or f"{part}/accuracy" in evaluated.trainer.callback_metrics
 
 
+def test_predict_writes_a_table(tmp_path):
+    root = write_tree(tmp_path / "images")
+    small = ["--model.model_name", "rednet14_cifar", "--data.image_size", "32", "--data.resize", "36"]
+    cli = run(["predict", "-c", "imagefolder_rednet50", *QUICK, "--data.root", str(root), *small])
+    file = tmp_path / "runs" / "imagefolder_rednet50" / "version_0" / "predictions.csv"
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["image"] for row in rows] == [f"test/{name}/{i}.jpg" for name in ("cat", "dog") for i in range(2)]
+    batch = torch.stack([cli.datamodule.test_set[i][0] for i in range(4)])
+    with torch.no_grad():
+        probabilities = cli.model.eval()(batch).softmax(dim=1)
+    assert [row["class"] for row in rows] == [["cat", "dog"][i] for i in probabilities.argmax(dim=1)]
+    assert [float(row["probability"]) for row in rows] == pytest.approx(probabilities.amax(dim=1).tolist(), abs=1e-4)
+
+
 def test_checkpoint_loads_without_the_command(tmp_path):
     trained = run([*FIT, "--trainer.max_epochs", "1"])
     loaded = Classifier.load_from_checkpoint(tmp_path / "runs/digits_resnet/version_0/checkpoints/last.ckpt").eval()

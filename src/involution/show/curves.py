@@ -25,6 +25,9 @@ def read_curve(file: Path, metric: str) -> Curve:
 def draw_curves(runs: Mapping[str, Path], file: Path, title: str = "") -> Figure:
     """Draws loss (left) and accuracy (right) over epochs, training dashed and validation solid, a colour per run.
 
+    The loss axis is logarithmic and ends above the training losses: early in training, while the norms' running
+    statistics lag behind, a validation loss can be thousands.
+
     Args:
         runs: name -> metrics.csv of a classification run.
         file: where the picture goes; its folder is made.
@@ -39,7 +42,8 @@ def draw_curves(runs: Mapping[str, Path], file: Path, title: str = "") -> Figure
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     if title:
         figure.suptitle(title)
-    for axis, metric in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+    panels = figure.subplots(1, 2)
+    for axis, metric in zip(panels, ("loss", "accuracy"), strict=True):
         for colour, (name, metrics) in enumerate(runs.items()):
             for part, style in (("train", "--"), ("val", "-")):
                 axis.plot(*read_curve(metrics, f"{part}/{metric}"), style, color=f"C{colour}", label=f"{name}, {part}")
@@ -48,6 +52,9 @@ def draw_curves(runs: Mapping[str, Path], file: Path, title: str = "") -> Figure
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
+    highest = max(value for metrics in runs.values() for value in read_curve(metrics, "train/loss")[1])
+    panels[0].set_yscale("log")
+    panels[0].set_ylim(top=2 * highest)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
     return figure

@@ -62,7 +62,8 @@ def kernel_heat(kernel_map: Tensor) -> Tensor:
 def draw_kernels(images: Tensor, heats: Mapping[str, Tensor], file: Path, title: str = "") -> Figure:
     """Draws a column per image and, below the images, a row per group of each layer (paper, Figure 4).
 
-    A row shares no colour scale with another, since groups differ in range; within a row all images share one.
+    A row shares no colour scale with another, since groups differ in range; within a row all images share one, from
+    the 2nd to the 98th percentile, so that a few extreme positions do not take it all.
 
     Args:
         images: [N, 3, H, W] or [N, 1, H, W], in 0..1.
@@ -93,7 +94,7 @@ def draw_kernels(images: Tensor, heats: Mapping[str, Tensor], file: Path, title:
     _label(axes[0, 0], "image")
     for row, (name, group) in zip(axes[1:], rows, strict=True):
         heat = heats[name][:, group].float().cpu()
-        low, high = heat.min().item(), heat.max().item()
+        low, high = heat.quantile(torch.tensor([0.02, 0.98])).tolist()
         for axis, one in zip(row, heat, strict=True):
             axis.imshow(one.numpy(), cmap="viridis", vmin=low, vmax=high, interpolation="nearest")
         _label(row[0], f"{name}\n{heat.shape[1]}x{heat.shape[2]}, group {group}")

@@ -1,5 +1,6 @@
 """The LightningCLI behind `involution fit | validate | test | predict`, the same for every task."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ class TaskCLI(LightningCLI):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         return super().instantiate_trainer(**kwargs)
 
+    def predict(self, **arguments: Any) -> None:
+        """What the verb runs: predicts, and has the model write predictions.csv into the run's folder."""
+        outputs = self.trainer.predict(**arguments)
+        file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self.model.write_predictions(outputs, self.datamodule, file)
+        print(f"wrote {file}")
+
 
 def _loggers(folder: Path) -> list[Logger]:
     """Both write into the same `version_N`; left alone, each would count its own."""
@@ -58,6 +67,8 @@ def run(arguments: list[str]) -> TaskCLI:
         ValueError: a config is neither a file nor a recipe.
         SystemExit: an argument is wrong (jsonargparse's message is on stderr).
     """
+    # Lightning's own use of torch, which nobody here can act on.
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     resolved, name = resolve_configs(arguments)
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)

@@ -1,6 +1,7 @@
 """What the classification data modules share: loaders, a data set in memory, and a split that keeps class shares."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class ClassificationData(LightningDataModule):
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
+
+    def image_names(self) -> Iterable[str]:
+        """Names of the images that prediction runs over, in its order; here their places in the test set."""
+        return map(str, itertools.count())
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of the training set."""

@@ -29,6 +29,8 @@ class ImageFolder(ClassificationData):
         ValueError: root/train holds no class folder; the classes of val or test are not those of train.
     """
 
+    test_set: datasets.ImageFolder
+
     def __init__(
         self, root: str, batch_size: int = 64, num_workers: int = 2, image_size: int = 224, resize: int = 256
     ) -> None:
@@ -49,6 +51,10 @@ class ImageFolder(ClassificationData):
             self.val_set = self._read("val", centre)
         else:
             self.test_set = self._read("test", centre)
+
+    def image_names(self) -> list[str]:
+        """Paths of the test images below `root`."""
+        return [str(Path(path).relative_to(self.root)) for path, _ in self.test_set.samples]
 
     def _read(self, split: str, steps: Sequence[v2.Transform]) -> datasets.ImageFolder:
         found = self._class_folders(split)

@@ -1,8 +1,11 @@
 """Training and evaluating an image classifier."""
 
+import csv
 import math
 import time
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,6 +18,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from .data import ClassificationData
 
 Batch = tuple[Tensor, Tensor]
 
@@ -68,8 +72,10 @@ class Classifier(LightningModule):
         self.save_hyperparameters()
         self.num_classes = num_classes
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        net: nn.Module = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
-        self.net = net.to(memory_format=self.memory_format)
+        net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
+        self.net: nn.Module = net.to(memory_format=self.memory_format)
+        channels = (model_kwargs or {}).get("in_chans", 3)
+        self.example_input_array = torch.zeros(1, channels, *net.pretrained_cfg["input_size"][1:])  # for the summary
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
@@ -111,10 +117,25 @@ class Classifier(LightningModule):
         logits = self(images)
         loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         metrics.update(logits, labels)
-        shown: dict[str, Any] = {"on_step": False, "on_epoch": True, "prog_bar": True, "batch_size": len(labels)}
-        self.log(f"{stage}/loss", loss, **shown)
-        self.log_dict(metrics, **shown)
+        when: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", **when)
+        self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
+
+    def write_predictions(self, outputs: Sequence[Tensor], data: ClassificationData, file: Path) -> None:
+        """Writes a CSV file of image, class and probability, the likeliest class of each image.
+
+        Args:
+            outputs: what `predict_step` returned, batch by batch.
+            data: what was predicted; gives the names of images and classes.
+            file: to write.
+        """
+        likeliest = torch.cat(list(outputs)).max(dim=1)
+        with file.open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["image", "class", "probability"])
+            for name, index, probability in zip(data.image_names(), likeliest.indices, likeliest.values, strict=False):
+                writer.writerow([name, data.classes[int(index)], f"{float(probability):.4f}"])
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""

@@ -219,6 +219,14 @@ def test_blocks_start_as_their_shortcuts() -> None:
     assert all((m.bn3.weight == 1).all() for m in model.modules() if hasattr(m, "downsample"))
 
 
+def test_every_convolution_starts_from_hes_distribution() -> None:
+    for name, module in create("rednet26").named_modules():
+        if isinstance(module, nn.Conv2d):
+            fan_out = module.out_channels * math.prod(module.kernel_size)
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2), name
+            assert module.bias is None or not module.bias.any()
+
+
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("in_chans", [1, 5])
 def test_in_chans(name: str, in_chans: int) -> None:

@@ -1,6 +1,5 @@
 // adjoint: dx[n, c, i] = sum over every (u, o) with o*stride + u*dilation - padding = i of k[n, g(c), u, o] * g[n, c, o]
 //
-// Gathered, so that every dx has one writer: for each input position, the output positions that read it.
 #include "geometry.h"
 
 namespace involution {
@@ -8,77 +7,75 @@ namespace INVOLUTION_ISA {
 namespace {
 
 // ------------------------------------------------------------------------------------------------ channels last
-// One vector holds W channels of a group at one position. A tile is T input positions in a row: T sums in registers.
+// apply, run backwards: a tile is T output positions in a row, and for every kernel row the input positions that it
+// reaches are loaded, added to, and stored again. The kernel map streams by once, as it lies in memory. One thread has
+// all positions of an image's groups, so every dx has one writer.
 
+// Where a tile lies. Pointers are at the group's first channel (g, dx) or tap (k) of the tile's first position.
 template <class T>
 struct Tile {
-  const T* image;  // g of this image and group, position (0, 0, 0)
-  const T* k;      // the same of the kernel map
-  T* dx;           // of this image, group and row, position 0
+  T* image;  // dx of this image and group, position (0, 0, 0)
+  const T* k;
+  const T* grad;
   Index step;      // numbers from one position to the next in g and dx: the channels
   Index k_step;    // the same in k: groups * taps
-  Index depth, height, first;  // input position where the tile starts; `first` may be outside
+  Range taps[2];   // the taps of the two slow axes that meet the input
+  Index start[3];  // input position of tap (0, 0, 0) at the tile's first output position
 };
 
-// K and S are the fast axis' kernel size and stride where they are known (dilation 1, and first + padding a multiple of
-// S); 0, 0 reads the geometry. With them known, every g is loaded once for all the sums it belongs to.
+// K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
+// them known, every dx is loaded and stored once for all the products it gets from a kernel row.
 template <class T, int W, int Positions, int K, int S, bool Inside>
 INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
   using V = Vector<T, W>;
-  V sum[Positions] = {};
-  for (Index a = 0; a < g.kernel[0]; ++a) {
-    const Index od = output_at(g, 0, tile.depth, a);
-    if (od < 0) continue;
-    for (Index b = 0; b < g.kernel[1]; ++b) {
-      const Index oh = output_at(g, 1, tile.height, b);
-      if (oh < 0) continue;
-      const Index row = (od * g.output[1] + oh) * g.output[2];
-      const T* grad = tile.image + row * tile.step;
-      const T* k = tile.k + row * tile.k_step + (a * g.kernel[1] + b) * g.kernel[2];
+  const Index width = g.input[2];
+  for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
+    for (Index b = tile.taps[1].first; b < tile.taps[1].end; ++b) {
+      const Index depth = tile.start[0] + a * g.dilation[0], height = tile.start[1] + b * g.dilation[1];
+      T* dx = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * tile.step;
+      const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
       if constexpr (K > 0) {
-        constexpr int before = (K - 1) / S, after = (Positions - 1) / S;  // outputs that reach the tile, around `o`
-        const Index o = (tile.first + g.padding[2]) / S;
-        unroll<before + after + 1>([&](auto q) INVOLUTION_BODY {
-          constexpr int j = decltype(q)::value - before;
-          if (!Inside && !within(o + j, g.output[2])) return;
-          V here = load<V>(grad + (o + j) * tile.step);
+        constexpr int reach = (Positions - 1) * S + K;
+        V sum[reach] = {};
+        unroll<reach>([&](auto q) INVOLUTION_BODY {
+          if (Inside || within(tile.start[2] + q, width)) sum[q] = load<V>(dx + q * tile.step);
+        });
+        unroll<Positions>([&](auto t) INVOLUTION_BODY {
+          V here = load<V>(tile.grad + t * tile.step);
           keep(here);
-          unroll<Positions>([&](auto t) INVOLUTION_BODY {
-            constexpr int v = decltype(t)::value - S * j;
-            if constexpr (v >= 0 && v < K) sum[t] += here * k[(o + j) * tile.k_step + v];
-          });
+          unroll<K>([&](auto v) INVOLUTION_BODY { sum[t * S + v] += here * k[t * tile.k_step + v]; });
+        });
+        unroll<reach>([&](auto q) INVOLUTION_BODY {
+          if (Inside || within(tile.start[2] + q, width)) store(dx + q * tile.step, sum[q]);
         });
       } else {
         for (Index v = 0; v < g.kernel[2]; ++v) {
           unroll<Positions>([&](auto t) INVOLUTION_BODY {
-            const Index o = output_at(g, 2, tile.first + t, v);
-            if (o >= 0) sum[t] += load<V>(grad + o * tile.step) * k[o * tile.k_step + v];
+            const Index q = t * g.stride[2] + v * g.dilation[2];
+            if (!Inside && !within(tile.start[2] + q, width)) return;
+            T* at = dx + q * tile.step;
+            store(at, load<V>(at) + load<V>(tile.grad + t * tile.step) * k[t * tile.k_step + v]);
           });
         }
       }
     }
   }
-  unroll<Positions>([&](auto t) INVOLUTION_BODY {
-    if (Inside || within(tile.first + t, g.input[2])) store(tile.dx + (tile.first + t) * tile.step, sum[t]);
-  });
 }
 
 template <class T, int W, int Positions, int K, int S>
 void adjoint_positions(const Geometry& g, const Tile<T>& tile) {
-  if constexpr (K > 0) {
-    const Index o = (tile.first + g.padding[2]) / S;
-    if (tile.first >= 0 && tile.first + Positions <= g.input[2] && o - (K - 1) / S >= 0 &&
-        o + (Positions - 1) / S < g.output[2]) {
-      return adjoint_tile<T, W, Positions, K, S, true>(g, tile);
-    }
+  const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
+  if (tile.start[2] >= 0 && end < g.input[2]) {
+    adjoint_tile<T, W, Positions, K, S, true>(g, tile);
+  } else {
+    adjoint_tile<T, W, Positions, K, S, false>(g, tile);
   }
-  adjoint_tile<T, W, Positions, K, S, false>(g, tile);
 }
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
 template <class T, int W, int Positions, int K, int S>
 INVOLUTION_INLINE void adjoint_group(const Geometry& g, Tile<T> tile, Index channels) {
-  for (; channels >= W; channels -= W, tile.image += W, tile.dx += W) {
+  for (; channels >= W; channels -= W, tile.image += W, tile.grad += W) {
     adjoint_positions<T, W, Positions, K, S>(g, tile);
   }
   if constexpr (W > 1) {
@@ -86,36 +83,52 @@ INVOLUTION_INLINE void adjoint_group(const Geometry& g, Tile<T> tile, Index chan
   }
 }
 
-// One row of input positions in tiles.
+// One row of output positions from `first` on, in tiles; the rest in tiles of half the size, and so on. The groups of a
+// tile come before the next tile, as the kernel map lies in memory.
 template <class T, int Positions, int K, int S>
-void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row, Range groups) {
-  const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.input[2];
-  const Index n = row / (g.input[0] * g.input[1]);
-  Tile<T> tile;
-  tile.step = g.channels;
-  tile.k_step = g.groups * taps;
-  tile.depth = row / g.input[1] % g.input[0];
-  tile.height = row % g.input[1];
-  tile.first = K > 0 ? -(g.padding[2] % S) : 0;
-  for (; tile.first < row_length; tile.first += Positions) {
+void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row, Index first, Range groups, Tile<T> tile) {
+  const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
+  for (; first + Positions <= row_length; first += Positions) {
+    const Index position = row * row_length + first;
+    tile.start[2] = first * g.stride[2] - g.padding[2];
     for (Index group = groups.first; group < groups.end; ++group) {
-      tile.image = grad + n * volume(g.output) * g.channels + group * width;
-      tile.k = k + n * volume(g.output) * tile.k_step + group * taps;
-      tile.dx = dx + row * row_length * g.channels + group * width;
+      fetch_ahead(k + position * tile.k_step, Positions * tile.k_step, group, g.groups);
+      tile.image = dx + group * width;
+      tile.k = k + position * tile.k_step + group * taps;
+      tile.grad = grad + position * g.channels + group * width;
       adjoint_group<T, kLanes<T>, Positions, K, S>(g, tile, width);
     }
+  }
+  if constexpr (Positions > 1) {
+    if (first < row_length) adjoint_row<T, Positions / 2, K, S>(g, grad, k, dx, row, first, groups, tile);
   }
 }
 
 template <class T, int K, int S>
 void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) {
-  const Items items(g, g.input[0] * g.input[1]);
-  with_tile_size(g.input[2], [&](auto positions) {
-    constexpr int size = decltype(positions)::value;
-    constexpr int positions_in_phase = S > 1 ? (size + S - 1) / S * S : size;  // every tile starts at the same phase
-    in_parallel(g, items.count(), [&](Index i) {
-      adjoint_row<T, positions_in_phase, K, S>(g, grad, k, dx, items.row(i), items.groups(i, g));
-    });
+  constexpr int most = kRegisters == 32 ? 14 : 7;        // positions whose reach fits the registers at stride 1
+  constexpr int positions = S > 1 ? (most + 1) / 2 : most;
+  const Index width = g.channels / g.groups, rows = g.output[0] * g.output[1];
+  const Items items(g, 1);
+  in_parallel(g, items.count(), [&](Index i) {
+    const Index n = items.row(i);
+    const Range groups = items.groups(i, g);
+    T* image = dx + n * volume(g.input) * g.channels;
+    for (Index position = 0; position < volume(g.input); ++position) {
+      T* here = image + position * g.channels;
+      for (Index c = groups.first * width; c < groups.end * width; ++c) here[c] = 0;
+    }
+    Tile<T> tile;
+    tile.step = g.channels;
+    tile.k_step = g.groups * volume(g.kernel);
+    for (Index row = n * rows; row < (n + 1) * rows; ++row) {
+      const Index depth = row / g.output[1] % g.output[0], height = row % g.output[1];
+      tile.taps[0] = taps_of_output(g, 0, depth);
+      tile.taps[1] = taps_of_output(g, 1, height);
+      tile.start[0] = depth * g.stride[0] - g.padding[0];
+      tile.start[1] = height * g.stride[1] - g.padding[1];
+      adjoint_row<T, positions, K, S>(g, grad, k, image, row, 0, groups, tile);
+    }
   });
 }
 

@@ -58,7 +58,7 @@ template <class V>
 INVOLUTION_INLINE void keep(V& v) {
   if constexpr (sizeof(V) == kVectorBytes) {
 #if defined(__x86_64__)
-    asm("" : "+x"(v));
+    asm("" : "+v"(v));
 #elif defined(__aarch64__)
     asm("" : "+w"(v));
 #endif

@@ -43,7 +43,7 @@ def test_schedule_without_warmup_starts_at_the_peak():
 
 def test_training_learns_and_logs(tmp_path):
     torch.manual_seed(0)
-    model = Classifier(**SMALL, num_classes=3, lr=0.05, warmup_steps=2, model_kwargs={"zero_init_last": False})
+    model = Classifier("resnet14_cifar", num_classes=3, lr=0.05, warmup_steps=2, model_kwargs={"zero_init_last": False})
     fitted = trainer(tmp_path, max_epochs=30, log_every_n_steps=1)
     fitted.fit(model, Blocks())
     logged = fitted.callback_metrics

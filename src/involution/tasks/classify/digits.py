@@ -17,18 +17,27 @@ class Digits(ClassificationData):
     A scan is upscaled to 24x24 (bilinear) and gets a margin of 4 pixels of background, since its digit fills it to
     the border. Three channels, so that the models are those for CIFAR-10, unchanged. The test set is the fifth that
     train_test_split(test_size=0.2, stratify=y, random_state=0) holds out (360 images); a further `val_fraction` of
-    the other 1,437 is the validation set. Training images are shifted by up to `shift` pixels.
+    the other 1,437 is the validation set. Training images are shifted,
+    rotated, and scaled by up to a tenth.
 
     Args:
         batch_size: images per batch.
         num_workers: loading processes; the images are in memory, so none is fastest.
         val_fraction: of the 1,437 images that are not tested on.
-        shift: pixels at 32x32, where 3 are one pixel of the scan; up to 4 leave the whole digit visible.
+        shift: at most so many pixels at 32x32, where 3 are one pixel of the scan.
+        rotation: at most so many degrees.
     """
 
-    def __init__(self, batch_size: int = 32, num_workers: int = 0, val_fraction: float = 0.1, shift: int = 3) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        val_fraction: float = 0.1,
+        shift: int = 3,
+        rotation: float = 10,
+    ) -> None:
         super().__init__(batch_size, num_workers)
-        self.val_fraction, self.shift = val_fraction, shift
+        self.val_fraction, self.shift, self.rotation = val_fraction, shift, rotation
         self.classes = [str(digit) for digit in range(10)]
 
     def setup(self, stage: str) -> None:
@@ -37,8 +46,11 @@ class Digits(ClassificationData):
         rest, test = stratified_split(labels, 0.2)
         train, val = (rest[part] for part in stratified_split(labels[rest], self.val_fraction))
         plain = normalised(mean=_MEAN, std=_STD)
-        shifted = normalised(v2.RandomCrop(32, padding=self.shift), mean=_MEAN, std=_STD)
-        self.train_set = TensorImages(images[train], labels[train], shifted)
+        moved = v2.RandomAffine(
+            self.rotation, (self.shift / 32,) * 2, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
+        )
+        augmented = normalised(moved, mean=_MEAN, std=_STD)
+        self.train_set = TensorImages(images[train], labels[train], augmented)
         self.val_set = TensorImages(images[val], labels[val], plain)
         self.test_set = TensorImages(images[test], labels[test], plain)
 

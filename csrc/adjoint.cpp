@@ -24,7 +24,7 @@ struct Tile {
 };
 
 // K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
-// them known, every dx is loaded and stored once for all the products it gets from a kernel row.
+// them known, every dx is loaded and stored once for all the products that it gets from a row of the kernel.
 template <class T, int W, int Positions, int K, int S, bool Inside>
 INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
   using V = Vector<T, W>;
@@ -35,19 +35,34 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
       T* dx = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * tile.step;
       const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
       if constexpr (K > 0) {
-        constexpr int reach = (Positions - 1) * S + K;
-        V sum[reach] = {};
-        unroll<reach>([&](auto q) INVOLUTION_BODY {
-          if (Inside || within(tile.start[2] + q, width)) sum[q] = load<V>(dx + q * tile.step);
-        });
+        // A window of K sums slides along: S new ones come in, K products are added, S finished ones go out.
+        V sum[(Positions - 1) * S + K] = {};
+        const T* grad = tile.grad;
+        T* in = dx;
+        const auto come_in = [&](auto q) INVOLUTION_BODY {
+          if (Inside || within(tile.start[2] + q, width)) sum[q] = load<V>(in);
+          in += tile.step;
+          hide(in);
+        };
+        const auto go_out = [&](auto q) INVOLUTION_BODY {
+          if (Inside || within(tile.start[2] + q, width)) store(dx, sum[q]);
+          dx += tile.step;
+          hide(dx);
+        };
+        unroll<K - S>(come_in);
         unroll<Positions>([&](auto t) INVOLUTION_BODY {
-          V here = load<V>(tile.grad + t * tile.step);
+          constexpr int q = t.value * S;
+          unroll<S>([&](auto i) INVOLUTION_BODY { come_in(Constant<q + K - S + i.value>{}); });
+          V here = load<V>(grad);
           keep(here);
-          unroll<K>([&](auto v) INVOLUTION_BODY { sum[t * S + v] += here * k[t * tile.k_step + v]; });
+          unroll<K>([&](auto v) INVOLUTION_BODY { sum[q + v] += here * k[v]; });
+          unroll<S>([&](auto i) INVOLUTION_BODY { go_out(Constant<q + i.value>{}); });
+          grad += tile.step;
+          k += tile.k_step;
+          hide(grad);
+          hide(k);
         });
-        unroll<reach>([&](auto q) INVOLUTION_BODY {
-          if (Inside || within(tile.start[2] + q, width)) store(dx + q * tile.step, sum[q]);
-        });
+        unroll<K - S>([&](auto i) INVOLUTION_BODY { go_out(Constant<Positions * S + i.value>{}); });
       } else {
         for (Index v = 0; v < g.kernel[2]; ++v) {
           unroll<Positions>([&](auto t) INVOLUTION_BODY {
@@ -63,7 +78,7 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
 }
 
 template <class T, int W, int Positions, int K, int S>
-void adjoint_positions(const Geometry& g, const Tile<T>& tile) {
+__attribute__((noinline)) void adjoint_positions(const Geometry& g, const Tile<T>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
     adjoint_tile<T, W, Positions, K, S, true>(g, tile);

@@ -27,28 +27,38 @@ template <class T, int W, int Positions, int K, int S, bool Inside>
 INVOLUTION_INLINE void apply_tile(const Geometry& g, const Tile<T>& tile) {
   using V = Vector<T, W>;
   V sum[Positions] = {};
-  const Index width = g.input[2];
+  const Index width = g.input[2], step = tile.step;
+  const Strided<T> next_position(tile.k_step - S);
   for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
     for (Index b = tile.taps[1].first; b < tile.taps[1].end; ++b) {
       const Index depth = tile.start[0] + a * g.dilation[0], height = tile.start[1] + b * g.dilation[1];
-      const T* x = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * tile.step;
+      const T* x = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * step;
       const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
       if constexpr (K > 0) {
+        // Input position q of the tile meets output position t through tap q - t*S, for t from `first` to `last`. The
+        // weights that it needs are k_step - S numbers apart.
         unroll<(Positions - 1) * S + K>([&](auto q) INVOLUTION_BODY {
-          if (!Inside && !within(tile.start[2] + q, width)) return;
-          V here = load<V>(x + q * tile.step);
-          keep(here);
-          unroll<Positions>([&](auto t) INVOLUTION_BODY {
-            constexpr int v = decltype(q)::value - decltype(t)::value * S;
-            if constexpr (v >= 0 && v < K) sum[t] += here * k[t * tile.k_step + v];
-          });
+          constexpr int first = q.value < K ? 0 : (q.value - K) / S + 1;
+          constexpr int last = q.value / S < Positions ? q.value / S : Positions - 1;
+          if (Inside || within(tile.start[2] + q, width)) {
+            V here = load<V>(x);
+            keep(here);
+            unroll<last - first + 1>([&](auto i) INVOLUTION_BODY {
+              sum[first + i] += here * next_position.template at<i.value>(k);
+            });
+          }
+          constexpr int next_first = q.value + 1 < K ? 0 : (q.value + 1 - K) / S + 1;
+          x += step;
+          k += 1 + (next_first - first) * (tile.k_step - S);
+          hide(x);
+          hide(k);
         });
       } else {
         for (Index v = 0; v < g.kernel[2]; ++v) {
           unroll<Positions>([&](auto t) INVOLUTION_BODY {
             const Index q = t * g.stride[2] + v * g.dilation[2];
             if (!Inside && !within(tile.start[2] + q, width)) return;
-            sum[t] += load<V>(x + q * tile.step) * k[t * tile.k_step + v];
+            sum[t] += load<V>(x + q * step) * k[t * tile.k_step + v];
           });
         }
       }
@@ -58,7 +68,7 @@ INVOLUTION_INLINE void apply_tile(const Geometry& g, const Tile<T>& tile) {
 }
 
 template <class T, int W, int Positions, int K, int S>
-void apply_positions(const Geometry& g, const Tile<T>& tile) {
+__attribute__((noinline)) void apply_positions(const Geometry& g, const Tile<T>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
     apply_tile<T, W, Positions, K, S, true>(g, tile);

@@ -65,6 +65,34 @@ INVOLUTION_INLINE void keep(V& v) {
   }
 }
 
+// Hides where a pointer or number comes from. Without it GCC carries an address of its own through the loops for every
+// unrolled access, far more than there are registers.
+template <class P>
+INVOLUTION_INLINE void hide(P& p) {
+  asm("" : "+r"(p));
+}
+
+// Numbers at equal distances, base[0], base[distance], ..., base[6 * distance], each within reach of one x86 address
+// (base + index * 1, 2, 4 or 8) from three index registers.
+template <class T>
+struct Strided {
+  Index one, three, five;  // multiples of the distance, in bytes
+
+  INVOLUTION_INLINE explicit Strided(Index distance)
+      : one(distance * Index(sizeof(T))), three(3 * one), five(5 * one) {
+    hide(one);
+    hide(three);
+    hide(five);
+  }
+  template <int I>
+  INVOLUTION_INLINE T at(const T* base) const {
+    static_assert(I >= 0 && I < 7);
+    constexpr int times[] = {0, 1, 2, 1, 4, 1, 2};
+    const Index index = I == 3 || I == 6 ? three : I == 5 ? five : one;
+    return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + index * times[I]);
+  }
+};
+
 template <int I>
 using Constant = std::integral_constant<int, I>;
 

@@ -8,6 +8,7 @@ import torch
 
 import involution
 from involution.ops import cpu
+from involution.tasks.recipes import resolve_configs
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -20,6 +21,19 @@ def test_code_runs(block: str) -> None:
         assert names["layer"](names["x"]).shape == (8, 64, 28, 28)
         assert names["y"].shape == (8, 64, 56, 56)
         assert names["y"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_nothing_is_left_to_fill_in_and_files_exist() -> None:
+    assert not re.findall(r"[A-Z]+_TABLE", README)
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
+
+
+def test_commands_name_recipes_that_exist() -> None:
+    commands = re.findall(r"^involution (?:fit|test) (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        resolve_configs(command.split())
 
 
 def rows() -> list[tuple[str, str]]:

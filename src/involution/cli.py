@@ -70,7 +70,11 @@ def _train(verb: str, rest: list[str]) -> int:
     from . import zoo  # noqa: F401  (registers our models with timm)
     from .tasks.command import run
 
-    run([verb, *rest])
+    try:
+        run([verb, *rest])
+    except FileNotFoundError as error:  # data or a checkpoint that is not there
+        print(f"involution {verb}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -80,9 +84,14 @@ def _doctor(rest: list[str]) -> int:
 
     import torch
 
-    from .ops import cpu
-    from .ops.selection import backends
+    try:
+        from .ops import cpu
+        from .ops.selection import backends
 
+        kernels = cpu.library()
+    except ValueError as error:  # an environment variable
+        print(f"involution doctor: {error}", file=sys.stderr)
+        return 1
     if rest:
         print(f"involution doctor takes no arguments, got {' '.join(rest)}", file=sys.stderr)
         return 2
@@ -91,7 +100,7 @@ def _doctor(rest: list[str]) -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "instruction set": cpu.instruction_set() if cpu.library() else f"none: {cpu.why_not()}",
+        "instruction set": cpu.instruction_set() if kernels else f"none: {cpu.why_not(None)}",
         "threads": str(torch.get_num_threads()),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
     }

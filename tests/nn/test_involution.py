@@ -115,6 +115,31 @@ def test_a_generator_with_another_size_is_an_error_that_names_both() -> None:
         layer(torch.randn(1, 8, 6, 6))
 
 
+class Fixed(nn.Module):
+    """Returns the same tensor whatever comes."""
+
+    def __init__(self, kernel_map: torch.Tensor) -> None:
+        super().__init__()
+        self.kernel_map = kernel_map
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.kernel_map
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3, 6, 6), (1, 2, 5, 5, 6, 6), (1, 18, 6, 6), (3, 2, 3, 3, 6, 6)])
+def test_a_generator_with_other_groups_or_kernels_is_an_error(shape: tuple[int, ...]) -> None:
+    layer = Involution2d(8, 3, group_channels=4, kernel_generator=Fixed(torch.randn(shape)))
+    with pytest.raises(ValueError, match=r"\[N, G, \*K\] = \[1, 2, 3, 3\] and 2 output sizes, got"):
+        layer(torch.randn(1, 8, 6, 6))
+
+
+def test_a_generator_that_is_no_module_is_an_error() -> None:
+    with pytest.raises(TypeError, match=r"kernel_generator must be an nn.Module or make one, got 'linear'"):
+        Involution2d(8, group_channels=4, kernel_generator="linear")
+    with pytest.raises(TypeError, match=r"kernel_generator must make an nn.Module, got int"):
+        Involution2d(8, group_channels=4, kernel_generator=lambda *arguments: 3)
+
+
 def test_unbatched_input() -> None:
     layer = Involution2d(32).eval()
     x = torch.randn(32, 6, 7)

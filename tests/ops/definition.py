@@ -12,7 +12,7 @@ from involution.ops import cpu, selection
 
 BACKENDS = ["cpu", "reference"]
 LIBRARY = cpu.library()
-assert LIBRARY is not None, cpu.why_not()
+assert LIBRARY is not None, cpu.why_not(None)
 INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "baseline") if LIBRARY.involution_use(name.encode())]
 LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
 
@@ -67,10 +67,8 @@ class Call(NamedTuple):
         x, k, g = (torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype) for shape in shapes)
         if self.channels_last:
             x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
-            taps, dims = k[0, 0].numel() // max(1, int(np.prod(self.output))), self.dims
-            flat = k.reshape(self.batch, self.groups * taps, *self.output).movedim(1, -1).contiguous().movedim(-1, 1)
+            flat = k.flatten(1, 1 + self.dims).movedim(1, -1).contiguous().movedim(-1, 1)
             k = flat.unflatten(1, (self.groups, *self.kernel))
-            assert k.dim() == 2 + 2 * dims
         return x, k, g
 
 

@@ -165,7 +165,11 @@ BAD = [
     ((x0, k0), {"padding": "full"}, ValueError, "padding must be .*\"same\".*'full'"),
     ((x0, k0), {"padding": "same", "stride": 2}, ValueError, "stride 1, got stride"),
     ((x0, k0), {"dilation": 9}, ValueError, "reaches over 19 positions"),
-    ((x0, k0), {"padding": 1, "dilation": 2**60}, ValueError, "reaches over"),
+    ((x0, k0), {"padding": 1, "dilation": 2**30}, ValueError, "reaches over"),
+    ((x0, k0), {"padding": 1, "dilation": 2**60}, ValueError, "dilation must be at most"),
+    ((x0, k0), {"padding": 1, "stride": 2**63}, ValueError, "stride must be at most"),
+    ((x0, k0), {"padding": 2**31}, ValueError, "padding must be at most"),
+    ((x0.to_sparse(), k0), {}, TypeError, "input must be a strided"),
 ]
 
 
@@ -175,17 +179,64 @@ def test_bad_input_gets_an_error_that_names_it(arguments, options, error, messag
         involution2d(*arguments, **options)
 
 
-def test_operators_called_directly_refuse_shapes_that_do_not_belong_together() -> None:
+def directly(name: str, first, second, size, stride=(1, 1), padding=(1, 1), dilation=(1, 1)):
+    return getattr(torch.ops.involution, name)(first, second, size, stride, padding, dilation)
+
+
+WRONG_SIZES = [
+    ("apply", (x0, k0, [2, 4, 5, 7]), "do not belong together"),
+    ("adjoint", (x0, k0, [2, 6, 5, 6]), "do not belong together"),
+    ("correlate", (x0, x0, [2, 3, 3, 3, 5, 6]), "do not belong together"),
+    ("apply", (x0, k0, [2, 4, 5, 6], (0, 1)), "must be positive"),
+    ("correlate", (x0, x0, [2, 2, 3, 3, 5, 6], (1, 1), (-1, -1)), "not negative"),
+    ("apply", (x0, k0, [2, 4, 5, 6], (1, 1), (1, 1), (2**63 - 1, 1)), "at most"),
+    ("adjoint", (x0, k0, [2, 4, 5, 6], (2**62, 1)), "at most"),
+    ("correlate", (x0, x0[:, :, :0], [2, 2, 3, 3, 5, 6]), "may be empty"),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), WRONG_SIZES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_operators_called_directly_refuse_what_the_kernels_cannot_take(name, arguments, message, channels_last) -> None:
     """The kernels trust the geometry, so the registered operators check it for whoever skips the front door."""
-    ops = torch.ops.involution
-    with pytest.raises(ValueError, match="do not belong together"):
-        ops.apply(x0, k0, [2, 4, 5, 7], [1, 1], [1, 1], [1, 1])
-    with pytest.raises(ValueError, match="do not belong together"):
-        ops.adjoint(x0, k0, [2, 6, 5, 6], [1, 1], [1, 1], [1, 1])
-    with pytest.raises(ValueError, match="do not belong together"):
-        ops.correlate(x0, x0, [2, 3, 3, 3, 5, 6], [1, 1], [1, 1], [1, 1])
-    with pytest.raises(ValueError, match="positive"):
-        ops.apply(x0, k0, [2, 4, 5, 6], [0, 1], [1, 1], [1, 1])
+    first, *rest = arguments
+    if channels_last:
+        first = first.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=message):
+        directly(name, first, *rest)
+
+
+def test_operators_called_directly_refuse_a_mix_of_dtypes_and_devices() -> None:
+    for first, second in ((x0, k0.double()), (x0.int(), k0.int()), (x0, k0.to("meta"))):
+        with pytest.raises(TypeError, match=r"one floating dtype on one device"):
+            torch.ops.involution.apply.default.redispatch(
+                torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), first, second, [2, 4, 5, 6], [1, 1], [1, 1], [1, 1]
+            )
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_windows_far_outside_the_input(name: str, channels_last: bool) -> None:
+    """The largest numbers that the front door lets through."""
+    most = 2**31 - 1
+    x, k = torch.randn(1, 16, 8, dtype=torch.float64), torch.randn(1, 1, 2, 2, dtype=torch.float64)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    # Taps at o * most - most + u * most, so that only (o, u) = (0, 1) and (1, 0) meet the input, both at 0.
+    with backend(name):
+        y = involution1d(x.requires_grad_(), k.requires_grad_(), stride=most, padding=most, dilation=most)
+        dx, dk = torch.autograd.grad(y.sum(), (x, k))
+    expected = torch.zeros_like(y)
+    expected[..., 0], expected[..., 1] = k[0, 0, 1, 0] * x[..., 0], k[0, 0, 0, 1] * x[..., 0]
+    torch.testing.assert_close(y, expected)
+    assert dx[..., 1:].count_nonzero() == 0
+    assert dk.count_nonzero() == 2
+
+
+def test_numpy_integers_are_integers() -> None:
+    one = np.int64(1)
+    assert torch.equal(involution2d(x0, k0, one, (one, one), one), involution2d(x0, k0, 1, 1, 1))
+    assert torch.equal(involution2d(x0, k0, padding=np.array([1, 1])), involution2d(x0, k0, 1, 1, 1))
 
 
 def test_the_package_offers_what_it_lists() -> None:

@@ -46,8 +46,22 @@ def test_records_for_tensors_elsewhere() -> None:
 
 
 def test_a_bad_call_gets_the_front_doors_error() -> None:
+    x, k, *_ = call()
     with pytest.raises(TypeError, match="kernel_map"):
-        involution.backends(torch.randn(1, 4, 5, 5), 3)
+        involution.backends(x, 3)
+    with pytest.raises(ValueError, match="one to three spatial axes"):
+        involution.backends(x, x)
+    with pytest.raises(TypeError, match="one dtype"):
+        involution.backends(x, k.double(), padding=1)
+    with pytest.raises(ValueError, match=r"spatial sizes \[3, 3\]"):
+        involution.backends(x, k)
+    with pytest.raises(TypeError, match="pad"):
+        involution.backends(x, k, pad=1)
+
+
+def test_an_unbatched_call_and_keywords() -> None:
+    x, k, *_ = call()
+    assert involution.backends(x[0], k[0], padding=1) == involution.backends(x, k, 1, 1)
 
 
 def test_the_forced_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,3 +153,8 @@ def test_checkpoint_loads_without_the_command(tmp_path):
     loaded = Classifier.load_from_checkpoint(tmp_path / "runs/digits_resnet/version_0/checkpoints/last.ckpt").eval()
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(images), trained.model.eval()(images))
+
+
+def test_num_classes_beside_the_data_is_refused():
+    with pytest.raises(ValueError, match=r"num_classes comes from the data, got --model.num_classes=7"):
+        run([*FIT, "--model.num_classes=7"])

@@ -36,7 +36,7 @@ class _Involution(nn.Module):
             ("group_channels", group_channels),
             ("reduction_ratio", reduction_ratio),
         ):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if channels % group_channels != 0:
             raise ValueError(
@@ -62,8 +62,12 @@ class _Involution(nn.Module):
             )
         elif isinstance(kernel_generator, nn.Module):
             self.generator = kernel_generator
+        elif not callable(kernel_generator):
+            raise TypeError(f"kernel_generator must be an nn.Module or make one, got {kernel_generator!r}")
         else:
             self.generator = kernel_generator(channels, self.kernel_size, self.groups, self.stride, self.dilation)
+        if not isinstance(self.generator, nn.Module):
+            raise TypeError(f"kernel_generator must make an nn.Module, got {type(self.generator).__name__}")
         self.to(device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -76,7 +80,14 @@ class _Involution(nn.Module):
             raise ValueError(
                 f"input must be [N, {self.channels}, {axes}] or [{self.channels}, {axes}], got {list(input.shape)}"
             )
-        return involve(input, self.generator(input), self.stride, self._sides, self.dilation)
+        kernel_map = self.generator(input)
+        wanted = (input.shape[0], self.groups, *self.kernel_size)
+        if kernel_map.dim() != 2 + 2 * self.dims or tuple(kernel_map.shape[: 2 + self.dims]) != wanted:
+            raise ValueError(
+                f"the kernel generator must return [N, G, *K, *O] with [N, G, *K] = {list(wanted)} and {self.dims} "
+                f"output sizes, got {list(kernel_map.shape)}"
+            )
+        return involve(input, kernel_map, self.stride, self._sides, self.dilation)
 
     def extra_repr(self) -> str:
         """The arguments, as nn.Conv2d shows its own."""
@@ -116,7 +127,8 @@ class Involution2d(_Involution):
     Shapes: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]; the batch axis may be missing.
 
     Raises:
-        ValueError: an argument or the input does not fit; the generator's map has another size than the output.
+        TypeError: kernel_generator is neither a module nor makes one.
+        ValueError: an argument or the input does not fit; the generator's map does not fit the layer or the output.
     """
 
     dims = 2

@@ -80,9 +80,12 @@ def instruction_set() -> str:
     return name.decode()
 
 
-def why_not() -> str:
-    """Why the kernels cannot be used; empty if they can."""
-    return _load()[1]
+def why_not(tensor: Tensor | None) -> str:
+    """Why the kernels cannot run on tensors like this one, or (None) at all; empty if they can."""
+    reason = _load()[1]
+    if not reason and tensor is not None and tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}"
+    return reason
 
 
 def library() -> ctypes.CDLL | None:
@@ -93,7 +96,7 @@ def library() -> ctypes.CDLL | None:
 def _loaded() -> ctypes.CDLL:
     found = library()
     if found is None:
-        raise RuntimeError(f"the CPU kernels cannot be used: {why_not()}")
+        raise RuntimeError(f"the CPU kernels cannot be used: {why_not(None)}")
     return found
 
 

@@ -1,19 +1,19 @@
 """The front door: involution1d, involution2d and involution3d, with their checks, shape rule and dtype rule."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .geometry import MAPS
+from .geometry import DTYPES, LARGEST, MAPS
 from .registration import evaluate
 
 Ints = int | Sequence[int]
 Padding = Ints | Literal["same", "valid"]
 
 _APPLY = MAPS[0]
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def involution1d(
@@ -75,14 +75,33 @@ def _involution(dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padd
             f"involution{dims}d wants input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
             f"the batch), got input {list(input.shape)} and kernel_map {list(kernel_map.shape)}"
         )
-    return involve(*prepare(input, kernel_map, stride, padding, dilation))
+    return involve(*_in_full(input, kernel_map, stride, padding, dilation))
 
 
-def prepare(
+def check_call(
+    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+) -> tuple[Tensor, Tensor]:
+    """Checks the arguments of an involution1d, 2d or 3d call without running it.
+
+    Returns:
+        The two tensors as a backend would get them: batched, and cast under autocast.
+
+    Raises: as involution2d.
+    """
+    _check_tensors(input, kernel_map)
+    dims = kernel_map.dim() - input.dim()
+    if dims not in (1, 2, 3) or input.dim() not in (dims + 1, dims + 2):
+        raise ValueError(
+            "input and kernel_map must be [N, C, *S] and [N, G, *K, *O] with one to three spatial axes, or both "
+            f"without N, got {list(input.shape)} and {list(kernel_map.shape)}"
+        )
+    return _checked(*_in_full(input, kernel_map, stride, padding, dilation))
+
+
+def _in_full(
     input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
 ) -> tuple[Tensor, Tensor, tuple[int, ...], list[tuple[int, int]], tuple[int, ...]]:
-    """A call's arguments in full, for `involve`: batched tensors, and one number (or pair) per spatial axis."""
-    _check_tensors(input, kernel_map)
+    """A call's arguments in full: batched tensors, and one number (or pair) per spatial axis."""
     dims = kernel_map.dim() - input.dim()
     if input.dim() == dims + 1:
         input, kernel_map = input.unsqueeze(0), kernel_map.unsqueeze(0)
@@ -102,6 +121,19 @@ def involve(
 
     Raises: as involution2d.
     """
+    input, kernel_map = _checked(input, kernel_map, stride, padding, dilation)
+    size = [input.shape[0], input.shape[1], *kernel_map.shape[2 + len(stride) :]]
+    return evaluate(_APPLY, input, kernel_map, size, list(stride), [left for left, _ in padding], list(dilation))
+
+
+def _checked(
+    input: Tensor,
+    kernel_map: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The two tensors, cast under autocast, if they agree with each other and with the window."""
     input, kernel_map = _under_autocast(input, kernel_map)
     _check_agreement(input, kernel_map)
     dims = len(stride)
@@ -122,15 +154,16 @@ def involve(
             f"{list(input.shape)}, kernel_map {list(kernel_map.shape)}, stride {list(stride)}, padding "
             f"{list(padding)}, dilation {list(dilation)})"
         )
-    size = [input.shape[0], input.shape[1], *output]
-    return evaluate(_APPLY, input, kernel_map, size, list(stride), [left for left, _ in padding], list(dilation))
+    return input, kernel_map
 
 
 def _check_tensors(input: Tensor, kernel_map: Tensor) -> None:
     for name, tensor in (("input", input), ("kernel_map", kernel_map)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a strided (dense) tensor, got {tensor.layout}")
+        if tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
@@ -169,25 +202,29 @@ def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
     """One number per spatial axis, from an int or a sequence.
 
     Raises:
-        ValueError: `value` is neither, or below `least`; the message names it.
+        ValueError: `value` is neither, below `least` or absurdly large; the message names it.
     """
-    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    values = tuple(value) if isinstance(value, Iterable) else (value,)
     if len(values) == 1:
         values *= dims
-    if len(values) != dims or any(isinstance(v, bool) or not isinstance(v, int | torch.SymInt) for v in values):
+    if len(values) != dims or not all(
+        isinstance(v, Integral | torch.SymInt) and not isinstance(v, bool) for v in values
+    ):
         raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
     if any(v < least for v in values):
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return values
+    if any(v > LARGEST for v in values):
+        raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
+    return tuple(v if isinstance(v, int | torch.SymInt) else int(v) for v in values)
 
 
 def _sides(
     padding: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Left and right padding of every axis."""
-    if padding == "valid":
+    if isinstance(padding, str) and padding == "valid":
         padding = 0
-    if padding == "same":
+    if isinstance(padding, str) and padding == "same":
         if any(s > 1 for s in stride):
             raise ValueError(f'padding="same" wants stride 1, got stride {list(stride)}')
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = 2**31 - 1  # of a stride, padding or dilation: positions computed from them stay far inside 64 bits
 Index = tuple[int | slice | EllipsisType, ...]
 
 
@@ -98,8 +100,13 @@ def geometry(
             f"[N, C, *S], [N, G, *K, *O] and [N, C, *O] with G dividing C, for stride {list(stride)}, "
             f"padding {list(padding)} and dilation {list(dilation)} of one number per spatial axis"
         )
-    if min(*stride, *dilation) < 1:
-        raise ValueError(f"stride and dilation must be positive, got {list(stride)} and {list(dilation)}")
+    if min(*stride, *dilation) < 1 or min(padding) < 0 or max(*stride, *dilation, *padding) > LARGEST:
+        raise ValueError(
+            f"stride and dilation must be positive, padding not negative, and all at most {LARGEST}, got "
+            f"{list(stride)}, {list(dilation)} and {list(padding)}"
+        )
+    if min(*x[1:], *k[1:]) < 1:
+        raise ValueError(f"no axis but the batch may be empty, got input {list(x)} and kernel_map {list(k)}")
     return Geometry(
         x[0],
         x[1],

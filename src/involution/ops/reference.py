@@ -1,7 +1,7 @@
 """The three maps in plain PyTorch, as shifted multiply-adds: the oracle, and the path for devices with no kernel.
 
-Every backend has these three functions. `out` comes from geometry.allocate and is overwritten. Half precision
-accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight there has no effect.
+Every backend has the three functions and `why_not`. `out` comes from geometry.allocate and is overwritten. Half
+precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight there has no effect.
 """
 
 import torch
@@ -34,6 +34,11 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
     out.zero_()
     for at_map, at_output, at_input in geometry.taps():
         out[at_map] = (g[at_output] * x[at_input]).sum(2)
+
+
+def why_not(tensor: Tensor | None) -> str:
+    """Why this backend cannot run on tensors like this one, or (None) at all: it always can."""
+    return ""
 
 
 def _grouped_view(image: Tensor, geometry: Geometry) -> Tensor:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import register_flop_formula  # a tenth of a second: it loads triton where that is
 
 from . import selection
-from .geometry import MAPS, Map, allocate, geometry
+from .geometry import DTYPES, MAPS, Map, allocate, geometry
 
 _ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # a role's name as an argument
 _MAKER = {map.makes: map for map in MAPS}
@@ -104,9 +104,14 @@ def _fold_batch(
 
 def _run(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
     """The operator itself: allocates the result and lets the backend that serves these tensors fill it."""
+    if first.dtype not in DTYPES or second.dtype != first.dtype or second.device != first.device:
+        raise TypeError(
+            f"involution::{map.name} wants two tensors of one floating dtype on one device, got {first.dtype} on "
+            f"{first.device} and {second.dtype} on {second.device}"
+        )
     shapes = {map.takes[0]: first.shape, map.takes[1]: second.shape, map.makes: size}
     sizes = geometry(shapes, *window)
-    backend = selection.backend_for(first, second)
+    backend = selection.backend_for(first)
     out = allocate(map.makes, size, like=first)
     if out.numel():
         getattr(backend, map.name)(first, second, out, sizes)

@@ -35,46 +35,45 @@ class Backend(NamedTuple):
     reason: str
 
 
-def backends(*call: Any) -> list[Backend]:
+def backends(*call: Any, **options: Any) -> list[Backend]:
     """Every backend, with the reason why it does or does not serve.
 
     Args:
         call: nothing, for the state in general; or the arguments of an involution1d/2d/3d call, input and kernel
             map first.
+        options: that call's stride, padding and dilation, where given by keyword.
 
     Returns:
         One record (name, available, serves, reason) per backend, the preferred first. For a call exactly one serves.
 
     Raises:
-        TypeError: the call does not begin with two tensors, or has a wrong dtype.
-        ValueError: the call's arguments do not belong together.
+        TypeError, ValueError: what the call itself would raise.
 
     Example:
         >>> import torch, involution
         >>> x, k = torch.rand(1, 16, 8, 8), torch.rand(1, 1, 3, 3, 8, 8)
-        >>> [b.name for b in involution.backends(x, k, 1, 1) if b.serves]
+        >>> [b.name for b in involution.backends(x, k, padding=1) if b.serves]
         ['cpu']
     """
-    if not call:
+    if not call and not options:
         return [_record(name, _refusal(name), True) for name in _BACKENDS]
-    from .functional import prepare  # functional needs registration, which needs this module
+    from .functional import check_call  # functional needs registration, which needs this module
 
-    first, second, *_ = prepare(*call)
-    chosen = backend_for(first, second)
-    return [_record(name, _refusal(name, first), module is chosen) for name, module in _BACKENDS.items()]
+    tensor, _ = check_call(*call, **options)
+    chosen = backend_for(tensor)
+    return [_record(name, _refusal(name, tensor), module is chosen) for name, module in _BACKENDS.items()]
 
 
-def backend_for(first: Tensor, second: Tensor) -> ModuleType:
-    """The backend that runs a map on these two tensors.
+def backend_for(tensor: Tensor) -> ModuleType:
+    """The backend that runs a map on tensors like this one.
 
     Raises:
         RuntimeError: INVOLUTION_BACKEND forces one that cannot.
     """
-    refusals = {}
+    refusals = {name: _refusal(name, tensor) for name in _BACKENDS}
     for name, module in _BACKENDS.items():
-        refusals[name] = _refusal(name, first)
         if not refusals[name]:
-            if name == "reference" and forced is None and first.device.type == "cpu":
+            if module is reference and forced is None and tensor.device.type == "cpu":
                 _warn_slow(refusals["cpu"])
             return module
     raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {refusals[str(forced)]}")
@@ -84,16 +83,12 @@ def _refusal(name: str, tensor: Tensor | None = None) -> str:
     """Why a backend does not run a call on such tensors; empty if it can."""
     if forced not in (None, name):
         return f"INVOLUTION_BACKEND={forced} forbids it"
-    if name == "cpu":
-        if cpu.library() is None:
-            return cpu.why_not()
-        if tensor is not None and tensor.device.type != "cpu":
-            return f"the tensors are on {tensor.device}"
-    return ""
+    reason: str = _BACKENDS[name].why_not(tensor)
+    return reason
 
 
 def _record(name: str, refusal: str, asked_for: bool) -> Backend:
-    available = name != "cpu" or cpu.library() is not None
+    available = not _BACKENDS[name].why_not(None)
     serves = asked_for and not refusal
     return Backend(name, available, serves, "" if serves else refusal or "a preferred backend serves")
 
@@ -105,8 +100,5 @@ def _warn_slow(reason: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            f"involution runs on its reference path, which is several times slower than its CPU kernels: {reason}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        message = "involution runs on its reference path, which is several times slower than its CPU kernels: "
+        warnings.warn(message + reason, RuntimeWarning, stacklevel=1)  # torch's dispatcher hides the caller's line

@@ -39,7 +39,13 @@ class TaskCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def predict(self, **arguments: Any) -> None:
-        """What the verb runs: predicts, and has the model write predictions.csv into the run's folder."""
+        """What the verb runs: predicts, and has the model write predictions.csv into the run's folder.
+
+        Raises:
+            ValueError: several processes run, each of which would see a part of the images only.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError(f"predict wants one process, got {self.trainer.world_size}: --trainer.devices 1")
         outputs = self.trainer.predict(**arguments)
         file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -64,12 +70,15 @@ def run(arguments: list[str]) -> TaskCLI:
         The finished LightningCLI, with `.trainer`, `.model` and `.datamodule`.
 
     Raises:
-        ValueError: a config is neither a file nor a recipe.
+        ValueError: a config is neither a file nor a recipe; num_classes is given, which the data say.
         SystemExit: an argument is wrong (jsonargparse's message is on stderr).
     """
     # Lightning's own use of torch, which nobody here can act on.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     resolved, name = resolve_configs(arguments)
+    for argument in resolved:
+        if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):
+            raise ValueError(f"num_classes comes from the data, got {argument}")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     return TaskCLI(

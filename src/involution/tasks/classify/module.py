@@ -74,8 +74,6 @@ class Classifier(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
         self.net: nn.Module = net.to(memory_format=self.memory_format)
-        channels = (model_kwargs or {}).get("in_chans", 3)
-        self.example_input_array = torch.zeros(1, channels, *net.pretrained_cfg["input_size"][1:])  # for the summary
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)

@@ -451,9 +451,7 @@ def test_feature_graph_net() -> None:
     ("name", "backend"),
     [
         ("rednet26_cifar", "aot_eager"),
-        ("rednet50", "aot_eager"),
-        pytest.param("rednet26_cifar", "inductor", marks=pytest.mark.slow),
-        pytest.param("rednet50", "inductor", marks=pytest.mark.slow),
+        ("rednet50", "inductor"),
     ],
 )
 def test_compiled_into_one_graph(name: str, backend: str) -> None:

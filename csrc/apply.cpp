@@ -118,7 +118,7 @@ void apply_row(const Geometry& g, const T* x, const T* k, T* y, Index row, Range
 template <class T, int K, int S>
 void apply_channels_last(const Geometry& g, const T* x, const T* k, T* y) {
   const Items items(g, g.output[0] * g.output[1]);
-  with_tile_size(g.output[2], [&](auto positions) {
+  with_tile_size(g.output[2], g.kernel[2], [&](auto positions) {
     in_parallel(g, items.count(), [&](Index i) {
       apply_row<T, decltype(positions)::value, K, S>(g, x, k, y, items.row(i), items.groups(i, g));
     });

@@ -66,12 +66,13 @@ INVOLUTION_INLINE void with_kernel_size_and_stride(const Geometry& g, F&& body) 
 }
 
 // Calls body(Constant<T>), T being the number of positions that one tile of such a row should have: as many sums as
-// registers hold, no more than the row has, and little left over.
+// registers hold, no more than the row has, and little left over. Small kernels wait for memory and not for loads that
+// more sums would share: for them the smaller tile measured a quarter faster.
 template <class F>
-INVOLUTION_INLINE void with_tile_size(Index row_length, F&& body) {
+INVOLUTION_INLINE void with_tile_size(Index row_length, Index kernel_size, F&& body) {
   if constexpr (kRegisters == 32) {
     const bool fits = ceil_divide(row_length, 14) * 14 <= ceil_divide(row_length, 7) * 7;
-    if (row_length >= 14 && fits) return body(Constant<14>{});
+    if (kernel_size > 3 && row_length >= 14 && fits) return body(Constant<14>{});
   }
   if (row_length >= 7) return body(Constant<7>{});
   if (row_length >= 4) return body(Constant<4>{});

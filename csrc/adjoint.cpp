@@ -1,5 +1,4 @@
 // adjoint: dx[n, c, i] = sum over every (u, o) with o*stride + u*dilation - padding = i of k[n, g(c), u, o] * g[n, c, o]
-//
 #include "geometry.h"
 
 namespace involution {

@@ -6,7 +6,6 @@ statistics of the test's own images.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,16 +36,6 @@ SMALL = ["rednet14_cifar", "rednet26"]  # one of each kind of stem
 PARAMETERS = dict(zip(PAPER, (9_233_166, 12_386_986, 15_540_806, 25_652_950, 33_984_582), strict=True))
 MILLIONS_7X7 = dict(zip(PAPER, (9.2339, 12.3877, 15.5415, 25.6537, 33.9853), strict=True))
 MULTIPLY_ADDS = dict(zip(PAPER, (1.685, 2.167, 2.649, 4.659, 6.679), strict=True))
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    """The same weights every time; and one thread, because small tensors on busy cores take ten times longer on two."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def images(name: str, batch: int = 2, size: tuple[int, int] | None = None, channels: int = 3) -> Tensor:

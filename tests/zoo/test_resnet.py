@@ -1,7 +1,5 @@
 """The convolution twins: the paper's baselines to the count; the small ones are RedNet in all but stem and operator."""
 
-from collections.abc import Iterator
-
 import pytest
 import timm
 import torch
@@ -14,16 +12,6 @@ import involution.zoo  # noqa: F401  (registers the models)
 PAPER = {"resnet26_paper": (1, 2, 4, 1), "resnet38_paper": (2, 3, 5, 2)}
 SMALL = {"resnet14_cifar": (1, 1, 1, 1), "resnet26_cifar": (1, 2, 4, 1)}
 MODELS = [*PAPER, *SMALL]
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    """The same weights every time; and one thread, because small tensors on busy cores take ten times longer on two."""
-    torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def stages(model: nn.Module) -> list[nn.Sequential]:

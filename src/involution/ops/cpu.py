@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, is_channels_last, memory_order
+from .geometry import MAPS, Geometry, is_channels_last, memory_order
 
 _FILE = "libinvolution.so"
 _KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
+_ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -32,26 +33,27 @@ class _CGeometry(ctypes.Structure):
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.apply."""
-    _call("apply", ("input", "kernel_map", "output"), (input, kernel_map, out), geometry)
+    _call("apply", (input, kernel_map, out), geometry)
 
 
 def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.adjoint."""
-    _call("adjoint", ("output", "kernel_map", "input"), (grad, kernel_map, out), geometry)
+    _call("adjoint", (grad, kernel_map, out), geometry)
 
 
 def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.correlate."""
-    _call("correlate", ("output", "input", "kernel_map"), (grad, input, out), geometry)
+    _call("correlate", (grad, input, out), geometry)
 
 
-def _call(name: str, roles: tuple[str, str, str], tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
+def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
     """Brings both operands into the layout of the first, runs the kernel, and fills `out` (the last tensor)."""
     channels_last = is_channels_last(tensors[0])
     dims, out = len(geometry.input), tensors[2]
     dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
     in_memory = [
-        (t.permute(memory_order(role, dims)) if channels_last else t) for role, t in zip(roles, tensors, strict=True)
+        (t.permute(memory_order(role, dims)) if channels_last else t)
+        for role, t in zip(_ROLES[name], tensors, strict=True)
     ]
     first, second = (t.to(dtype).contiguous() for t in in_memory[:2])
     result = in_memory[2] if out.dtype == dtype else torch.empty_like(in_memory[2], dtype=dtype)
@@ -109,7 +111,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path} does not load: {error}"
-    for name in ("apply", "adjoint", "correlate"):
+    for name in _ROLES:
         for suffix in _SUFFIX.values():
             function = getattr(loaded, f"involution_{name}_{suffix}")
             function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]

@@ -99,7 +99,7 @@ def check_call(
 
 
 def _in_full(
-    input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
+    input: Tensor, kernel_map: Tensor, stride: Ints, padding: Padding, dilation: Ints
 ) -> tuple[Tensor, Tensor, tuple[int, ...], list[tuple[int, int]], tuple[int, ...]]:
     """A call's arguments in full: batched tensors, and one number (or pair) per spatial axis."""
     dims = kernel_map.dim() - input.dim()

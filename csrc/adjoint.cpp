@@ -10,22 +10,13 @@ namespace {
 // reaches are loaded, added to, and stored again. The kernel map streams by once, as it lies in memory. One thread has
 // all positions of an image's groups, so every dx has one writer.
 
-// Where a tile lies. Pointers are at the group's first channel (g, dx) or tap (k) of the tile's first position.
 template <class T>
-struct Tile {
-  T* image;  // dx of this image and group, position (0, 0, 0)
-  const T* k;
-  const T* grad;
-  Index step;      // numbers from one position to the next in g and dx: the channels
-  Index k_step;    // the same in k: groups * taps
-  Range taps[2];   // the taps of the two slow axes that meet the input
-  Index start[3];  // input position of tap (0, 0, 0) at the tile's first output position
-};
+using AdjointRun = Run<T, const T, const T>;
 
 // K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
 // them known, every dx is loaded and stored once for all the products that it gets from a row of the kernel.
 template <class T, int W, int Positions, int K, int S, bool Inside>
-INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
+INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<T>& tile) {
   using V = Vector<T, W>;
   const Index width = g.input[2];
   for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
@@ -36,7 +27,7 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
       if constexpr (K > 0) {
         // A window of K sums slides along: S new ones come in, K products are added, S finished ones go out.
         V sum[(Positions - 1) * S + K] = {};
-        const T* grad = tile.grad;
+        const T* grad = tile.y;
         T* in = dx;
         const auto come_in = [&](auto q) INVOLUTION_BODY {
           if (Inside || within(tile.start[2] + q, width)) sum[q] = load<V>(in);
@@ -68,7 +59,7 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
             const Index q = t * g.stride[2] + v * g.dilation[2];
             if (!Inside && !within(tile.start[2] + q, width)) return;
             T* at = dx + q * tile.step;
-            store(at, load<V>(at) + load<V>(tile.grad + t * tile.step) * k[t * tile.k_step + v]);
+            store(at, load<V>(at) + load<V>(tile.y + t * tile.step) * k[t * tile.k_step + v]);
           });
         }
       }
@@ -77,7 +68,7 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const Tile<T>& tile) {
 }
 
 template <class T, int W, int Positions, int K, int S>
-__attribute__((noinline)) void adjoint_positions(const Geometry& g, const Tile<T>& tile) {
+__attribute__((noinline)) void adjoint_positions(const Geometry& g, const AdjointRun<T>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
     adjoint_tile<T, W, Positions, K, S, true>(g, tile);
@@ -88,8 +79,8 @@ __attribute__((noinline)) void adjoint_positions(const Geometry& g, const Tile<T
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
 template <class T, int W, int Positions, int K, int S>
-INVOLUTION_INLINE void adjoint_group(const Geometry& g, Tile<T> tile, Index channels) {
-  for (; channels >= W; channels -= W, tile.image += W, tile.grad += W) {
+INVOLUTION_INLINE void adjoint_group(const Geometry& g, AdjointRun<T> tile, Index channels) {
+  for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
     adjoint_positions<T, W, Positions, K, S>(g, tile);
   }
   if constexpr (W > 1) {
@@ -100,7 +91,7 @@ INVOLUTION_INLINE void adjoint_group(const Geometry& g, Tile<T> tile, Index chan
 // One row of output positions from `first` on, in tiles; the rest in tiles of half the size, and so on. The groups of a
 // tile come before the next tile, as the kernel map lies in memory.
 template <class T, int Positions, int K, int S>
-void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row, Index first, Range groups, Tile<T> tile) {
+void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row, Index first, Range groups, AdjointRun<T> tile) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
   for (; first + Positions <= row_length; first += Positions) {
     const Index position = row * row_length + first;
@@ -109,7 +100,7 @@ void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row,
       fetch_ahead(k + position * tile.k_step, Positions * tile.k_step, group, g.groups);
       tile.image = dx + group * width;
       tile.k = k + position * tile.k_step + group * taps;
-      tile.grad = grad + position * g.channels + group * width;
+      tile.y = grad + position * g.channels + group * width;
       adjoint_group<T, kLanes<T>, Positions, K, S>(g, tile, width);
     }
   }
@@ -132,16 +123,9 @@ void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) 
       T* here = image + position * g.channels;
       for (Index c = groups.first * width; c < groups.end * width; ++c) here[c] = 0;
     }
-    Tile<T> tile;
-    tile.step = g.channels;
-    tile.k_step = g.groups * volume(g.kernel);
-    for (Index row = n * rows; row < (n + 1) * rows; ++row) {
-      const Index depth = row / g.output[1] % g.output[0], height = row % g.output[1];
-      tile.taps[0] = taps_of_output(g, 0, depth);
-      tile.taps[1] = taps_of_output(g, 1, height);
-      tile.start[0] = depth * g.stride[0] - g.padding[0];
-      tile.start[1] = height * g.stride[1] - g.padding[1];
-      adjoint_row<T, positions, K, S>(g, grad, k, image, row, 0, groups, tile);
+    for (Index row = 0; row < rows; ++row) {
+      const AdjointRun<T> run(g, row, 0, g.groups * volume(g.kernel));
+      adjoint_row<T, positions, K, S>(g, grad, k, image, n * rows + row, 0, groups, run);
     }
   });
 }

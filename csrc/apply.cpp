@@ -9,22 +9,13 @@ namespace {
 // One vector holds W channels of a group at one position. A tile is T output positions in a row: T sums that stay in
 // registers while the taps go by.
 
-// Where a tile lies. Pointers are at the group's first channel (x, y) or tap (k) of the tile's first position.
 template <class T>
-struct Tile {
-  const T* image;  // x of this image and group, position (0, 0, 0)
-  const T* k;
-  T* y;
-  Index step;       // numbers from one position to the next in x and y: the channels
-  Index k_step;     // the same in k: groups * taps
-  Range taps[2];    // the taps of the two slow axes that meet the input
-  Index start[3];   // input position of tap (0, 0, 0) at the tile's first output position
-};
+using ApplyRun = Run<const T, const T, T>;
 
 // K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
 // them known, every x is loaded once for all the sums it belongs to.
 template <class T, int W, int Positions, int K, int S, bool Inside>
-INVOLUTION_INLINE void apply_tile(const Geometry& g, const Tile<T>& tile) {
+INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<T>& tile) {
   using V = Vector<T, W>;
   V sum[Positions] = {};
   const Index width = g.input[2], step = tile.step;
@@ -68,7 +59,7 @@ INVOLUTION_INLINE void apply_tile(const Geometry& g, const Tile<T>& tile) {
 }
 
 template <class T, int W, int Positions, int K, int S>
-__attribute__((noinline)) void apply_positions(const Geometry& g, const Tile<T>& tile) {
+__attribute__((noinline)) void apply_positions(const Geometry& g, const ApplyRun<T>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
     apply_tile<T, W, Positions, K, S, true>(g, tile);
@@ -79,7 +70,7 @@ __attribute__((noinline)) void apply_positions(const Geometry& g, const Tile<T>&
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
 template <class T, int W, int Positions, int K, int S>
-INVOLUTION_INLINE void apply_group(const Geometry& g, Tile<T> tile, Index channels) {
+INVOLUTION_INLINE void apply_group(const Geometry& g, ApplyRun<T> tile, Index channels) {
   for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
     apply_positions<T, W, Positions, K, S>(g, tile);
   }
@@ -92,15 +83,8 @@ INVOLUTION_INLINE void apply_group(const Geometry& g, Tile<T> tile, Index channe
 template <class T, int Positions, int K, int S>
 void apply_row(const Geometry& g, const T* x, const T* k, T* y, Index row, Range groups) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
-  const Index n = row / (g.output[0] * g.output[1]);
-  const Index depth = row / g.output[1] % g.output[0], height = row % g.output[1];
-  Tile<T> tile;
-  tile.step = g.channels;
-  tile.k_step = g.groups * taps;
-  tile.taps[0] = taps_of_output(g, 0, depth);
-  tile.taps[1] = taps_of_output(g, 1, height);
-  tile.start[0] = depth * g.stride[0] - g.padding[0];
-  tile.start[1] = height * g.stride[1] - g.padding[1];
+  const Index rows = g.output[0] * g.output[1], n = row / rows;
+  ApplyRun<T> tile(g, row % rows, 0, g.groups * taps);
   for (Index next = 0; next < row_length; next += Positions) {
     const Index first = least(next, row_length - Positions);  // the last tile may overlap its neighbour
     const Index position = row * row_length + first;
@@ -173,8 +157,29 @@ void apply(const Geometry& g, const T* x, const T* k, T* y) {
   });
 }
 
+template <class T>
+void apply_run(const Geometry& g, Run<const T, const T, T> run, Index count) {
+  const Index width = g.channels / g.groups, start = run.start[2];
+  const T* k = run.k;
+  T* y = run.y;
+  with_kernel_size_and_stride(g, [&](auto kernel_size, auto stride) {
+    with_tile_size(count, g.kernel[2], [&](auto positions) {
+      constexpr int at_once = decltype(positions)::value;
+      for (Index next = 0; next < count; next += at_once) {
+        const Index first = least(next, count - at_once);
+        run.start[2] = start + first * g.stride[2];
+        run.k = k + first * run.k_step;
+        run.y = y + first * run.step;
+        apply_group<T, kLanes<T>, at_once, decltype(kernel_size)::value, decltype(stride)::value>(g, run, width);
+      }
+    });
+  });
+}
+
 template void apply(const Geometry&, const float*, const float*, float*);
 template void apply(const Geometry&, const double*, const double*, double*);
+template void apply_run(const Geometry&, Run<const float, const float, float>, Index);
+template void apply_run(const Geometry&, Run<const double, const double, double>, Index);
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

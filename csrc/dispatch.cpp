@@ -13,6 +13,9 @@
   void adjoint(const involution_geometry&, const T*, const T*, T*);           \
   template <class T>                                                          \
   void correlate(const involution_geometry&, const T*, const T*, T*);         \
+  template <class T>                                                          \
+  void layer(const involution_geometry&, const involution_layer&);            \
+  int64_t layer_scratch(const involution_geometry&, const involution_layer&); \
   }                                                                           \
   }
 INVOLUTION_DECLARE(baseline)
@@ -25,17 +28,21 @@ namespace {
 
 template <class T>
 using Kernel = void (*)(const involution_geometry&, const T*, const T*, T*);
+using LayerKernel = void (*)(const involution_geometry&, const involution_layer&);
 
 struct InstructionSet {
   const char* name;
   bool (*runs_here)();
   Kernel<float> apply_f32, adjoint_f32, correlate_f32;
   Kernel<double> apply_f64, adjoint_f64, correlate_f64;
+  LayerKernel layer_f32, layer_f64;
+  int64_t (*layer_scratch)(const involution_geometry&, const involution_layer&);
 };
 
 #define INVOLUTION_KERNELS(isa)                                                                              \
   involution::isa::apply<float>, involution::isa::adjoint<float>, involution::isa::correlate<float>,         \
-      involution::isa::apply<double>, involution::isa::adjoint<double>, involution::isa::correlate<double>
+      involution::isa::apply<double>, involution::isa::adjoint<double>, involution::isa::correlate<double>,      \
+      involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch
 
 const InstructionSet kInstructionSets[] = {  // the best first
 #ifdef INVOLUTION_X86
@@ -77,6 +84,16 @@ INVOLUTION_ENTRY(adjoint, f32, float)
 INVOLUTION_ENTRY(adjoint, f64, double)
 INVOLUTION_ENTRY(correlate, f32, float)
 INVOLUTION_ENTRY(correlate, f64, double)
+
+void involution_layer_f32(const involution_geometry* g, const involution_layer* layer) {
+  in_use.load(std::memory_order_relaxed)->layer_f32(*g, *layer);
+}
+void involution_layer_f64(const involution_geometry* g, const involution_layer* layer) {
+  in_use.load(std::memory_order_relaxed)->layer_f64(*g, *layer);
+}
+int64_t involution_layer_scratch(const involution_geometry* g, const involution_layer* layer) {
+  return in_use.load(std::memory_order_relaxed)->layer_scratch(*g, *layer);
+}
 
 const char* involution_instruction_set(void) { return in_use.load(std::memory_order_relaxed)->name; }
 

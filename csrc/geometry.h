@@ -1,5 +1,9 @@
 // What the kernels need of a geometry: which taps and positions meet, tiles of positions, and work for the threads.
 #pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "vector.h"
 
 namespace involution {
@@ -11,6 +15,8 @@ template <class T>
 void adjoint(const Geometry&, const T* g, const T* k, T* dx);
 template <class T>
 void correlate(const Geometry&, const T* g, const T* x, T* dk);
+template <class T>
+void layer(const Geometry&, const involution_layer&);
 
 INVOLUTION_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
 INVOLUTION_INLINE Index most(Index a, Index b) { return a > b ? a : b; }
@@ -36,12 +42,48 @@ INVOLUTION_INLINE Range outputs_of_tap(const Geometry& g, int axis, Index u) {
   return {most(0, ceil_divide(-shift, step)), least(g.output[axis], ceil_divide(g.input[axis] - shift, step))};
 }
 
+// One group's output positions in a row, channels last, with whatever lies under them. Pointers are at the group's first
+// channel (x, y) or tap (k) of the first position.
+template <class X, class K, class Y>
+struct Run {
+  X* image;  // the group's x (or dx) at position (0, 0, 0)
+  K* k;
+  Y* y;      // y or its gradient
+  Index step;        // numbers from one position to the next in x and y: the channels
+  Index k_step;      // the same in k
+  Range taps[2];     // the taps of the two slow axes that meet the input
+  Index start[3];    // input position of tap (0, 0, 0) at the first output position
+
+  // The run that starts at position `first` of output row `row`, of all the image's rows.
+  INVOLUTION_INLINE Run(const Geometry& g, Index row, Index first, Index k_step) : step(g.channels), k_step(k_step) {
+    const Index depth = row / g.output[1], height = row % g.output[1];
+    taps[0] = taps_of_output(g, 0, depth);
+    taps[1] = taps_of_output(g, 1, height);
+    start[0] = depth * g.stride[0] - g.padding[0];
+    start[1] = height * g.stride[1] - g.padding[1];
+    start[2] = first * g.stride[2] - g.padding[2];
+  }
+};
+
+// `count` output positions of one group.
+template <class T>
+void apply_run(const Geometry&, Run<const T, const T, T>, Index count);
+
 // The output position that reads input position i through tap u, or -1.
 INVOLUTION_INLINE Index output_at(const Geometry& g, int axis, Index i, Index u) {
   const Index reach = i + g.padding[axis] - u * g.dilation[axis];
   if (reach < 0 || reach % g.stride[axis] != 0) return -1;
   const Index o = reach / g.stride[axis];
   return o < g.output[axis] ? o : -1;
+}
+
+// Which of a parallel region's threads runs, from 0.
+INVOLUTION_INLINE Index this_thread() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 // Calls body(0), ..., body(count - 1), each once, on the geometry's threads if they are worth waking.

@@ -34,6 +34,29 @@ INVOLUTION_PUBLIC void involution_adjoint_f64(const involution_geometry*, const 
 INVOLUTION_PUBLIC void involution_correlate_f32(const involution_geometry*, const float* g, const float* x, float* dk);
 INVOLUTION_PUBLIC void involution_correlate_f64(const involution_geometry*, const double* g, const double* x, double* dk);
 
+/* The layer in one pass, channels last: a kernel map made in cache, for a patch of positions at a time, and applied.
+ * Matrices are [in, out], as their transposed weights lie; a null pointer leaves its part out.
+ *
+ *     h = hidden, or relu(pool(x) reduce_weight + reduce_bias), pool averaging windows of the stride's size
+ *     y = scale * apply(x, h span_weight + span_bias) + shift,  relu'd if `relu`
+ *     output = y, or y next_weight + next_bias + shortcut,  relu'd if `next_relu`
+ */
+typedef struct {
+  const void *x, *hidden;                              /* [N, *S, C], [N, *O, R] */
+  const void *reduce_weight, *reduce_bias;             /* [C, R], [R] */
+  const void *span_weight, *span_bias;                 /* [R, G * K], [G * K] */
+  const void *scale, *shift;                           /* [C], both or neither */
+  const void *next_weight, *next_bias, *shortcut;      /* [C, E], [E], [N, *O, E] */
+  void *output;                                        /* [N, *O, C] or [N, *O, E] */
+  void *scratch;                                       /* threads * involution_layer_scratch numbers */
+  int64_t hidden_channels, next_channels;              /* R, E */
+  int64_t relu, next_relu;
+} involution_layer;
+
+INVOLUTION_PUBLIC void involution_layer_f32(const involution_geometry*, const involution_layer*);
+INVOLUTION_PUBLIC void involution_layer_f64(const involution_geometry*, const involution_layer*);
+INVOLUTION_PUBLIC int64_t involution_layer_scratch(const involution_geometry*, const involution_layer*);
+
 /* The instruction set in use: the best one this CPU runs, until involution_use names another ("avx512", "avx2" or
  * "baseline"), which returns 0 and changes nothing if this library or CPU does not have it. */
 INVOLUTION_PUBLIC const char* involution_instruction_set(void);

@@ -58,8 +58,18 @@ class BottleneckGenerator(nn.Module):
         self.act = act_layer()
         self.span = CONVOLUTION[dims](width, groups * taps, 1)
 
+    def hidden(self, input: Tensor) -> Tensor:
+        """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
+        hidden: Tensor = self.act(self.norm(self.reduce(self.pool(input))))
+        return hidden
+
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *S] -> [N, G, *K, *O]."""
-        hidden = self.act(self.norm(self.reduce(self.pool(input))))
-        span: Tensor = self.span(hidden)
+        span: Tensor = self.span(self.hidden(input))
         return span.unflatten(1, self.map_shape)
+
+    def spans_plainly(self) -> bool:
+        """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
+        hooks = (*self._forward_hooks, *self._forward_pre_hooks, *self.span._forward_hooks, *self.span._forward_pre_hooks)
+        plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
+        return plain and not hooks

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import Ints, involve, per_axis
+from ..ops.fused import fused_involution, has_kernel
 from .generators import BottleneckGenerator
 
 
@@ -27,6 +28,7 @@ class _Involution(nn.Module):
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         kernel_generator: nn.Module | Callable[..., nn.Module] | None = None,
+        memory_efficient: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -42,6 +44,9 @@ class _Involution(nn.Module):
             raise ValueError(
                 f"group_channels must divide channels, got group_channels={group_channels}, channels={channels}"
             )
+        if memory_efficient and kernel_generator is not None:
+            raise ValueError("memory_efficient=True wants the default kernel generator, got a kernel_generator")
+        self.memory_efficient = memory_efficient
         self.channels = channels
         self.group_channels = group_channels
         self.groups = channels // group_channels
@@ -80,7 +85,17 @@ class _Involution(nn.Module):
             raise ValueError(
                 f"input must be [N, {self.channels}, {axes}] or [{self.channels}, {axes}], got {list(input.shape)}"
             )
-        kernel_map = self.generator(input)
+        generator = self.generator
+        if (
+            isinstance(generator, BottleneckGenerator)
+            and generator.spans_plainly()
+            and (self.memory_efficient or (not torch.is_grad_enabled() and has_kernel(input)))
+        ):
+            span, hidden = generator.span, generator.hidden(input)
+            return fused_involution(
+                input, hidden, span.weight.flatten(1), span.bias, self.kernel_size, self.stride, self.dilation
+            )
+        kernel_map = generator(input)
         wanted = (input.shape[0], self.groups, *self.kernel_size)
         if kernel_map.dim() != 2 + 2 * self.dims or tuple(kernel_map.shape[: 2 + self.dims]) != wanted:
             raise ValueError(
@@ -121,6 +136,9 @@ class Involution2d(_Involution):
         kernel_generator: None for the paper's bottleneck; or a module, or a callable (channels, kernel_size, groups,
             stride, dilation) -> module. The module maps the layer's input ``[N, C, *S]`` to
             ``[N, G, *K, *ceil(S / stride)]``.
+        memory_efficient: training keeps the input and the hidden features but not the kernel map, which is prod(K) /
+            group_channels times the output's size: the backward pass makes it again, a patch at a time. Same gradients,
+            more arithmetic. Without gradients the map is never stored, whatever this says. Default generator only.
         device: of the parameters.
         dtype: of the parameters.
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .geometry import MAPS, Geometry, is_channels_last, memory_order
+from . import reference
+from .geometry import MAPS, Geometry, LayerParts, allocate, is_channels_last, memory_order
 
 _FILE = "libinvolution.so"
 _KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
@@ -28,6 +29,21 @@ class _CGeometry(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
         *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
         *((name, ctypes.c_int64) for name in ("channels_last", "threads")),
+    ]
+
+
+class _CLayer(ctypes.Structure):
+    """`involution_layer` of csrc/involution.h."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("input", "hidden", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"),
+                *("next_weight", "next_bias", "shortcut", "output", "scratch"),
+            )
+        ),
+        *((name, ctypes.c_int64) for name in ("hidden_channels", "next_channels", "relu", "next_relu")),
     ]
 
 
@@ -62,6 +78,43 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     function(_c_geometry(geometry, channels_last), first.data_ptr(), second.data_ptr(), result.data_ptr())
     if result is not in_memory[2]:
         in_memory[2].copy_(result)
+
+
+def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
+    """See reference.layer."""
+    dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
+    held = {name: _as_kernel_takes(name, tensor, dtype) for name, tensor in parts.tensors()}
+    result = out.movedim(1, -1)
+    if out.dtype != dtype or not result.is_contiguous():
+        result = torch.empty(result.shape, dtype=dtype)
+    next_channels = 0 if parts.next_weight is None else len(parts.next_weight)
+    c_layer = _CLayer(
+        hidden_channels=parts.span_weight.shape[1],
+        next_channels=next_channels,
+        relu=parts.relu,
+        next_relu=parts.next_relu,
+        output=result.data_ptr(),
+        **{name: tensor.data_ptr() for name, tensor in held.items()},
+    )
+    c_geometry = _c_geometry(geometry, True)
+    numbers = _loaded().involution_layer_scratch(c_geometry, c_layer)
+    scratch = torch.empty(numbers * c_geometry.threads, dtype=dtype)
+    c_layer.scratch = scratch.data_ptr()
+    getattr(_loaded(), f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
+    if result.data_ptr() != out.data_ptr():
+        out.copy_(result.movedim(-1, 1))
+
+
+def _as_kernel_takes(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as [N, *S, C], weights as [in, out], in the kernels' dtype; itself where it already is."""
+    if name.endswith("weight"):
+        tensor = tensor.t()
+    elif name in ("input", "hidden", "shortcut"):
+        tensor = tensor.movedim(1, -1)
+    return tensor.to(dtype).contiguous()
+
+
+layer_backward = reference.layer_backward
 
 
 def _c_geometry(geometry: Geometry, channels_last: bool) -> _CGeometry:
@@ -116,6 +169,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function = getattr(loaded, f"involution_{name}_{suffix}")
             function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
             function.restype = None
+    for suffix in _SUFFIX.values():
+        function = getattr(loaded, f"involution_layer_{suffix}")
+        function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
+        function.restype = None
+    loaded.involution_layer_scratch.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
+    loaded.involution_layer_scratch.restype = ctypes.c_int64
     loaded.involution_instruction_set.restype = ctypes.c_char_p
     loaded.involution_use.argtypes = [ctypes.c_char_p]
     wanted = os.environ.get("INVOLUTION_ISA")

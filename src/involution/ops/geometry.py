@@ -9,6 +9,7 @@ Three tensors meet in the form T(x, k, g) = <y(x, k), g>, and each has a role:
 A map takes two of the roles and makes the third.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 from types import EllipsisType
@@ -118,6 +119,59 @@ def geometry(
         tuple(padding),
         tuple(dilation),
     )
+
+
+class LayerParts(NamedTuple):
+    """The tensors of a fused layer (ops/fused.py); None leaves a step out. Weights are [out, in]."""
+
+    input: Tensor
+    span_weight: Tensor
+    span_bias: Tensor | None
+    hidden: Tensor | None = None  # or made from the input by the reduction
+    reduce_weight: Tensor | None = None
+    reduce_bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    next_weight: Tensor | None = None
+    next_bias: Tensor | None = None
+    shortcut: Tensor | None = None
+    relu: bool = False
+    next_relu: bool = False
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the parts that are there."""
+        return ((name, part) for name, part in zip(self._fields, self, strict=True) if isinstance(part, Tensor))
+
+    def output_size(self, positions: Sequence[int]) -> tuple[int, ...]:
+        """[N, C or the next convolution's channels, *positions]."""
+        batch, channels = self.input.shape[:2]
+        return (batch, channels if self.next_weight is None else self.next_weight.shape[0], *positions)
+
+
+def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """A layer's output positions per axis: ceil(S / stride)."""
+    return [-(-size // step) for size, step in zip(input, stride, strict=True)]
+
+
+def layer_window(
+    input: Sequence[int], maps: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    """The geometry of a layer whose span has `maps` = G * prod(K) outputs: ceil(S / stride) positions, padded as needed.
+
+    Raises:
+        ValueError: the sizes do not belong together.
+    """
+    taps = math.prod(kernel_size)
+    if taps < 1 or maps % taps != 0:
+        raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")
+    groups, output = maps // taps, layer_output(input[2:], stride)
+    shapes: dict[str, Sequence[int]] = {
+        "input": input,
+        "kernel_map": (input[0], groups, *kernel_size, *output),
+        "output": (input[0], input[1], *output),
+    }
+    padding = [d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True)]
+    return geometry(shapes, stride, padding, dilation)
 
 
 def is_channels_last(image: Tensor) -> bool:

@@ -1,13 +1,13 @@
 """The three maps in plain PyTorch, as shifted multiply-adds: the oracle, and the path for devices with no kernel.
 
-Every backend has the three functions and `why_not`. `out` comes from geometry.allocate and is overwritten. Half
+Every backend has the three functions, `layer`, `layer_backward` and `why_not`. `out` comes from geometry.allocate and is overwritten. Half
 precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight there has no effect.
 """
 
 import torch
 from torch import Tensor
 
-from .geometry import Geometry
+from .geometry import Geometry, LayerParts, allocate, memory_order
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -34,6 +34,68 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
     out.zero_()
     for at_map, at_output, at_input in geometry.taps():
         out[at_map] = (g[at_output] * x[at_input]).sum(2)
+
+
+def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
+    """A fused layer, step by step."""
+    hidden = parts.hidden
+    if hidden is None:
+        pooled, stride = parts.input, geometry.stride
+        if max(stride) > 1:
+            pooled = _POOL[len(stride)](pooled, stride, stride, ceil_mode=True, count_include_pad=False)
+        hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
+    y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
+    apply(parts.input, generate(hidden, parts.span_weight, parts.span_bias, geometry), y, geometry)
+    if parts.scale is not None and parts.shift is not None:
+        per_channel = [-1] + [1] * len(geometry.output)
+        y = y * parts.scale.view(per_channel) + parts.shift.view(per_channel)
+    if parts.relu:
+        y = y.relu()
+    if parts.next_weight is not None:
+        y = _pointwise(y, parts.next_weight, parts.next_bias)
+        if parts.shortcut is not None:
+            y = y + parts.shortcut
+        if parts.next_relu:
+            y = y.relu()
+    out.copy_(y)
+
+
+def layer_backward(
+    grad: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    geometry: Geometry,
+) -> None:
+    """Gradients of a fused layer with respect to input, hidden features, span weight and bias; makes the map again."""
+    kernel_map = generate(hidden, weight, bias, geometry)
+    dx, dhidden, dweight, dbias = results
+    adjoint(grad, kernel_map, dx, geometry)
+    dmap = torch.empty_like(kernel_map)
+    correlate(grad, input, dmap, geometry)
+    flat = dmap.permute(memory_order("kernel_map", len(geometry.kernel))).flatten(0, -2 - len(geometry.kernel))
+    flat = flat.flatten(1)  # [N * prod(O), G * prod(K)]
+    dhidden.copy_((flat @ weight).view(geometry.batch, *geometry.output, -1).movedim(-1, 1))
+    dweight.copy_(flat.t() @ hidden.movedim(1, -1).flatten(0, -2))
+    dbias.copy_(flat.sum(0))
+
+
+def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The span convolution: hidden [N, R, *O], weight [G * prod(K), R] -> kernel map [N, G, *K, *O]."""
+    dims = len(geometry.kernel)
+    flat = torch.nn.functional.linear(hidden.movedim(1, -1), weight, bias)
+    in_memory = flat.unflatten(-1, (geometry.groups, *geometry.kernel))
+    return in_memory.permute(0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims))
+
+
+_POOL = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}
+
+
+def _pointwise(image: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    assert weight is not None
+    return torch.nn.functional.linear(image.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def why_not(tensor: Tensor | None) -> str:

@@ -139,17 +139,17 @@ def _flops(map: Map, first: Sequence[int], second: Sequence[int], *_: Any, out_s
     return 2 * math.prod(shapes["kernel_map"][2 : 2 + dims]) * math.prod(shapes["output"])
 
 
-_library = torch.library.Library("involution", "DEF")
+library = torch.library.Library("involution", "DEF")
 for _map in MAPS:
     _first, _second = (_ARGUMENT[role] for role in _map.takes)
-    _library.define(
+    library.define(
         f"{_map.name}(Tensor {_first}, Tensor {_second}, SymInt[] size, SymInt[] stride, SymInt[] padding, "
         "SymInt[] dilation) -> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     _name = f"involution::{_map.name}"
-    _library.impl(_map.name, partial(_run, _map), "CompositeExplicitAutograd")
-    torch.library.register_fake(_name, partial(_fake, _map), lib=_library)
-    torch.library.register_autograd(_name, partial(_backward, _map), setup_context=_setup_context, lib=_library)
-    torch.library.register_vmap(_name, partial(_fold_batch, _operator(_map)), lib=_library)
+    library.impl(_map.name, partial(_run, _map), "CompositeExplicitAutograd")
+    torch.library.register_fake(_name, partial(_fake, _map), lib=library)
+    torch.library.register_autograd(_name, partial(_backward, _map), setup_context=_setup_context, lib=library)
+    torch.library.register_vmap(_name, partial(_fold_batch, _operator(_map)), lib=library)
     register_flop_formula(getattr(torch.ops.involution, _map.name))(partial(_flops, _map))

@@ -1,0 +1,192 @@
+// layer: generates kernels and applies them, patch by patch of output positions, so that the kernel map never leaves the
+// cache; with the pointwise steps before and after it (involution.h says which).
+#include "geometry.h"
+#include "multiply.h"
+
+namespace involution {
+namespace INVOLUTION_ISA {
+namespace {
+
+// How the output is cut: into rows * columns positions that lie in a row in memory, and how many groups' kernels of
+// those positions are made at a time.
+struct Patches {
+  static constexpr Index kPositions = 56;      // enough that weights are read from far away seldom
+  static constexpr Index kMapNumbers = 32768;  // of the kernel map at a time: well inside a core's cache
+  Index rows, columns, down, across, groups_at_once;
+  Index hidden, pooled, map, y;  // numbers of scratch
+
+  Patches(const Geometry& g, const involution_layer& layer) {
+    const Index image_rows = g.output[0] * g.output[1];
+    columns = least(g.output[2], kPositions);
+    rows = columns < g.output[2] ? 1 : most(1, kPositions / columns);
+    rows = least(rows, most(1, g.batch * image_rows / (2 * g.threads)));  // work for every thread
+    down = ceil_divide(image_rows, rows);
+    across = ceil_divide(g.output[2], columns);
+    const Index positions = rows * columns, taps = volume(g.kernel);
+    groups_at_once = 1;
+    while (2 * groups_at_once <= g.groups && positions * 2 * groups_at_once * taps <= kMapNumbers) groups_at_once *= 2;
+    const auto lines = [](Index numbers) { return ceil_divide(numbers, 16) * 16; };
+    hidden = layer.hidden ? 0 : lines(positions * layer.hidden_channels);
+    pooled = layer.hidden || volume(g.stride) == 1 ? 0 : lines(positions * g.channels);
+    map = lines(positions * groups_at_once * taps);
+    y = layer.next_weight ? lines(positions * g.channels) : 0;
+  }
+  Index count(const Geometry& g) const { return g.batch * down * across; }
+  Index scratch() const { return hidden + pooled + map + y; }
+};
+
+template <class T>
+INVOLUTION_INLINE T relu(T v) {
+  return v < 0 ? 0 : v;  // NaN stays NaN
+}
+
+// The averages of the windows of the stride's size that begin at `count` output positions; the image's end cuts them.
+template <class T>
+void pool(const Geometry& g, const T* image, Index row, Index first, Index count, T* pooled) {
+  Range window[3];
+  const Index at[3] = {row / g.output[1], row % g.output[1], first};
+  const auto cut = [&](int axis, Index o) {
+    window[axis] = {o * g.stride[axis], least(g.input[axis], (o + 1) * g.stride[axis])};
+  };
+  cut(0, at[0]);
+  cut(1, at[1]);
+  for (Index o = first; o < first + count; ++o, pooled += g.channels) {
+    cut(2, o);
+    for (Index c = 0; c < g.channels; ++c) pooled[c] = 0;
+    Index members = 0;
+    for (Index d = window[0].first; d < window[0].end; ++d) {
+      for (Index h = window[1].first; h < window[1].end; ++h) {
+        for (Index w = window[2].first; w < window[2].end; ++w, ++members) {
+          const T* x = image + ((d * g.input[1] + h) * g.input[2] + w) * g.channels;
+#pragma omp simd
+          for (Index c = 0; c < g.channels; ++c) pooled[c] += x[c];
+        }
+      }
+    }
+    const T share = T(1) / T(members);
+#pragma omp simd
+    for (Index c = 0; c < g.channels; ++c) pooled[c] *= share;
+  }
+}
+
+template <class T>
+struct Work {
+  const Geometry& g;
+  const involution_layer& layer;
+  const Patches& patches;
+
+  // One patch of output positions, from the input to the output.
+  void run(Index item, T* scratch) const {
+    const Index across = item % patches.across, down = item / patches.across % patches.down;
+    const Index n = item / patches.across / patches.down, image_rows = g.output[0] * g.output[1];
+    const Range rows = {down * patches.rows, least(image_rows, (down + 1) * patches.rows)};
+    const Range columns = {across * patches.columns, least(g.output[2], (across + 1) * patches.columns)};
+    const Index position = (n * image_rows + rows.first) * g.output[2] + columns.first;
+    const Index count = (rows.end - rows.first) * (columns.end - columns.first);
+    const T* image = static_cast<const T*>(layer.x) + n * volume(g.input) * g.channels;
+
+    const T* hidden = static_cast<const T*>(layer.hidden) + position * layer.hidden_channels;
+    if (!layer.hidden) hidden = reduce(image, rows, columns, position, count, scratch);
+    T* map = scratch + patches.hidden + patches.pooled;
+    T* y = layer.next_weight ? map + patches.map : static_cast<T*>(layer.output) + position * g.channels;
+    for (Index group = 0; group < g.groups; group += patches.groups_at_once) {
+      const Range groups = {group, least(g.groups, group + patches.groups_at_once)};
+      generate(hidden, count, groups, map);
+      aggregate(image, map, rows, columns, groups, y);
+    }
+    if (layer.scale) scale_and_shift(y, count);
+    if (layer.relu) rectify(y, count * g.channels);
+    if (layer.next_weight) next(y, position, count);
+  }
+
+  // [count, R]: the generator's hidden features.
+  const T* reduce(const T* image, Range rows, Range columns, Index position, Index count, T* scratch) const {
+    T *hidden = scratch, *pooled = scratch + patches.hidden;
+    const T* in = static_cast<const T*>(layer.x) + position * g.channels;
+    if (volume(g.stride) > 1) {
+      const Index length = columns.end - columns.first;
+      for (Index row = rows.first; row < rows.end; ++row) {
+        pool(g, image, row, columns.first, length, pooled + (row - rows.first) * length * g.channels);
+      }
+      in = pooled;
+    }
+    const Index channels = layer.hidden_channels;
+    const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight), channels,
+                             static_cast<const T*>(layer.reduce_bias)};
+    multiply(product, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+      store(hidden + t * channels + c, v < 0 ? decltype(v){} : v);
+    });
+    return hidden;
+  }
+
+  // [count, groups, taps]: the kernels of some groups.
+  void generate(const T* hidden, Index count, Range groups, T* map) const {
+    const Index taps = volume(g.kernel), columns = (groups.end - groups.first) * taps;
+    const T *weight = static_cast<const T*>(layer.span_weight), *bias = static_cast<const T*>(layer.span_bias);
+    const Product<T> product{hidden, layer.hidden_channels, count, layer.hidden_channels, weight + groups.first * taps,
+                             g.groups * taps, bias ? bias + groups.first * taps : nullptr};
+    multiply(product, columns, [=](Index t, Index c, auto v) INVOLUTION_BODY { store(map + t * columns + c, v); });
+  }
+
+  void aggregate(const T* image, const T* map, Range rows, Range columns, Range groups, T* y) const {
+    const Index taps = volume(g.kernel), width = g.channels / g.groups, length = columns.end - columns.first;
+    for (Index row = rows.first; row < rows.end; ++row) {
+      Run<const T, const T, T> tiles(g, row, columns.first, (groups.end - groups.first) * taps);
+      const Index position = (row - rows.first) * length;
+      for (Index group = groups.first; group < groups.end; ++group) {
+        tiles.image = image + group * width;
+        tiles.k = map + position * tiles.k_step + (group - groups.first) * taps;
+        tiles.y = y + position * g.channels + group * width;
+        apply_run<T>(g, tiles, length);
+      }
+    }
+  }
+
+  void scale_and_shift(T* y, Index count) const {
+    const T *scale = static_cast<const T*>(layer.scale), *shift = static_cast<const T*>(layer.shift);
+    for (Index t = 0; t < count; ++t, y += g.channels) {
+#pragma omp simd
+      for (Index c = 0; c < g.channels; ++c) y[c] = y[c] * scale[c] + shift[c];
+    }
+  }
+
+  static void rectify(T* y, Index count) {
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) y[i] = relu(y[i]);
+  }
+
+  // The convolution after the layer, and the sum with the shortcut.
+  void next(const T* y, Index position, Index count) const {
+    const Index channels = layer.next_channels;
+    const Product<T> product{y, g.channels, count, g.channels, static_cast<const T*>(layer.next_weight), channels,
+                             static_cast<const T*>(layer.next_bias)};
+    T* output = static_cast<T*>(layer.output) + position * channels;
+    const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
+    const bool rectified = layer.next_relu;
+    multiply(product, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+      using V = decltype(v);
+      if (shortcut) v += load<V>(shortcut + t * channels + c);
+      if (rectified) v = v < 0 ? V{} : v;
+      store(output + t * channels + c, v);
+    });
+  }
+};
+
+}  // namespace
+
+template <class T>
+void layer(const Geometry& g, const involution_layer& layer) {
+  const Patches patches(g, layer);
+  const Work<T> work{g, layer, patches};
+  in_parallel(g, patches.count(g), [&](Index item) {
+    work.run(item, static_cast<T*>(layer.scratch) + this_thread() * patches.scratch());
+  });
+}
+
+int64_t layer_scratch(const Geometry& g, const involution_layer& layer) { return Patches(g, layer).scratch(); }
+
+template void layer<float>(const Geometry&, const involution_layer&);
+template void layer<double>(const Geometry&, const involution_layer&);
+
+}  // namespace INVOLUTION_ISA
+}  // namespace involution

@@ -1,0 +1,97 @@
+// A matrix product for the layer's pointwise parts: many positions times one weight matrix, all in cache.
+#pragma once
+#include "vector.h"
+
+namespace involution {
+namespace INVOLUTION_ISA {
+
+// Positions x depth numbers times a depth x columns matrix, plus a bias.
+template <class T>
+struct Product {
+  const T* in;
+  Index in_step, positions;  // from one position's numbers to the next one's; how many
+  Index depth;
+  const T* weight;           // [depth][weight_step], at the first column
+  Index weight_step;
+  const T* bias;             // or null
+};
+
+// How many positions and vectors of columns have their sums in registers at once.
+constexpr int kPositionsAtOnce = kRegisters == 32 ? 14 : 6;
+constexpr int kVectorsAtOnce = 2;
+
+// Numbers at `Count` equal distances, at most 14 of them, in reach of few registers.
+template <class T, int Count>
+struct Column {
+  const T *low, *high;
+  Strided<T> distance;
+
+  INVOLUTION_INLINE Column(const T* base, Index step) : low(base), high(base + 7 * step), distance(step) {}
+  template <int I>
+  INVOLUTION_INLINE T at() const {
+    static_assert(I < Count && Count <= 14);
+    if constexpr (I < 7) return distance.template at<I>(low);
+    else return distance.template at<I - 7>(high);
+  }
+  INVOLUTION_INLINE void next() {
+    ++low;
+    ++high;
+    hide(low);
+    hide(high);
+  }
+};
+
+// The sums of Positions positions and V vectors of W columns, each handed to finish(position, column, vector).
+template <class T, int W, int V, int Positions, class F>
+INVOLUTION_INLINE void multiply_tile(const Product<T>& p, Index position, Index column, F&& finish) {
+  using Vec = Vector<T, W>;
+  Vec sum[Positions][V];
+  unroll<V>([&](auto v) INVOLUTION_BODY {
+    const Vec start = p.bias ? load<Vec>(p.bias + column + v * W) : Vec{};
+    unroll<Positions>([&](auto t) INVOLUTION_BODY { sum[t][v] = start; });
+  });
+  Column<T, Positions> in(p.in + position * p.in_step, p.in_step);
+  const T* weight = p.weight + column;
+  for (Index r = 0; r < p.depth; ++r, weight += p.weight_step, in.next()) {
+    Vec w[V];
+    unroll<V>([&](auto v) INVOLUTION_BODY {
+      w[v] = load<Vec>(weight + v * W);
+      keep(w[v]);
+    });
+    unroll<Positions>([&](auto t) INVOLUTION_BODY {
+      Vec here = in.template at<t.value>() - Vec{};  // x - 0 is x, even for x = -0
+      keep(here);
+      unroll<V>([&](auto v) INVOLUTION_BODY { sum[t][v] += here * w[v]; });
+    });
+  }
+  unroll<Positions>([&](auto t) INVOLUTION_BODY {
+    unroll<V>([&](auto v) INVOLUTION_BODY { finish(position + t, column + v * W, sum[t][v]); });
+  });
+}
+
+// All positions of V vectors of columns; where fewer than Positions are left, tiles of half the size, and so on.
+template <class T, int W, int V, int Positions, class F>
+__attribute__((noinline)) void multiply_positions(const Product<T>& p, Index position, Index column, F finish) {
+  for (; position + Positions <= p.positions; position += Positions) {
+    multiply_tile<T, W, V, Positions>(p, position, column, finish);
+  }
+  if constexpr (Positions > 1) {
+    if (position < p.positions) multiply_positions<T, W, V, Positions / 2>(p, position, column, finish);
+  }
+}
+
+// finish(position, column, vector) for all positions and `columns` columns. The vectors get narrower at the end.
+template <class T, int W = kLanes<T>, int V = kVectorsAtOnce, class F>
+void multiply(const Product<T>& p, Index columns, F&& finish, Index column = 0) {
+  for (; column + V * W <= columns; column += V * W) {
+    multiply_positions<T, W, V, kPositionsAtOnce>(p, 0, column, finish);
+  }
+  if constexpr (V > 1) {
+    if (column < columns) multiply<T, W, 1>(p, columns, finish, column);
+  } else if constexpr (W > 1) {
+    if (column < columns) multiply<T, W / 2, 1>(p, columns, finish, column);
+  }
+}
+
+}  // namespace INVOLUTION_ISA
+}  // namespace involution

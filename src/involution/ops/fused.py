@@ -1,0 +1,278 @@
+"""The layer in one pass: kernels are generated a patch of positions at a time, applied, and never stored.
+
+torch.ops.involution.fused is the differentiable operator from (input, hidden) on; torch.ops.involution.bottleneck adds,
+for inference, what stands around it in a network: the reduction before, the 1x1 convolution and the shortcut after.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from . import cpu, selection
+from .geometry import DTYPES, MAPS, Geometry, LayerParts, allocate, layer_output, layer_window
+from .reference import generate
+from .registration import evaluate, library
+
+_APPLY, _ADJOINT, _CORRELATE = MAPS
+
+
+def fused_involution(
+    input: Tensor,
+    hidden: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """The span convolution of the paper's generator and the involution with its kernels, without the kernel map.
+
+    y = involution(input, hidden @ span_weight.T + span_bias), then scale * y + shift, then ReLU, where asked for. Sizes
+    are the layer's: O = ceil(S / stride), padded by floor(dilation * (K - 1) / 2) on the left.
+
+    Args:
+        input: [N, C, *S].
+        hidden: [N, R, *O], what the span convolution reads.
+        span_weight: [G * prod(K), R], group-major, then kernel positions; a weight whose transpose is contiguous is
+            used as it lies, any other copied first.
+        span_bias: [G * prod(K)] or None.
+        kernel_size: K, one number per axis, as `stride` and `dilation`.
+        stride: of the involution.
+        dilation: of the involution.
+        scale: [C] or None; with `shift`, of a folded norm.
+        shift: [C], if and only if there is a scale.
+        relu: rectify the result.
+
+    Returns:
+        [N, C, *O] in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel map
+        again, a patch at a time; gradients of every order.
+
+    Raises:
+        TypeError: dtypes differ, or are not float16, bfloat16, float32 or float64.
+        ValueError: shapes do not belong together.
+    """
+    tensors = [input, hidden, span_weight, span_bias, scale, shift]
+    device = input.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [None if t is None else t.to(dtype) for t in tensors]
+    window = list(kernel_size), list(stride), list(dilation)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _unfused(*tensors, relu, *window)  # the maps know every transform
+    result: Tensor = torch.ops.involution.fused.default(*tensors, relu, *window)
+    return result
+
+
+def has_kernel(input: Tensor) -> bool:
+    """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
+    return input.dtype in (torch.float32, torch.float64) and selection.backend_for(input) is cpu
+
+
+def _unfused(
+    input: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    *window: Sequence[int],
+) -> Tensor:
+    """The same from differentiable steps."""
+    sizes = layer_window(input.shape, weight.shape[0], *window)
+    kernel_map = generate(hidden, weight, bias, sizes)
+    y = evaluate(_APPLY, input, kernel_map, [*input.shape[:2], *sizes.output], *sizes[-3:])
+    if scale is not None and shift is not None:
+        y = y * _per_channel(scale, y) + _per_channel(shift, y)
+    return y.relu() if relu else y
+
+
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
+    return vector.view(-1, *[1] * (like.dim() - 2))
+
+
+def _parts_checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
+    """The geometry of a fused layer, if its tensors belong together."""
+    x = parts.input
+    for name, tensor in parts.tensors():
+        if tensor.dtype not in DTYPES or tensor.dtype != x.dtype or tensor.device != x.device:
+            raise TypeError(
+                f"{name} must have input's floating dtype and device, {x.dtype} on {x.device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+    sizes = layer_window(x.shape, parts.span_weight.shape[0], *window)
+    hidden_channels, output = parts.span_weight.shape[1], (x.shape[0], *sizes.output)
+    next_channels = None if parts.next_weight is None else parts.next_weight.shape[0]
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "hidden": (output[0], hidden_channels, *output[1:]),
+        "reduce_weight": (hidden_channels, x.shape[1]),
+        "reduce_bias": (hidden_channels,),
+        "span_bias": (parts.span_weight.shape[0],),
+        "scale": (x.shape[1],),
+        "shift": (x.shape[1],),
+        "next_weight": (next_channels, x.shape[1]),
+        "next_bias": (next_channels,),
+        "shortcut": (output[0], next_channels, *output[1:]),
+    }
+    for name, tensor in parts.tensors():
+        if name in wanted and tuple(tensor.shape) != wanted[name]:
+            raise ValueError(f"{name} must be {list(wanted[name])} for input {list(x.shape)}, got {list(tensor.shape)}")
+    if (parts.hidden is None) == (parts.reduce_weight is None):
+        raise ValueError("exactly one of hidden and reduce_weight must be given")
+    if (parts.scale is None) != (parts.shift is None):
+        raise ValueError("scale and shift must be given together")
+    return sizes
+
+
+def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
+    sizes = _parts_checked(parts, window)
+    out = allocate("output", parts.output_size(sizes.output), like=parts.input)
+    if out.numel():
+        selection.backend_for(parts.input).layer(parts, out, sizes)
+    return out
+
+
+def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
+    return allocate("output", parts.output_size(layer_output(parts.input.shape[2:], window[1])), like=parts.input)
+
+
+def _fused_parts(
+    input: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+) -> LayerParts:
+    return LayerParts(input, weight, bias, hidden=hidden, scale=scale, shift=shift, relu=relu)
+
+
+def _bottleneck_parts(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    next_weight: Tensor | None,
+    next_bias: Tensor | None,
+    shortcut: Tensor | None,
+    next_relu: bool,
+) -> LayerParts:
+    return LayerParts(
+        input, span_weight, span_bias, None, reduce_weight, reduce_bias, scale, shift, next_weight, next_bias, shortcut,
+        relu, next_relu,
+    )  # fmt: skip
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.relu, kernel_size, stride, dilation = inputs
+    ctx.window = kernel_size, stride, dilation
+    ctx.save_for_backward(*tensors, output if ctx.relu else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, hidden, weight, bias, scale, shift, output = ctx.saved_tensors
+    if ctx.relu:
+        grad = grad * (output > 0)
+    dscale = dshift = None
+    if scale is not None:
+        others = (0, *range(2, grad.dim()))
+        plain = torch.ops.involution.fused.default(input, hidden, weight, bias, None, None, False, *ctx.window)
+        dscale, dshift = (grad * plain).sum(others), grad.sum(others)
+        grad = grad * _per_channel(scale, grad)
+    if torch.is_grad_enabled():  # somebody wants to differentiate the gradients: from differentiable steps
+        sizes = layer_window(input.shape, weight.shape[0], *ctx.window)
+        kernel_map = generate(hidden, weight, bias, sizes)
+        window = sizes[-3:]
+        dx = evaluate(_ADJOINT, grad, kernel_map, input.shape, *window)
+        dmap = evaluate(_CORRELATE, grad, input, kernel_map.shape, *window)
+        flat = dmap.flatten(1, 1 + len(sizes.kernel)).flatten(2)  # [N, G * prod(K), prod(O)]
+        dhidden = torch.einsum("nmo,mr->nro", flat, weight).view_as(hidden)
+        dweight, dbias = torch.einsum("nmo,nro->mr", flat, hidden.flatten(2)), flat.sum((0, 2))
+    else:
+        dx, dhidden, dweight, dbias = torch.ops.involution.fused_backward.default(
+            grad, input, hidden, weight, bias, *ctx.window
+        )
+    return dx, dhidden, dweight, None if bias is None else dbias, dscale, dshift, None, None, None, None
+
+
+def _run_backward(
+    grad: Tensor, input: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *window: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sizes = _parts_checked(LayerParts(input, weight, bias, hidden=hidden), window)
+    if grad.shape != (*input.shape[:2], *sizes.output) or grad.dtype != input.dtype or grad.device != input.device:
+        raise ValueError(
+            f"grad must be {[*input.shape[:2], *sizes.output]} in {input.dtype} on {input.device}, got "
+            f"{list(grad.shape)} in {grad.dtype} on {grad.device}"
+        )
+    results = _fake_backward(grad, input, hidden, weight, bias, *window)
+    if grad.numel():
+        selection.backend_for(input).layer_backward(grad, input, hidden, weight, bias, results, sizes)
+    else:
+        for result in results:
+            result.zero_()
+    return results
+
+
+def _fake_backward(
+    grad: Tensor, input: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dhidden = allocate("input", input.shape, like=input), allocate("input", hidden.shape, like=input)
+    return dx, dhidden, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+def _flops(
+    input: Sequence[int], weight: Sequence[int], window: Sequence[Any], reduce: bool = False, next_channels: int = 0
+) -> int:
+    """Two operations per multiply-add: generation, aggregation, and what stands around them."""
+    sizes = layer_window(input, weight[0], *window)
+    channels = sizes.channels
+    each = weight[0] * weight[1] + math.prod(sizes.kernel) * channels + next_channels * channels
+    return 2 * sizes.batch * math.prod(sizes.output) * (each + (channels * weight[1] if reduce else 0))
+
+
+_WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation"
+library.define(
+    "fused(Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, "
+    f"{_WINDOW}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    f"fused_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, {_WINDOW}) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
+    "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, Tensor? span_bias, "
+    "Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, Tensor? shortcut, bool next_relu, "
+    f"{_WINDOW}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
+library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
+library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
+torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:]), lib=library)
+torch.library.register_fake("involution::fused_backward", _fake_backward, lib=library)
+torch.library.register_fake("involution::bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library)
+torch.library.register_autograd("involution::fused", _backward, setup_context=_setup_context, lib=library)
+register_flop_formula(torch.ops.involution.fused)(lambda x, h, w, *a, out_shape=None, **_: _flops(x, w, a[-3:]))
+register_flop_formula(torch.ops.involution.fused_backward)(
+    lambda g, x, h, w, *a, out_shape=None, **_: 3 * _flops(x, w, a[-3:])
+)
+register_flop_formula(torch.ops.involution.bottleneck)(
+    lambda x, r, rb, w, *a, out_shape=None, **_: _flops(
+        x, w, a[-3:], reduce=True, next_channels=out_shape[1] if a[4] is not None else 0
+    )
+)

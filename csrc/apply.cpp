@@ -70,7 +70,9 @@ __attribute__((noinline)) void apply_positions(const Geometry& g, const ApplyRun
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
 template <class T, int W, int Positions, int K, int S>
-INVOLUTION_INLINE void apply_group(const Geometry& g, ApplyRun<T> tile, Index channels) {
+INVOLUTION_INLINE void apply_group(const Geometry& g, const ApplyRun<T>& whole, Index channels) {
+  if (channels == W) return apply_positions<T, W, Positions, K, S>(g, whole);
+  ApplyRun<T> tile = whole;
   for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
     apply_positions<T, W, Positions, K, S>(g, tile);
   }
@@ -158,8 +160,8 @@ void apply(const Geometry& g, const T* x, const T* k, T* y) {
 }
 
 template <class T>
-void apply_run(const Geometry& g, Run<const T, const T, T> run, Index count) {
-  const Index width = g.channels / g.groups, start = run.start[2];
+void apply_run(const Geometry& g, Run<const T, const T, T>& run, Index count) {
+  const Index start = run.start[2];
   const T* k = run.k;
   T* y = run.y;
   with_kernel_size_and_stride(g, [&](auto kernel_size, auto stride) {
@@ -170,16 +172,17 @@ void apply_run(const Geometry& g, Run<const T, const T, T> run, Index count) {
         run.start[2] = start + first * g.stride[2];
         run.k = k + first * run.k_step;
         run.y = y + first * run.step;
-        apply_group<T, kLanes<T>, at_once, decltype(kernel_size)::value, decltype(stride)::value>(g, run, width);
+        apply_group<T, kLanes<T>, at_once, decltype(kernel_size)::value, decltype(stride)::value>(g, run, run.width);
       }
     });
   });
+  run.start[2] = start;
 }
 
 template void apply(const Geometry&, const float*, const float*, float*);
 template void apply(const Geometry&, const double*, const double*, double*);
-template void apply_run(const Geometry&, Run<const float, const float, float>, Index);
-template void apply_run(const Geometry&, Run<const double, const double, double>, Index);
+template void apply_run(const Geometry&, Run<const float, const float, float>&, Index);
+template void apply_run(const Geometry&, Run<const double, const double, double>&, Index);
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

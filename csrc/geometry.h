@@ -51,11 +51,12 @@ struct Run {
   Y* y;      // y or its gradient
   Index step;        // numbers from one position to the next in x and y: the channels
   Index k_step;      // the same in k
+  Index width;       // channels of the group
   Range taps[2];     // the taps of the two slow axes that meet the input
   Index start[3];    // input position of tap (0, 0, 0) at the first output position
 
   // The run that starts at position `first` of output row `row`, of all the image's rows.
-  INVOLUTION_INLINE Run(const Geometry& g, Index row, Index first, Index k_step) : step(g.channels), k_step(k_step) {
+  INVOLUTION_INLINE Run(const Geometry& g, Index row, Index first, Index k_step) : step(g.channels), k_step(k_step), width(g.channels / g.groups) {
     const Index depth = row / g.output[1], height = row % g.output[1];
     taps[0] = taps_of_output(g, 0, depth);
     taps[1] = taps_of_output(g, 1, height);
@@ -65,9 +66,9 @@ struct Run {
   }
 };
 
-// `count` output positions of one group.
+// `count` output positions of one group, from the run's first on. Leaves `k` and `y` anywhere.
 template <class T>
-void apply_run(const Geometry&, Run<const T, const T, T>, Index count);
+void apply_run(const Geometry&, Run<const T, const T, T>&, Index count);
 
 // The output position that reads input position i through tap u, or -1.
 INVOLUTION_INLINE Index output_at(const Geometry& g, int axis, Index i, Index u) {

@@ -1,5 +1,6 @@
 // layer: generates kernels and applies them, patch by patch of output positions, so that the kernel map never leaves the
 // cache; with the pointwise steps before and after it (involution.h says which).
+#include <cstdlib>
 #include "geometry.h"
 #include "multiply.h"
 
@@ -10,8 +11,8 @@ namespace {
 // How the output is cut: into rows * columns positions that lie in a row in memory, and how many groups' kernels of
 // those positions are made at a time.
 struct Patches {
-  static constexpr Index kPositions = 56;      // enough that weights are read from far away seldom
-  static constexpr Index kMapNumbers = 32768;  // of the kernel map at a time: well inside a core's cache
+  static inline Index kPositions = getenv("KP") ? atoi(getenv("KP")) : 56;      // enough that weights are read from far away seldom
+  static inline Index kMapNumbers = getenv("KM") ? atoi(getenv("KM")) : 32768; // of the kernel map at a time: well inside a core's cache
   Index rows, columns, down, across, groups_at_once;
   Index hidden, pooled, map, y;  // numbers of scratch
 
@@ -129,14 +130,14 @@ struct Work {
   }
 
   void aggregate(const T* image, const T* map, Range rows, Range columns, Range groups, T* y) const {
-    const Index taps = volume(g.kernel), width = g.channels / g.groups, length = columns.end - columns.first;
+    const Index taps = volume(g.kernel), length = columns.end - columns.first;
     for (Index row = rows.first; row < rows.end; ++row) {
       Run<const T, const T, T> tiles(g, row, columns.first, (groups.end - groups.first) * taps);
       const Index position = (row - rows.first) * length;
       for (Index group = groups.first; group < groups.end; ++group) {
-        tiles.image = image + group * width;
+        tiles.image = image + group * tiles.width;
         tiles.k = map + position * tiles.k_step + (group - groups.first) * taps;
-        tiles.y = y + position * g.channels + group * width;
+        tiles.y = y + position * g.channels + group * tiles.width;
         apply_run<T>(g, tiles, length);
       }
     }

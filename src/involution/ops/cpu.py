@@ -6,9 +6,10 @@ both share one OpenMP runtime; every call passes torch's own thread count.
 
 import ctypes
 import os
-from functools import cache
+from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,11 @@ _FILE = "libinvolution.so"
 _KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+_TENSORS = LayerParts._fields[:11]  # in the order of involution_layer
+_WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
+_IMAGES = {"input", "hidden", "shortcut"}
 
 
 class _CGeometry(ctypes.Structure):
@@ -36,13 +42,7 @@ class _CLayer(ctypes.Structure):
     """`involution_layer` of csrc/involution.h."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                *("input", "hidden", "reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift"),
-                *("next_weight", "next_bias", "shortcut", "output", "scratch"),
-            )
-        ),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "scratch")),
         *((name, ctypes.c_int64) for name in ("hidden_channels", "next_channels", "relu", "next_relu")),
     ]
 
@@ -65,64 +65,82 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
     """Brings both operands into the layout of the first, runs the kernel, and fills `out` (the last tensor)."""
     channels_last = is_channels_last(tensors[0])
-    dims, out = len(geometry.input), tensors[2]
+    out = tensors[2]
     dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
-    in_memory = [
-        (t.permute(memory_order(role, dims)) if channels_last else t)
-        for role, t in zip(_ROLES[name], tensors, strict=True)
-    ]
-    first, second = (t.to(dtype).contiguous() for t in in_memory[:2])
-    result = in_memory[2] if out.dtype == dtype else torch.empty_like(in_memory[2], dtype=dtype)
-
-    function = getattr(_loaded(), f"involution_{name}_{_SUFFIX[dtype]}")
-    function(_c_geometry(geometry, channels_last), first.data_ptr(), second.data_ptr(), result.data_ptr())
-    if result is not in_memory[2]:
-        in_memory[2].copy_(result)
+    if channels_last:
+        dims = len(geometry.input)
+        first, second, in_memory = (
+            t.permute(memory_order(role, dims)) for role, t in zip(_ROLES[name], tensors, strict=True)
+        )
+    else:
+        first, second, in_memory = tensors
+    result = in_memory
+    if out.dtype != dtype:
+        first, second, result = first.to(dtype), second.to(dtype), torch.empty_like(in_memory, dtype=dtype)
+    first, second = first.contiguous(), second.contiguous()
+    _function(f"involution_{name}_{_SUFFIX[dtype]}")(
+        _c_geometry(geometry, channels_last, torch.get_num_threads()),
+        first.data_ptr(),
+        second.data_ptr(),
+        result.data_ptr(),
+    )
+    if result is not in_memory:
+        in_memory.copy_(result)
 
 
 def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
     """See reference.layer."""
     dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
-    held = {name: _as_kernel_takes(name, tensor, dtype) for name, tensor in parts.tensors()}
-    result = out.movedim(1, -1)
-    if out.dtype != dtype or not result.is_contiguous():
-        result = torch.empty(result.shape, dtype=dtype)
-    next_channels = 0 if parts.next_weight is None else len(parts.next_weight)
+    held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts, strict=False)]
+    result = out if out.dtype == dtype and _lies_channels_last(out) else None
+    if result is None:
+        result = torch.empty_like(out.movedim(1, -1), dtype=dtype, memory_format=torch.contiguous_format).movedim(-1, 1)
+    next_channels = 0 if parts.next_weight is None else parts.next_weight.shape[0]
+    c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
     c_layer = _CLayer(
-        hidden_channels=parts.span_weight.shape[1],
-        next_channels=next_channels,
-        relu=parts.relu,
-        next_relu=parts.next_relu,
-        output=result.data_ptr(),
-        **{name: tensor.data_ptr() for name, tensor in held.items()},
+        *(None if tensor is None else tensor.data_ptr() for tensor in held),
+        result.data_ptr(),
+        None,
+        parts.span_weight.shape[1],
+        next_channels,
+        parts.relu,
+        parts.next_relu,
     )
-    c_geometry = _c_geometry(geometry, True)
-    numbers = _loaded().involution_layer_scratch(c_geometry, c_layer)
-    scratch = torch.empty(numbers * c_geometry.threads, dtype=dtype)
+    scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
     c_layer.scratch = scratch.data_ptr()
-    getattr(_loaded(), f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
-    if result.data_ptr() != out.data_ptr():
-        out.copy_(result.movedim(-1, 1))
+    _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
+    if result is not out:
+        out.copy_(result)
 
 
-def _as_kernel_takes(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Images as [N, *S, C], weights as [in, out], in the kernels' dtype; itself where it already is."""
-    if name.endswith("weight"):
-        tensor = tensor.t()
-    elif name in ("input", "hidden", "shortcut"):
-        tensor = tensor.movedim(1, -1)
-    return tensor.to(dtype).contiguous()
+def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Images as [N, *S, C], weights as [in, out], in the kernels' dtype; itself where it already lies so."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(dtype) if tensor.dtype != dtype else tensor
+    if name in _WEIGHTS:
+        return tensor if tensor.stride() == (1, tensor.shape[0]) else tensor.t().contiguous()
+    if name in _IMAGES:
+        return tensor if _lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _lies_channels_last(image: Tensor) -> bool:
+    if image.dim() == 4:
+        return image.is_contiguous(memory_format=torch.channels_last)
+    return image.movedim(1, -1).is_contiguous()
 
 
 layer_backward = reference.layer_backward
 
 
-def _c_geometry(geometry: Geometry, channels_last: bool) -> _CGeometry:
+@lru_cache(maxsize=1024)
+def _c_geometry(geometry: Geometry, channels_last: bool, threads: int) -> _CGeometry:
     missing = 3 - len(geometry.input)
     sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
     padding = (*(0,) * missing, *geometry.padding)
     dilation = (*(1,) * missing, *geometry.dilation)
-    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, torch.get_num_threads())
+    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, threads)
 
 
 def instruction_set() -> str:
@@ -146,6 +164,11 @@ def why_not(tensor: Tensor | None) -> str:
 def library() -> ctypes.CDLL | None:
     """The loaded kernels, or None."""
     return _load()[0]
+
+
+@cache
+def _function(name: str) -> Any:
+    return getattr(_loaded(), name)
 
 
 def _loaded() -> ctypes.CDLL:

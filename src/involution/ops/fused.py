@@ -6,6 +6,7 @@ for inference, what stands around it in a network: the reduction before, the 1x1
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -99,41 +100,57 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (like.dim() - 2))
 
 
-def _parts_checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
+def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
     """The geometry of a fused layer, if its tensors belong together."""
-    x = parts.input
-    for name, tensor in parts.tensors():
-        if tensor.dtype not in DTYPES or tensor.dtype != x.dtype or tensor.device != x.device:
+    dtype, device = parts.input.dtype, parts.input.device
+    shapes = []
+    for name, tensor in zip(parts._fields, parts[:_COUNT], strict=False):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device or dtype not in DTYPES):
             raise TypeError(
-                f"{name} must have input's floating dtype and device, {x.dtype} on {x.device}, got {tensor.dtype} on "
+                f"{name} must have input's floating dtype and device, {dtype} on {device}, got {tensor.dtype} on "
                 f"{tensor.device}"
             )
-    sizes = layer_window(x.shape, parts.span_weight.shape[0], *window)
-    hidden_channels, output = parts.span_weight.shape[1], (x.shape[0], *sizes.output)
-    next_channels = None if parts.next_weight is None else parts.next_weight.shape[0]
+        shapes.append(None if tensor is None else tensor.shape)
+    return _fitting(tuple(shapes), tuple(tuple(axes) for axes in window))
+
+
+@lru_cache(maxsize=1024)
+def _fitting(shapes: tuple[torch.Size | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
+    """The geometry of a layer whose parts have these shapes, if they fit."""
+    found = dict(zip(LayerParts._fields, shapes, strict=False))
+    x, span, following = found["input"], found["span_weight"], found["next_weight"]
+    assert x is not None
+    if span is None or len(span) != 2:
+        raise ValueError(f"span_weight must be [G * prod(K), R], got {None if span is None else list(span)}")
+    sizes = layer_window(x, span[0], *window)
+    channels, next_channels = sizes.channels, following[0] if following else None
     wanted: dict[str, tuple[int | None, ...]] = {
-        "hidden": (output[0], hidden_channels, *output[1:]),
-        "reduce_weight": (hidden_channels, x.shape[1]),
-        "reduce_bias": (hidden_channels,),
-        "span_bias": (parts.span_weight.shape[0],),
-        "scale": (x.shape[1],),
-        "shift": (x.shape[1],),
-        "next_weight": (next_channels, x.shape[1]),
+        "hidden": (x[0], span[1], *sizes.output),
+        "reduce_weight": (span[1], channels),
+        "reduce_bias": (span[1],),
+        "span_bias": (span[0],),
+        "scale": (channels,),
+        "shift": (channels,),
+        "next_weight": (next_channels, channels),
         "next_bias": (next_channels,),
-        "shortcut": (output[0], next_channels, *output[1:]),
+        "shortcut": (x[0], next_channels, *sizes.output),
     }
-    for name, tensor in parts.tensors():
-        if name in wanted and tuple(tensor.shape) != wanted[name]:
-            raise ValueError(f"{name} must be {list(wanted[name])} for input {list(x.shape)}, got {list(tensor.shape)}")
-    if (parts.hidden is None) == (parts.reduce_weight is None):
+    for name, shape in wanted.items():
+        got = found[name]
+        if got is not None and tuple(got) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(got)}")
+    if (found["hidden"] is None) == (found["reduce_weight"] is None):
         raise ValueError("exactly one of hidden and reduce_weight must be given")
-    if (parts.scale is None) != (parts.shift is None):
+    if (found["scale"] is None) != (found["shift"] is None):
         raise ValueError("scale and shift must be given together")
     return sizes
 
 
+_COUNT = 11  # tensors among the parts
+
+
 def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
-    sizes = _parts_checked(parts, window)
+    sizes = _checked(parts, window)
     out = allocate("output", parts.output_size(sizes.output), like=parts.input)
     if out.numel():
         selection.backend_for(parts.input).layer(parts, out, sizes)
@@ -153,7 +170,7 @@ def _fused_parts(
     shift: Tensor | None,
     relu: bool,
 ) -> LayerParts:
-    return LayerParts(input, weight, bias, hidden=hidden, scale=scale, shift=shift, relu=relu)
+    return LayerParts(input, hidden, None, None, weight, bias, scale, shift, relu=relu)
 
 
 def _bottleneck_parts(
@@ -171,7 +188,7 @@ def _bottleneck_parts(
     next_relu: bool,
 ) -> LayerParts:
     return LayerParts(
-        input, span_weight, span_bias, None, reduce_weight, reduce_bias, scale, shift, next_weight, next_bias, shortcut,
+        input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, next_weight, next_bias, shortcut,
         relu, next_relu,
     )  # fmt: skip
 
@@ -211,7 +228,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _run_backward(
     grad: Tensor, input: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *window: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = _parts_checked(LayerParts(input, weight, bias, hidden=hidden), window)
+    sizes = _checked(LayerParts(input, hidden, None, None, weight, bias), window)
     if grad.shape != (*input.shape[:2], *sizes.output) or grad.dtype != input.dtype or grad.device != input.device:
         raise ValueError(
             f"grad must be {[*input.shape[:2], *sizes.output]} in {input.dtype} on {input.device}, got "

@@ -11,6 +11,7 @@ A map takes two of the roles and makes the third.
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import product
 from types import EllipsisType
 from typing import NamedTuple
@@ -125,11 +126,11 @@ class LayerParts(NamedTuple):
     """The tensors of a fused layer (ops/fused.py); None leaves a step out. Weights are [out, in]."""
 
     input: Tensor
+    hidden: Tensor | None  # or made from the input by the reduction
+    reduce_weight: Tensor | None
+    reduce_bias: Tensor | None
     span_weight: Tensor
     span_bias: Tensor | None
-    hidden: Tensor | None = None  # or made from the input by the reduction
-    reduce_weight: Tensor | None = None
-    reduce_bias: Tensor | None = None
     scale: Tensor | None = None
     shift: Tensor | None = None
     next_weight: Tensor | None = None
@@ -176,9 +177,10 @@ def layer_window(
 
 def is_channels_last(image: Tensor) -> bool:
     """Whether an [N, C, *S] tensor lies in memory as [N, *S, C], and not as [N, C, *S] too."""
-    return not image.is_contiguous() and image.movedim(1, -1).is_contiguous()
+    return not image.is_contiguous() and image.permute(memory_order("input", image.dim() - 2)).is_contiguous()
 
 
+@cache
 def memory_order(role: str, dims: int) -> tuple[int, ...]:
     """The permutation that takes a tensor of this role to its channels-last memory order.
 
@@ -199,7 +201,9 @@ def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
     order = memory_order(role, like.dim() - 2)
     in_memory = torch.empty([size[axis] for axis in order], dtype=like.dtype, device=like.device)
-    inverse = [0] * len(order)
-    for position, axis in enumerate(order):
-        inverse[axis] = position
-    return in_memory.permute(inverse)
+    return in_memory.permute(_inverse(order))
+
+
+@cache
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(axis) for axis in range(len(order)))

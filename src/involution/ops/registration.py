@@ -7,7 +7,7 @@ arguments is the map that makes that argument's role, applied to the two tensors
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula  # a tenth of a second: it loads triton where that is
 
 from . import selection
-from .geometry import DTYPES, MAPS, Map, allocate, geometry
+from .geometry import DTYPES, MAPS, Geometry, Map, allocate, geometry
 
 _ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # a role's name as an argument
 _MAKER = {map.makes: map for map in MAPS}
@@ -109,13 +109,17 @@ def _run(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: 
             f"involution::{map.name} wants two tensors of one floating dtype on one device, got {first.dtype} on "
             f"{first.device} and {second.dtype} on {second.device}"
         )
-    shapes = {map.takes[0]: first.shape, map.takes[1]: second.shape, map.makes: size}
-    sizes = geometry(shapes, *window)
+    sizes = _geometry(map, first.shape, second.shape, tuple(size), *(tuple(axes) for axes in window))
     backend = selection.backend_for(first)
     out = allocate(map.makes, size, like=first)
     if out.numel():
         getattr(backend, map.name)(first, second, out, sizes)
     return out
+
+
+@lru_cache(maxsize=1024)
+def _geometry(map: Map, first: Sequence[int], second: Sequence[int], size: tuple[int, ...], *window: Any) -> Geometry:
+    return geometry({map.takes[0]: first, map.takes[1]: second, map.makes: size}, *window)
 
 
 def _fake(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:

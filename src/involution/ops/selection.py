@@ -70,13 +70,12 @@ def backend_for(tensor: Tensor) -> ModuleType:
     Raises:
         RuntimeError: INVOLUTION_BACKEND forces one that cannot.
     """
-    refusals = {name: _refusal(name, tensor) for name in _BACKENDS}
     for name, module in _BACKENDS.items():
-        if not refusals[name]:
+        if not _refusal(name, tensor):
             if module is reference and forced is None and tensor.device.type == "cpu":
-                _warn_slow(refusals["cpu"])
+                _warn_slow(_refusal("cpu", tensor))
             return module
-    raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {refusals[str(forced)]}")
+    raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {_refusal(str(forced), tensor)}")
 
 
 def _refusal(name: str, tensor: Tensor | None = None) -> str:

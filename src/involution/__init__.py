@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .nn.involution import Involution1d, Involution2d, Involution3d
+    from .nn.optimize import optimize
     from .ops.functional import involution1d, involution2d, involution3d
     from .ops.selection import backends
 
@@ -21,6 +22,7 @@ _HOME = {
     "Involution1d": "nn.involution",
     "Involution2d": "nn.involution",
     "Involution3d": "nn.involution",
+    "optimize": "nn.optimize",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "involution1d",
     "involution2d",
     "involution3d",
+    "optimize",
 ]
 
 

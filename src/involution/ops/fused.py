@@ -74,7 +74,12 @@ def fused_involution(
 
 def has_kernel(input: Tensor) -> bool:
     """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
-    return input.dtype in (torch.float32, torch.float64) and selection.backend_for(input) is cpu
+    return input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64) and _cpu_serves()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_serves() -> bool:
+    return not cpu.why_not(None) and selection.forced in (None, "cpu")
 
 
 def _unfused(

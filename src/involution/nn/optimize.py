@@ -1,0 +1,325 @@
+"""Whole models for inference: norms folded, involutions fused with their neighbours, the rest frozen by torch.compile."""
+
+import copy
+import logging
+import math
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch._inductor
+import torch._inductor.config
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..ops import fused as fused  # registers the operators that graphs refer to
+
+_log = logging.getLogger(__name__)
+
+_CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+_POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
+_RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+def optimize(model: nn.Module, example_input: Tensor) -> nn.Module:
+    """A copy of a model that does the same faster, for inference.
+
+    Batch norms are folded into the convolutions before them; every involution with the default generator becomes one
+    fused operator with its reduction, the norm and ReLU after it and, where it stands in a bottleneck, the 1x1
+    convolution and the shortcut after those; images are held in channels_last; torch.compile makes the rest, with
+    frozen weights. Models without involutions (a timm ResNet) get the same treatment as far as it applies.
+
+    Args:
+        model: in evaluation mode; it is copied and left alone. Later changes of its weights have no effect.
+        example_input: one batch; the returned module is compiled for it. Other sizes work and compile when they come.
+
+    Returns:
+        A module with the model's forward, without gradients. Its `unfused` lists what could not be fused, and why.
+
+    Raises:
+        TypeError: model is no module, or example_input no tensor.
+        ValueError: the model, or a part of it, is in training mode.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f"example_input must be a torch.Tensor, got {type(example_input).__name__}")
+    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
+    if training:
+        raise ValueError(f"model must be in evaluation mode (model.eval()), but {training[0]} is in training mode")
+    optimized = Optimized(model)
+    optimized(example_input)
+    return optimized
+
+
+class Optimized(nn.Module):
+    """What :func:`optimize` returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        _channels_last(self.model)
+        self.unfused: list[str] = []
+        self._compiled = torch.compile(self.model, backend=self._compile)
+        self.train(False)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        """The model's own."""
+        inputs = tuple(_images_channels_last(value) for value in inputs)
+        with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+            return self._compiled(*inputs, **options)
+
+    def train(self, mode: bool = True) -> "Optimized":
+        """Stays in evaluation mode: the weights are frozen."""
+        if mode:
+            raise ValueError("an optimized model cannot be trained: its weights are frozen")
+        return super().train(False)
+
+    def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        for reason in fuse(graph):
+            if reason not in self.unfused:
+                self.unfused.append(reason)
+                _log.warning("involution.optimize: %s", reason)
+        graph = fx.GraphModule(graph, graph.graph)  # without dynamo's notes: they do not know the folded weights
+        graph.meta.pop("dynamo_compile_id", None)
+        compiled: Callable[..., Any] = torch._inductor.compile(graph, inputs, options={"freezing": True})
+        return compiled
+
+
+def _channels_last(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = _images_channels_last(parameter.data)
+
+
+def _images_channels_last(value: Any) -> Any:
+    return (
+        value.contiguous(memory_format=torch.channels_last) if isinstance(value, Tensor) and value.dim() == 4 else value
+    )
+
+
+class _Norm(NamedTuple):
+    """A batch norm as a scale and a shift per channel."""
+
+    node: fx.Node
+    scale: Tensor
+    shift: Tensor
+
+
+class _Pointwise(NamedTuple):
+    """A 1x1 convolution: weight [out, in], bias [out] or None."""
+
+    node: fx.Node
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fuse(graph: fx.GraphModule) -> list[str]:
+    """Replaces every involution of the graph, and the steps around it that fit, by one torch.ops.involution.bottleneck.
+
+    Returns:
+        For every involution that is left as it is, or loses less than it could, a sentence with the reason.
+    """
+    reasons = []
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.involution.apply.default:
+            reasons.append(f"{_place(node)} runs unfused: its kernels come from a generator other than the default one")
+        elif node.target is torch.ops.involution.fused.default:
+            reason = _fuse_layer(graph, node)
+            if reason:
+                reasons.append(f"{_place(node)} {reason}")
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return reasons
+
+
+def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
+    """Fuses one layer with its neighbours; returns why not, or not with all."""
+    x, hidden, span, bias, scale, _, relu, *window = layer.args
+    if scale is not None or relu:
+        return "runs as it is: it has a norm of its own"
+    span_weight, span_bias = _constant(graph, span), _constant(graph, bias)
+    if span_weight is None or (bias is not None and span_bias is None):
+        return "runs unfused: its span's weights are not constant"
+    reduced, why = _reduction(graph, hidden, x, window[1])
+    if reduced is None:
+        return f"runs without its reduction: {why}"
+
+    last, reason = layer, ""
+    norm = _norm(graph, _only_user(layer))
+    rectified = None if norm is None else _only_user(norm.node)
+    if norm is None:
+        reason = "runs without what follows: no batch norm in evaluation mode comes after it"
+    elif not _is_relu(rectified):
+        norm, reason = None, "runs without what follows: no ReLU comes after its norm"
+    else:
+        assert rectified is not None
+        last = rectified
+    following, shortcut = None, None
+    if norm is not None:
+        following, shortcut, end = _expansion(graph, last)
+        last = end or last
+
+    def keep(name: str, value: Tensor | None) -> fx.Node | None:
+        if value is None:
+            return None
+        name = f"{layer.name}_{name}"
+        graph.register_buffer(name, value)
+        return graph.graph.get_attr(name)
+
+    with graph.graph.inserting_before(last):
+        arguments = (
+            x,
+            keep("reduce_weight", _as_read(reduced.weight)),
+            keep("reduce_bias", reduced.bias),
+            keep("span_weight", _as_read(span_weight.flatten(1))),
+            keep("span_bias", span_bias),
+            keep("scale", norm and norm.scale),
+            keep("shift", norm and norm.shift),
+            norm is not None,
+            keep("next_weight", following and _as_read(following.weight)),
+            keep("next_bias", following and following.bias),
+            shortcut,
+            following is not None,
+            *window,
+        )
+        fused = graph.graph.call_function(torch.ops.involution.bottleneck.default, arguments)
+    fused.meta = dict(layer.meta)
+    last.replace_all_uses_with(fused)
+    graph.graph.erase_node(last)  # what led to it is dead now
+    graph.graph.eliminate_dead_code()
+    return reason
+
+
+def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple[_Pointwise | None, str]:
+    """The 1x1 convolution, with its norm folded in, from x (pooled where the layer strides) to hidden."""
+    if not _is_relu(hidden):
+        return None, "its generator's activation is not ReLU"
+    norm = _norm(graph, hidden.args[0])
+    if norm is None:
+        return None, "its generator's norm is not a batch norm in evaluation mode"
+    convolution = _pointwise(graph, norm.node.args[0])
+    if convolution is None:
+        return None, "its generator's reduction is not a plain 1x1 convolution"
+    source = convolution.node.args[0]
+    if math.prod(stride) > 1:
+        if not _pools_windows(source, stride):
+            return None, "its generator does not average windows of the stride's size"
+        source = source.args[0]
+    if source is not x:
+        return None, "its generator reads something other than the layer's input"
+    return _Pointwise(convolution.node, *_folded(convolution, norm)), ""
+
+
+def _expansion(graph: fx.GraphModule, rectified: fx.Node) -> tuple[_Pointwise | None, Any, fx.Node | None]:
+    """The 1x1 convolution, norm, sum and ReLU that end a bottleneck: weights, the shortcut, and the last node."""
+    nothing = None, None, None
+    convolution = _pointwise(graph, _only_user(rectified))
+    norm = None if convolution is None else _norm(graph, _only_user(convolution.node))
+    total = None if norm is None else _only_user(norm.node)
+    end = None if total is None else _only_user(total)
+    if convolution is None or norm is None or total is None or total.target not in _SUMS or not _is_relu(end):
+        return nothing
+    others = [value for value in total.args if value is not norm.node]
+    if len(total.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node) or total.kwargs:
+        return nothing
+    shapes = [value.meta.get("example_value") for value in (norm.node, others[0])]
+    if any(shape is None for shape in shapes) or shapes[0].shape != shapes[1].shape:
+        return nothing  # a sum that broadcasts
+    return _Pointwise(convolution.node, *_folded(convolution, norm)), others[0], end
+
+
+def _folded(convolution: _Pointwise, norm: _Norm) -> tuple[Tensor, Tensor]:
+    bias = norm.shift if convolution.bias is None else norm.shift + convolution.bias * norm.scale
+    return convolution.weight * norm.scale[:, None], bias
+
+
+def _as_read(weight: Tensor) -> Tensor:
+    """The same [out, in] matrix, lying as [in, out]: the kernels use it without a copy."""
+    return weight.t().contiguous().t()
+
+
+def _norm(graph: fx.GraphModule, node: Any) -> _Norm | None:
+    if not _calls(node, {F.batch_norm}):
+        return None
+    values = _bound(node, ("input", "mean", "var", "weight", "bias", "training", "momentum", "eps"))
+    mean, var = (_constant(graph, values.get(name)) for name in ("mean", "var"))
+    weight, bias = (_constant(graph, values.get(name)) for name in ("weight", "bias"))
+    if values.get("training") or mean is None or var is None:
+        return None
+    scale = (var.double() + values.get("eps", 1e-5)).rsqrt()
+    scale = scale if weight is None else scale * weight.double()
+    shift = -mean.double() * scale if bias is None else bias.double() - mean.double() * scale
+    return _Norm(node, scale.to(mean.dtype), shift.to(mean.dtype))
+
+
+def _pointwise(graph: fx.GraphModule, node: Any) -> _Pointwise | None:
+    if not _calls(node, _CONVOLUTIONS):
+        return None
+    values = _bound(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+    weight, bias = _constant(graph, values.get("weight")), _constant(graph, values.get("bias"))
+    plain = (
+        weight is not None
+        and math.prod(weight.shape[2:]) == 1
+        and all(step == 1 for step in _numbers(values.get("stride", 1)))
+        and all(side == 0 for side in _numbers(values.get("padding", 0)))
+        and values.get("groups", 1) == 1
+        and (values.get("bias") is None or bias is not None)
+    )
+    return _Pointwise(node, weight.flatten(1), bias) if plain and weight is not None else None
+
+
+def _pools_windows(node: Any, stride: Any) -> bool:
+    if not _calls(node, _POOLS):
+        return False
+    values = _bound(
+        node, ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    )
+    return bool(
+        tuple(_numbers(values["kernel_size"])) == tuple(_numbers(values.get("stride"))) == tuple(stride)
+        and all(side == 0 for side in _numbers(values.get("padding", 0)))
+        and values.get("ceil_mode")
+        and values.get("count_include_pad") is False
+        and values.get("divisor_override") is None
+    )
+
+
+def _bound(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _numbers(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _calls(node: Any, targets: set[Any]) -> bool:
+    """Whether this node calls one of these, and every use of its result is at one place."""
+    return isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1
+
+
+def _is_relu(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _RELUS
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
+    """The value of a weight: an attribute of the graph, or a flattened one."""
+    if isinstance(node, fx.Node) and node.target == "flatten":
+        inner = _constant(graph, node.args[0])
+        return None if inner is None else inner.flatten(*node.args[1:])
+    if not isinstance(node, fx.Node) or node.op != "get_attr":
+        return None
+    value: Any = graph
+    for name in str(node.target).split("."):
+        value = getattr(value, name)
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+def _place(node: fx.Node) -> str:
+    """The module that a node comes from, as named_modules() calls it."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return str(stack[-1][0]).replace("L['self'].", "") if stack else node.name

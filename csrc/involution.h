@@ -35,7 +35,8 @@ INVOLUTION_PUBLIC void involution_correlate_f32(const involution_geometry*, cons
 INVOLUTION_PUBLIC void involution_correlate_f64(const involution_geometry*, const double* g, const double* x, double* dk);
 
 /* The layer in one pass, channels last: a kernel map made in cache, for a patch of positions at a time, and applied.
- * Matrices are [in, out], as their transposed weights lie; a null pointer leaves its part out.
+ * Matrices [in, out] are packed into panels of 32 columns, [ceil(out / 32), in, 32], the last filled up with anything.
+ * A null pointer leaves its part out.
  *
  *     h = hidden, or relu(pool(x) reduce_weight + reduce_bias), pool averaging windows of the stride's size
  *     y = scale * apply(x, h span_weight + span_bias) + shift,  relu'd if `relu`

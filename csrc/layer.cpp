@@ -1,6 +1,5 @@
 // layer: generates kernels and applies them, patch by patch of output positions, so that the kernel map never leaves the
 // cache; with the pointwise steps before and after it (involution.h says which).
-#include <cstdlib>
 #include "geometry.h"
 #include "multiply.h"
 
@@ -8,32 +7,31 @@ namespace involution {
 namespace INVOLUTION_ISA {
 namespace {
 
-// How the output is cut: into rows * columns positions that lie in a row in memory, and how many groups' kernels of
-// those positions are made at a time.
+// How the output is cut into patches, runs of positions that lie in a row in memory: `down` parts of an image's rows, and
+// `across` parts of a row where that is long; and how many groups' kernels of a patch are made at a time.
 struct Patches {
-  static inline Index kPositions = getenv("KP") ? atoi(getenv("KP")) : 56;      // enough that weights are read from far away seldom
-  static inline Index kMapNumbers = getenv("KM") ? atoi(getenv("KM")) : 32768; // of the kernel map at a time: well inside a core's cache
-  Index rows, columns, down, across, groups_at_once;
+  static constexpr Index kPositions = 56;      // of a patch: weights are seldom fetched from far away
+  static constexpr Index kMapNumbers = 49152;  // of the kernel map at a time: inside a core's cache
+  Index down, across, groups_at_once;
   Index hidden, pooled, map, y;  // numbers of scratch
 
   Patches(const Geometry& g, const involution_layer& layer) {
-    const Index image_rows = g.output[0] * g.output[1];
-    columns = least(g.output[2], kPositions);
-    rows = columns < g.output[2] ? 1 : most(1, kPositions / columns);
-    rows = least(rows, most(1, g.batch * image_rows / (2 * g.threads)));  // work for every thread
-    down = ceil_divide(image_rows, rows);
-    across = ceil_divide(g.output[2], columns);
-    const Index positions = rows * columns, taps = volume(g.kernel);
+    const Index rows = g.output[0] * g.output[1];
+    across = ceil_divide(g.output[2], kPositions);
+    down = across > 1 ? rows : ceil_divide(rows, most(1, kPositions / g.output[2]));
+    if (g.batch * down * across < 4 * g.threads) down = least(rows, ceil_divide(down, g.threads) * g.threads);
+    const Index positions = ceil_divide(rows, down) * ceil_divide(g.output[2], across), taps = volume(g.kernel);
     groups_at_once = 1;
     while (2 * groups_at_once <= g.groups && positions * 2 * groups_at_once * taps <= kMapNumbers) groups_at_once *= 2;
-    const auto lines = [](Index numbers) { return ceil_divide(numbers, 16) * 16; };
-    hidden = layer.hidden ? 0 : lines(positions * layer.hidden_channels);
-    pooled = layer.hidden || volume(g.stride) == 1 ? 0 : lines(positions * g.channels);
-    map = lines(positions * groups_at_once * taps);
-    y = layer.next_weight ? lines(positions * g.channels) : 0;
+    hidden = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
+    pooled = layer.hidden || volume(g.stride) == 1 ? 0 : in_lines(positions * g.channels);
+    map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
+    y = layer.next_weight ? in_lines(positions * g.channels) : 0;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
   Index scratch() const { return hidden + pooled + map + y; }
+  static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
+  static Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 };
 
 template <class T>
@@ -78,10 +76,9 @@ struct Work {
 
   // One patch of output positions, from the input to the output.
   void run(Index item, T* scratch) const {
-    const Index across = item % patches.across, down = item / patches.across % patches.down;
     const Index n = item / patches.across / patches.down, image_rows = g.output[0] * g.output[1];
-    const Range rows = {down * patches.rows, least(image_rows, (down + 1) * patches.rows)};
-    const Range columns = {across * patches.columns, least(g.output[2], (across + 1) * patches.columns)};
+    const Range rows = Patches::part(item / patches.across % patches.down, patches.down, image_rows);
+    const Range columns = Patches::part(item % patches.across, patches.across, g.output[2]);
     const Index position = (n * image_rows + rows.first) * g.output[2] + columns.first;
     const Index count = (rows.end - rows.first) * (columns.end - columns.first);
     const T* image = static_cast<const T*>(layer.x) + n * volume(g.input) * g.channels;
@@ -92,8 +89,8 @@ struct Work {
     T* y = layer.next_weight ? map + patches.map : static_cast<T*>(layer.output) + position * g.channels;
     for (Index group = 0; group < g.groups; group += patches.groups_at_once) {
       const Range groups = {group, least(g.groups, group + patches.groups_at_once)};
-      generate(hidden, count, groups, map);
-      aggregate(image, map, rows, columns, groups, y);
+      const Range made = generate(hidden, count, groups, map);
+      aggregate(image, map, made, rows, columns, groups, y);
     }
     if (layer.scale) scale_and_shift(y, count);
     if (layer.relu) rectify(y, count * g.channels);
@@ -112,31 +109,37 @@ struct Work {
       in = pooled;
     }
     const Index channels = layer.hidden_channels;
-    const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight), channels,
+    const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
                              static_cast<const T*>(layer.reduce_bias)};
-    multiply(product, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+    multiply(product, 0, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
       store(hidden + t * channels + c, v < 0 ? decltype(v){} : v);
     });
     return hidden;
   }
 
-  // [count, groups, taps]: the kernels of some groups.
-  void generate(const T* hidden, Index count, Range groups, T* map) const {
-    const Index taps = volume(g.kernel), columns = (groups.end - groups.first) * taps;
-    const T *weight = static_cast<const T*>(layer.span_weight), *bias = static_cast<const T*>(layer.span_bias);
-    const Product<T> product{hidden, layer.hidden_channels, count, layer.hidden_channels, weight + groups.first * taps,
-                             g.groups * taps, bias ? bias + groups.first * taps : nullptr};
-    multiply(product, columns, [=](Index t, Index c, auto v) INVOLUTION_BODY { store(map + t * columns + c, v); });
+  // The kernels of some groups at `count` positions: [count, columns], whole panels of the span's columns.
+  Range generate(const T* hidden, Index count, Range groups, T* map) const {
+    const Index taps = volume(g.kernel);
+    const Range columns = {groups.first * taps / kPanel * kPanel,
+                           least(ceil_divide(groups.end * taps, kPanel) * kPanel, g.groups * taps)};
+    const Index step = columns.end - columns.first;
+    const Product<T> product{hidden, layer.hidden_channels, count, layer.hidden_channels,
+                             static_cast<const T*>(layer.span_weight), static_cast<const T*>(layer.span_bias)};
+    multiply(product, columns.first, columns.end, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+      store(map + t * step + c - columns.first, v);
+    });
+    return columns;
   }
 
-  void aggregate(const T* image, const T* map, Range rows, Range columns, Range groups, T* y) const {
+  // Applies them: `made` are the span's columns that the map holds.
+  void aggregate(const T* image, const T* map, Range made, Range rows, Range columns, Range groups, T* y) const {
     const Index taps = volume(g.kernel), length = columns.end - columns.first;
     for (Index row = rows.first; row < rows.end; ++row) {
-      Run<const T, const T, T> tiles(g, row, columns.first, (groups.end - groups.first) * taps);
+      Run<const T, const T, T> tiles(g, row, columns.first, made.end - made.first);
       const Index position = (row - rows.first) * length;
       for (Index group = groups.first; group < groups.end; ++group) {
         tiles.image = image + group * tiles.width;
-        tiles.k = map + position * tiles.k_step + (group - groups.first) * taps;
+        tiles.k = map + position * tiles.k_step + group * taps - made.first;
         tiles.y = y + position * g.channels + group * tiles.width;
         apply_run<T>(g, tiles, length);
       }
@@ -159,12 +162,12 @@ struct Work {
   // The convolution after the layer, and the sum with the shortcut.
   void next(const T* y, Index position, Index count) const {
     const Index channels = layer.next_channels;
-    const Product<T> product{y, g.channels, count, g.channels, static_cast<const T*>(layer.next_weight), channels,
+    const Product<T> product{y, g.channels, count, g.channels, static_cast<const T*>(layer.next_weight),
                              static_cast<const T*>(layer.next_bias)};
     T* output = static_cast<T*>(layer.output) + position * channels;
     const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
     const bool rectified = layer.next_relu;
-    multiply(product, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+    multiply(product, 0, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
       using V = decltype(v);
       if (shortcut) v += load<V>(shortcut + t * channels + c);
       if (rectified) v = v < 0 ? V{} : v;

@@ -5,15 +5,17 @@
 namespace involution {
 namespace INVOLUTION_ISA {
 
-// Positions x depth numbers times a depth x columns matrix, plus a bias.
+// Positions x depth numbers times a depth x columns matrix, plus a bias. The matrix is packed: panels of kPanel columns,
+// one after the other, each [depth][kPanel], the last one filled up with anything. So the weights are read as they lie.
+constexpr Index kPanel = 32;
+
 template <class T>
 struct Product {
   const T* in;
   Index in_step, positions;  // from one position's numbers to the next one's; how many
   Index depth;
-  const T* weight;           // [depth][weight_step], at the first column
-  Index weight_step;
-  const T* bias;             // or null
+  const T* weight;           // packed
+  const T* bias;             // [columns], or null
 };
 
 // How many positions and vectors of columns have their sums in registers at once.
@@ -51,8 +53,8 @@ INVOLUTION_INLINE void multiply_tile(const Product<T>& p, Index position, Index 
     unroll<Positions>([&](auto t) INVOLUTION_BODY { sum[t][v] = start; });
   });
   Column<T, Positions> in(p.in + position * p.in_step, p.in_step);
-  const T* weight = p.weight + column;
-  for (Index r = 0; r < p.depth; ++r, weight += p.weight_step, in.next()) {
+  const T* weight = p.weight + column / kPanel * kPanel * p.depth + column % kPanel;
+  for (Index r = 0; r < p.depth; ++r, weight += kPanel, in.next()) {
     Vec w[V];
     unroll<V>([&](auto v) INVOLUTION_BODY {
       w[v] = load<Vec>(weight + v * W);
@@ -80,16 +82,24 @@ __attribute__((noinline)) void multiply_positions(const Product<T>& p, Index pos
   }
 }
 
-// finish(position, column, vector) for all positions and `columns` columns. The vectors get narrower at the end.
-template <class T, int W = kLanes<T>, int V = kVectorsAtOnce, class F>
-void multiply(const Product<T>& p, Index columns, F&& finish, Index column = 0) {
-  for (; column + V * W <= columns; column += V * W) {
+// Columns [column, end) of one panel. The vectors get narrower at the end.
+template <class T, int W, int V, class F>
+INVOLUTION_INLINE void multiply_panel(const Product<T>& p, Index column, Index end, F&& finish) {
+  for (; column + V * W <= end; column += V * W) {
     multiply_positions<T, W, V, kPositionsAtOnce>(p, 0, column, finish);
   }
   if constexpr (V > 1) {
-    if (column < columns) multiply<T, W, 1>(p, columns, finish, column);
+    if (column < end) multiply_panel<T, W, 1>(p, column, end, finish);
   } else if constexpr (W > 1) {
-    if (column < columns) multiply<T, W / 2, 1>(p, columns, finish, column);
+    if (column < end) multiply_panel<T, W / 2, 1>(p, column, end, finish);
+  }
+}
+
+// finish(position, column, vector) for all positions and the columns [first, end); first begins a panel.
+template <class T, class F>
+void multiply(const Product<T>& p, Index first, Index end, F&& finish) {
+  for (; first < end; first += kPanel) {
+    multiply_panel<T, kLanes<T>, kVectorsAtOnce>(p, first, end < first + kPanel ? end : first + kPanel, finish);
   }
 }
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..ops import fused as fused  # registers the operators that graphs refer to
+from ..ops.geometry import pack
 
 _log = logging.getLogger(__name__)
 
@@ -171,21 +172,21 @@ def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
     with graph.graph.inserting_before(last):
         arguments = (
             x,
-            keep("reduce_weight", _as_read(reduced.weight)),
+            keep("reduce_weight", pack(reduced.weight)),
             keep("reduce_bias", reduced.bias),
-            keep("span_weight", _as_read(span_weight.flatten(1))),
-            keep("span_bias", span_bias),
+            keep("span_weight", pack(span_weight.flatten(1))),
+            keep("span_bias", torch.zeros(len(span_weight)) if span_bias is None else span_bias),
             keep("scale", norm and norm.scale),
             keep("shift", norm and norm.shift),
             norm is not None,
-            keep("next_weight", following and _as_read(following.weight)),
+            keep("next_weight", following and pack(following.weight)),
             keep("next_bias", following and following.bias),
             shortcut,
             following is not None,
             *window,
         )
         fused = graph.graph.call_function(torch.ops.involution.bottleneck.default, arguments)
-    fused.meta = dict(layer.meta)
+    fused.meta = dict(last.meta)
     last.replace_all_uses_with(fused)
     graph.graph.erase_node(last)  # what led to it is dead now
     graph.graph.eliminate_dead_code()
@@ -233,11 +234,6 @@ def _expansion(graph: fx.GraphModule, rectified: fx.Node) -> tuple[_Pointwise | 
 def _folded(convolution: _Pointwise, norm: _Norm) -> tuple[Tensor, Tensor]:
     bias = norm.shift if convolution.bias is None else norm.shift + convolution.bias * norm.scale
     return convolution.weight * norm.scale[:, None], bias
-
-
-def _as_read(weight: Tensor) -> Tensor:
-    """The same [out, in] matrix, lying as [in, out]: the kernels use it without a copy."""
-    return weight.t().contiguous().t()
 
 
 def _norm(graph: fx.GraphModule, node: Any) -> _Norm | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .geometry import MAPS, Geometry, LayerParts, allocate, is_channels_last, memory_order
+from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order, pack
 
 _FILE = "libinvolution.so"
 _KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
@@ -95,14 +95,13 @@ def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
     result = out if out.dtype == dtype and _lies_channels_last(out) else None
     if result is None:
         result = torch.empty_like(out.movedim(1, -1), dtype=dtype, memory_format=torch.contiguous_format).movedim(-1, 1)
-    next_channels = 0 if parts.next_weight is None else parts.next_weight.shape[0]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
     c_layer = _CLayer(
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
         result.data_ptr(),
         None,
         parts.span_weight.shape[1],
-        next_channels,
+        out.shape[1],
         parts.relu,
         parts.next_relu,
     )
@@ -114,12 +113,12 @@ def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
 
 
 def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Images as [N, *S, C], weights as [in, out], in the kernels' dtype; itself where it already lies so."""
+    """Images as [N, *S, C], weights packed, in the kernels' dtype; itself where it already is."""
     if tensor is None:
         return None
     tensor = tensor.to(dtype) if tensor.dtype != dtype else tensor
     if name in _WEIGHTS:
-        return tensor if tensor.stride() == (1, tensor.shape[0]) else tensor.t().contiguous()
+        return pack(tensor) if tensor.dim() == 2 else tensor.contiguous()
     if name in _IMAGES:
         return tensor if _lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
     return tensor if tensor.is_contiguous() else tensor.contiguous()

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, selection
-from .geometry import DTYPES, MAPS, Geometry, LayerParts, allocate, layer_output, layer_window
+from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
 from .reference import generate
 from .registration import evaluate, library
 
@@ -42,8 +42,7 @@ def fused_involution(
     Args:
         input: [N, C, *S].
         hidden: [N, R, *O], what the span convolution reads.
-        span_weight: [G * prod(K), R], group-major, then kernel positions; a weight whose transpose is contiguous is
-            used as it lies, any other copied first.
+        span_weight: [G * prod(K), R], group-major, then kernel positions.
         span_bias: [G * prod(K)] or None.
         kernel_size: K, one number per axis, as `stride` and `dilation`.
         stride: of the involution.
@@ -120,13 +119,14 @@ def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
 
 
 @lru_cache(maxsize=1024)
-def _fitting(shapes: tuple[torch.Size | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
+def _fitting(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
     """The geometry of a layer whose parts have these shapes, if they fit."""
     found = dict(zip(LayerParts._fields, shapes, strict=False))
+    for name in ("reduce", "span", "next"):
+        found[f"{name}_weight"] = _plain(name, found[f"{name}_weight"], found[f"{name}_bias"])
     x, span, following = found["input"], found["span_weight"], found["next_weight"]
     assert x is not None
-    if span is None or len(span) != 2:
-        raise ValueError(f"span_weight must be [G * prod(K), R], got {None if span is None else list(span)}")
+    assert span is not None
     sizes = layer_window(x, span[0], *window)
     channels, next_channels = sizes.channels, following[0] if following else None
     wanted: dict[str, tuple[int | None, ...]] = {
@@ -149,6 +149,18 @@ def _fitting(shapes: tuple[torch.Size | None, ...], window: tuple[tuple[int, ...
     if (found["scale"] is None) != (found["shift"] is None):
         raise ValueError("scale and shift must be given together")
     return sizes
+
+
+def _plain(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) -> Sequence[int] | None:
+    """The shape [out, in] of a weight that may be packed."""
+    if weight is None or len(weight) == 2:
+        return weight
+    if len(weight) != 3 or weight[2] != PANEL or bias is None or weight[0] != -(-bias[0] // PANEL):
+        raise ValueError(
+            f"{name}_weight must be [out, in] or, with {name}_bias, packed as [ceil(out / {PANEL}), in, {PANEL}], got "
+            f"{list(weight)} and {None if bias is None else list(bias)}"
+        )
+    return bias[0], weight[1]
 
 
 _COUNT = 11  # tensors among the parts

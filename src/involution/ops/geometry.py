@@ -123,7 +123,10 @@ def geometry(
 
 
 class LayerParts(NamedTuple):
-    """The tensors of a fused layer (ops/fused.py); None leaves a step out. Weights are [out, in]."""
+    """The tensors of a fused layer (ops/fused.py); None leaves a step out.
+
+    Weights are [out, in], or packed (see `pack`): [ceil(out / 32), in, 32], and then the bias says how many `out` are.
+    """
 
     input: Tensor
     hidden: Tensor | None  # or made from the input by the reduction
@@ -146,7 +149,27 @@ class LayerParts(NamedTuple):
     def output_size(self, positions: Sequence[int]) -> tuple[int, ...]:
         """[N, C or the next convolution's channels, *positions]."""
         batch, channels = self.input.shape[:2]
-        return (batch, channels if self.next_weight is None else self.next_weight.shape[0], *positions)
+        if self.next_weight is not None:
+            channels = (self.next_weight if self.next_bias is None else self.next_bias).shape[0]
+        return (batch, channels, *positions)
+
+
+PANEL = 32  # columns, as csrc/multiply.h has it
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] as the CPU kernels read it: [ceil(out / 32), in, 32], filled up with zeros."""
+    missing = -weight.shape[0] % PANEL
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+    return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The weight [out, in], packed or not; a packed one's `out` is that of its bias."""
+    if weight.dim() == 2:
+        return weight
+    assert bias is not None
+    return weight.transpose(1, 2).flatten(0, 1)[: bias.shape[0]]
 
 
 def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:

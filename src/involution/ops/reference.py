@@ -7,7 +7,7 @@ precision accumulates in float32. Taps outside the input are never touched, so a
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, LayerParts, allocate, memory_order
+from .geometry import Geometry, LayerParts, allocate, memory_order, unpack
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -45,7 +45,8 @@ def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
             pooled = _POOL[len(stride)](pooled, stride, stride, ceil_mode=True, count_include_pad=False)
         hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
     y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
-    apply(parts.input, generate(hidden, parts.span_weight, parts.span_bias, geometry), y, geometry)
+    span_weight = unpack(parts.span_weight, parts.span_bias)
+    apply(parts.input, generate(hidden, span_weight, parts.span_bias, geometry), y, geometry)
     if parts.scale is not None and parts.shift is not None:
         per_channel = [-1] + [1] * len(geometry.output)
         y = y * parts.scale.view(per_channel) + parts.shift.view(per_channel)
@@ -95,7 +96,7 @@ _POOL = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3
 
 def _pointwise(image: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     assert weight is not None
-    return torch.nn.functional.linear(image.movedim(1, -1), weight, bias).movedim(-1, 1)
+    return torch.nn.functional.linear(image.movedim(1, -1), unpack(weight, bias), bias).movedim(-1, 1)
 
 
 def why_not(tensor: Tensor | None) -> str:

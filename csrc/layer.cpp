@@ -12,8 +12,10 @@ namespace {
 struct Patches {
   static constexpr Index kPositions = 56;      // of a patch: weights are seldom fetched from far away
   static constexpr Index kMapNumbers = 49152;  // of the kernel map at a time: inside a core's cache
+  static constexpr Index kStreamed = 4 << 20;  // numbers of output that no cache would keep
   Index down, across, groups_at_once;
   Index hidden, pooled, map, y;  // numbers of scratch
+  bool streams;                  // whether the output is written past the cache
 
   Patches(const Geometry& g, const involution_layer& layer) {
     const Index rows = g.output[0] * g.output[1];
@@ -27,6 +29,8 @@ struct Patches {
     pooled = layer.hidden || volume(g.stride) == 1 ? 0 : in_lines(positions * g.channels);
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
     y = layer.next_weight ? in_lines(positions * g.channels) : 0;
+    streams = layer.next_channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
+              g.batch * volume(g.output) * layer.next_channels >= kStreamed;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
   Index scratch() const { return hidden + pooled + map + y; }
@@ -67,6 +71,29 @@ void pool(const Geometry& g, const T* image, Index row, Index first, Index count
     for (Index c = 0; c < g.channels; ++c) pooled[c] *= share;
   }
 }
+
+// Adds the shortcut to the convolution after the layer and writes the output, past the cache if it is large.
+template <class T, bool Streams>
+struct NextTaker {
+  T* output;
+  const T* shortcut;  // or null
+  Index channels;
+  bool rectified;
+
+  INVOLUTION_INLINE void expect(Index t, Index c) const {
+    for (Index i = c; i < least(c + kPanel, channels); i += 64 / Index(sizeof(T))) {
+      if (shortcut) __builtin_prefetch(shortcut + t * channels + i);
+      if (!Streams) __builtin_prefetch(output + t * channels + i, 1);
+    }
+  }
+  template <class V>
+  INVOLUTION_INLINE void take(Index t, Index c, V v) const {
+    if (shortcut) v += load<V>(shortcut + t * channels + c);
+    if (rectified) v = v < 0 ? V{} : v;
+    if (Streams) stream(output + t * channels + c, v);
+    else store(output + t * channels + c, v);
+  }
+};
 
 template <class T>
 struct Work {
@@ -111,9 +138,9 @@ struct Work {
     const Index channels = layer.hidden_channels;
     const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
                              static_cast<const T*>(layer.reduce_bias)};
-    multiply(product, 0, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+    multiply(product, 0, channels, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
       store(hidden + t * channels + c, v < 0 ? decltype(v){} : v);
-    });
+    }});
     return hidden;
   }
 
@@ -125,9 +152,9 @@ struct Work {
     const Index step = columns.end - columns.first;
     const Product<T> product{hidden, layer.hidden_channels, count, layer.hidden_channels,
                              static_cast<const T*>(layer.span_weight), static_cast<const T*>(layer.span_bias)};
-    multiply(product, columns.first, columns.end, [=](Index t, Index c, auto v) INVOLUTION_BODY {
+    multiply(product, columns.first, columns.end, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
       store(map + t * step + c - columns.first, v);
-    });
+    }});
     return columns;
   }
 
@@ -166,13 +193,12 @@ struct Work {
                              static_cast<const T*>(layer.next_bias)};
     T* output = static_cast<T*>(layer.output) + position * channels;
     const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
-    const bool rectified = layer.next_relu;
-    multiply(product, 0, channels, [=](Index t, Index c, auto v) INVOLUTION_BODY {
-      using V = decltype(v);
-      if (shortcut) v += load<V>(shortcut + t * channels + c);
-      if (rectified) v = v < 0 ? V{} : v;
-      store(output + t * channels + c, v);
-    });
+    if (patches.streams) {
+      multiply(product, 0, channels, NextTaker<T, true>{output, shortcut, channels, bool(layer.next_relu)});
+      streams_end();
+    } else {
+      multiply(product, 0, channels, NextTaker<T, false>{output, shortcut, channels, bool(layer.next_relu)});
+    }
   }
 };
 

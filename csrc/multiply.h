@@ -43,15 +43,26 @@ struct Column {
   }
 };
 
-// The sums of Positions positions and V vectors of W columns, each handed to finish(position, column, vector).
+// What a product is for: `take` gets every finished vector, and `expect` hears of it when its sum begins, so that memory
+// that it will meet can be fetched meanwhile.
+template <class F>
+struct Taker {
+  F take;
+  INVOLUTION_INLINE void expect(Index, Index) const {}
+};
+template <class F>
+Taker(F) -> Taker<F>;
+
+// The sums of Positions positions and V vectors of W columns.
 template <class T, int W, int V, int Positions, class F>
-INVOLUTION_INLINE void multiply_tile(const Product<T>& p, Index position, Index column, F&& finish) {
+INVOLUTION_INLINE void multiply_tile(const Product<T>& p, Index position, Index column, const F& taker) {
   using Vec = Vector<T, W>;
   Vec sum[Positions][V];
   unroll<V>([&](auto v) INVOLUTION_BODY {
     const Vec start = p.bias ? load<Vec>(p.bias + column + v * W) : Vec{};
     unroll<Positions>([&](auto t) INVOLUTION_BODY { sum[t][v] = start; });
   });
+  unroll<Positions>([&](auto t) INVOLUTION_BODY { taker.expect(position + t, column); });
   Column<T, Positions> in(p.in + position * p.in_step, p.in_step);
   const T* weight = p.weight + column / kPanel * kPanel * p.depth + column % kPanel;
   for (Index r = 0; r < p.depth; ++r, weight += kPanel, in.next()) {
@@ -67,39 +78,39 @@ INVOLUTION_INLINE void multiply_tile(const Product<T>& p, Index position, Index 
     });
   }
   unroll<Positions>([&](auto t) INVOLUTION_BODY {
-    unroll<V>([&](auto v) INVOLUTION_BODY { finish(position + t, column + v * W, sum[t][v]); });
+    unroll<V>([&](auto v) INVOLUTION_BODY { taker.take(position + t, column + v * W, sum[t][v]); });
   });
 }
 
 // All positions of V vectors of columns; where fewer than Positions are left, tiles of half the size, and so on.
 template <class T, int W, int V, int Positions, class F>
-__attribute__((noinline)) void multiply_positions(const Product<T>& p, Index position, Index column, F finish) {
+__attribute__((noinline)) void multiply_positions(const Product<T>& p, Index position, Index column, F taker) {
   for (; position + Positions <= p.positions; position += Positions) {
-    multiply_tile<T, W, V, Positions>(p, position, column, finish);
+    multiply_tile<T, W, V, Positions>(p, position, column, taker);
   }
   if constexpr (Positions > 1) {
-    if (position < p.positions) multiply_positions<T, W, V, Positions / 2>(p, position, column, finish);
+    if (position < p.positions) multiply_positions<T, W, V, Positions / 2>(p, position, column, taker);
   }
 }
 
 // Columns [column, end) of one panel. The vectors get narrower at the end.
 template <class T, int W, int V, class F>
-INVOLUTION_INLINE void multiply_panel(const Product<T>& p, Index column, Index end, F&& finish) {
+INVOLUTION_INLINE void multiply_panel(const Product<T>& p, Index column, Index end, const F& taker) {
   for (; column + V * W <= end; column += V * W) {
-    multiply_positions<T, W, V, kPositionsAtOnce>(p, 0, column, finish);
+    multiply_positions<T, W, V, kPositionsAtOnce>(p, 0, column, taker);
   }
   if constexpr (V > 1) {
-    if (column < end) multiply_panel<T, W, 1>(p, column, end, finish);
+    if (column < end) multiply_panel<T, W, 1>(p, column, end, taker);
   } else if constexpr (W > 1) {
-    if (column < end) multiply_panel<T, W / 2, 1>(p, column, end, finish);
+    if (column < end) multiply_panel<T, W / 2, 1>(p, column, end, taker);
   }
 }
 
-// finish(position, column, vector) for all positions and the columns [first, end); first begins a panel.
+// taker.take(position, column, vector) for all positions and the columns [first, end); first begins a panel.
 template <class T, class F>
-void multiply(const Product<T>& p, Index first, Index end, F&& finish) {
+void multiply(const Product<T>& p, Index first, Index end, const F& taker) {
   for (; first < end; first += kPanel) {
-    multiply_panel<T, kLanes<T>, kVectorsAtOnce>(p, first, end < first + kPanel ? end : first + kPanel, finish);
+    multiply_panel<T, kLanes<T>, kVectorsAtOnce>(p, first, end < first + kPanel ? end : first + kPanel, taker);
   }
 }
 

@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "involution.h"
 
 namespace involution {
@@ -51,6 +55,25 @@ INVOLUTION_INLINE V load(const T* from) {
 template <class V, class T>
 INVOLUTION_INLINE void store(T* to, V v) {
   __builtin_memcpy(to, &v, sizeof v);
+}
+
+// Stores a vector at an aligned address past the cache, where the machine can: memory that is not read again soon.
+template <class V, class T>
+INVOLUTION_INLINE void stream(T* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(reinterpret_cast<float*>(to), reinterpret_cast<__m512>(v));
+#endif
+#if defined(__AVX__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(reinterpret_cast<float*>(to), reinterpret_cast<__m256>(v));
+#endif
+  store(to, v);
+}
+
+// Orders streamed stores before whatever follows.
+INVOLUTION_INLINE void streams_end() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 // Keeps a vector that several multiply-adds share in a register: GCC would load it again for each of them.

@@ -28,20 +28,16 @@ struct Patches {
     hidden = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
     pooled = layer.hidden || volume(g.stride) == 1 ? 0 : in_lines(positions * g.channels);
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
-    y = layer.next_weight ? in_lines(positions * g.channels) : 0;
-    streams = layer.next_channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
-              g.batch * volume(g.output) * layer.next_channels >= kStreamed;
+    y = in_lines(positions * g.channels);
+    const Index channels = layer.next_weight ? layer.next_channels : g.channels;
+    streams = channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
+              g.batch * volume(g.output) * channels >= kStreamed;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
   Index scratch() const { return hidden + pooled + map + y; }
   static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
   static Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 };
-
-template <class T>
-INVOLUTION_INLINE T relu(T v) {
-  return v < 0 ? 0 : v;  // NaN stays NaN
-}
 
 // The averages of the windows of the stride's size that begin at `count` output positions; the image's end cuts them.
 template <class T>
@@ -113,15 +109,34 @@ struct Work {
     const T* hidden = static_cast<const T*>(layer.hidden) + position * layer.hidden_channels;
     if (!layer.hidden) hidden = reduce(image, rows, columns, position, count, scratch);
     T* map = scratch + patches.hidden + patches.pooled;
-    T* y = layer.next_weight ? map + patches.map : static_cast<T*>(layer.output) + position * g.channels;
+    T* y = map + patches.map;
+    fetch_rows_after(image, rows, columns);
     for (Index group = 0; group < g.groups; group += patches.groups_at_once) {
       const Range groups = {group, least(g.groups, group + patches.groups_at_once)};
       const Range made = generate(hidden, count, groups, map);
       aggregate(image, map, made, rows, columns, groups, y);
     }
-    if (layer.scale) scale_and_shift(y, count);
-    if (layer.relu) rectify(y, count * g.channels);
-    if (layer.next_weight) next(y, position, count);
+    const auto keep = [](T* to, auto v) INVOLUTION_BODY { store(to, v); };
+    const auto past_cache = [](T* to, auto v) INVOLUTION_BODY { stream(to, v); };
+    if (layer.next_weight) {
+      if (layer.scale || layer.relu) finish(y, y, count, keep);
+      next(y, position, count);
+    } else {
+      T* output = static_cast<T*>(layer.output) + position * g.channels;
+      patches.streams ? finish(y, output, count, past_cache) : finish(y, output, count, keep);
+    }
+    if (patches.streams) streams_end();
+  }
+
+  // Fetches the input rows that the patch below this one reads and this one does not.
+  void fetch_rows_after(const T* image, Range rows, Range columns) const {
+    const Index reach = (g.kernel[1] - 1) * g.dilation[1] - g.padding[1], row = (rows.end - 1) % g.output[1];
+    const Index depth = (rows.end - 1) / g.output[1], length = (columns.end - columns.first) * g.stride[2] * g.channels;
+    for (Index h = row * g.stride[1] + reach + 1; h <= (row + rows.end - rows.first) * g.stride[1] + reach; ++h) {
+      if (h >= g.input[1]) return;
+      const T* x = image + ((depth * g.stride[0] * g.input[1] + h) * g.input[2] + columns.first * g.stride[2]) * g.channels;
+      for (Index i = 0; i < length; i += 64 / Index(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
+    }
   }
 
   // [count, R]: the generator's hidden features.
@@ -173,17 +188,21 @@ struct Work {
     }
   }
 
-  void scale_and_shift(T* y, Index count) const {
+  // Scales, shifts and rectifies y as asked, and writes it to `to`: the output, or where it is.
+  template <class Store>
+  INVOLUTION_INLINE void finish(const T* y, T* to, Index count, Store&& put) const {
+    constexpr int W = kLanes<T>;
     const T *scale = static_cast<const T*>(layer.scale), *shift = static_cast<const T*>(layer.shift);
-    for (Index t = 0; t < count; ++t, y += g.channels) {
-#pragma omp simd
-      for (Index c = 0; c < g.channels; ++c) y[c] = y[c] * scale[c] + shift[c];
+    const auto one = [&](auto v, Index c) INVOLUTION_BODY {
+      using V = decltype(v);
+      if (scale) v = v * load<V>(scale + c) + load<V>(shift + c);
+      return layer.relu ? (v < 0 ? V{} : v) : v;  // NaN stays NaN
+    };
+    for (Index t = 0; t < count; ++t, y += g.channels, to += g.channels) {
+      Index c = 0;
+      for (; c + W <= g.channels; c += W) put(to + c, one(load<Vector<T, W>>(y + c), c));
+      for (; c < g.channels; ++c) store(to + c, one(load<Vector<T, 1>>(y + c), c));
     }
-  }
-
-  static void rectify(T* y, Index count) {
-#pragma omp simd
-    for (Index i = 0; i < count; ++i) y[i] = relu(y[i]);
   }
 
   // The convolution after the layer, and the sum with the shortcut.
@@ -195,7 +214,6 @@ struct Work {
     const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
     if (patches.streams) {
       multiply(product, 0, channels, NextTaker<T, true>{output, shortcut, channels, bool(layer.next_relu)});
-      streams_end();
     } else {
       multiply(product, 0, channels, NextTaker<T, false>{output, shortcut, channels, bool(layer.next_relu)});
     }

@@ -41,6 +41,7 @@ INVOLUTION_PUBLIC void involution_correlate_f64(const involution_geometry*, cons
  *     h = hidden, or relu(pool(x) reduce_weight + reduce_bias), pool averaging windows of the stride's size
  *     y = scale * apply(x, h span_weight + span_bias) + shift,  relu'd if `relu`
  *     output = y, or y next_weight + next_bias + shortcut,  relu'd if `next_relu`
+ *     following = relu(output following_weight + following_bias)
  */
 typedef struct {
   const void *x, *hidden;                              /* [N, *S, C], [N, *O, R] */
@@ -48,9 +49,10 @@ typedef struct {
   const void *span_weight, *span_bias;                 /* [R, G * K], [G * K] */
   const void *scale, *shift;                           /* [C], both or neither */
   const void *next_weight, *next_bias, *shortcut;      /* [C, E], [E], [N, *O, E] */
-  void *output;                                        /* [N, *O, C] or [N, *O, E] */
+  const void *following_weight, *following_bias;       /* [E, F], [F]; only with a next_weight */
+  void *output, *following;                            /* [N, *O, C] or [N, *O, E]; [N, *O, F] */
   void *scratch;                                       /* threads * involution_layer_scratch numbers */
-  int64_t hidden_channels, next_channels;              /* R, E */
+  int64_t hidden_channels, next_channels, following_channels; /* R, E, F */
   int64_t relu, next_relu;
 } involution_layer;
 

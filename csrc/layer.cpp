@@ -14,7 +14,8 @@ struct Patches {
   static constexpr Index kMapNumbers = 49152;  // of the kernel map at a time: inside a core's cache
   static constexpr Index kStreamed = 4 << 20;  // numbers of output that no cache would keep
   Index down, across, groups_at_once;
-  Index hidden, pooled, map, y;  // numbers of scratch
+  Index hidden, pooled, map, y, output;  // numbers of scratch
+  Index output_step;             // from one position's output to the next one's in scratch
   bool streams;                  // whether the output is written past the cache
 
   Patches(const Geometry& g, const involution_layer& layer) {
@@ -29,12 +30,14 @@ struct Patches {
     pooled = layer.hidden || volume(g.stride) == 1 ? 0 : in_lines(positions * g.channels);
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
     y = in_lines(positions * g.channels);
+    output_step = layer.next_channels + 16;  // a power of two would have all positions share few lines of the cache
+    output = layer.following_weight ? in_lines(positions * output_step) : 0;
     const Index channels = layer.next_weight ? layer.next_channels : g.channels;
     streams = channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
               g.batch * volume(g.output) * channels >= kStreamed;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
-  Index scratch() const { return hidden + pooled + map + y; }
+  Index scratch() const { return hidden + pooled + map + y + output; }
   static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
   static Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 };
@@ -75,6 +78,8 @@ struct NextTaker {
   const T* shortcut;  // or null
   Index channels;
   bool rectified;
+  T* kept;  // where the output is needed once more, or null
+  Index kept_step;
 
   INVOLUTION_INLINE void expect(Index t, Index c) const {
     for (Index i = c; i < least(c + kPanel, channels); i += 64 / Index(sizeof(T))) {
@@ -88,6 +93,7 @@ struct NextTaker {
     if (rectified) v = v < 0 ? V{} : v;
     if (Streams) stream(output + t * channels + c, v);
     else store(output + t * channels + c, v);
+    if (kept) store(kept + t * kept_step + c, v);
   }
 };
 
@@ -153,9 +159,7 @@ struct Work {
     const Index channels = layer.hidden_channels;
     const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
                              static_cast<const T*>(layer.reduce_bias)};
-    multiply(product, 0, channels, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
-      store(hidden + t * channels + c, v < 0 ? decltype(v){} : v);
-    }});
+    rectified_product(product, channels, hidden);
     return hidden;
   }
 
@@ -206,17 +210,34 @@ struct Work {
   }
 
   // The convolution after the layer, and the sum with the shortcut.
-  void next(const T* y, Index position, Index count) const {
+  void next(T* y, Index position, Index count) const {
     const Index channels = layer.next_channels;
     const Product<T> product{y, g.channels, count, g.channels, static_cast<const T*>(layer.next_weight),
                              static_cast<const T*>(layer.next_bias)};
     T* output = static_cast<T*>(layer.output) + position * channels;
     const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
-    if (patches.streams) {
-      multiply(product, 0, channels, NextTaker<T, true>{output, shortcut, channels, bool(layer.next_relu)});
-    } else {
-      multiply(product, 0, channels, NextTaker<T, false>{output, shortcut, channels, bool(layer.next_relu)});
-    }
+    T* kept = layer.following_weight ? y + patches.y : nullptr;
+    const auto run = [&](auto streams) INVOLUTION_BODY {
+      multiply(product, 0, channels, NextTaker<T, decltype(streams)::value>{
+          output, shortcut, channels, bool(layer.next_relu), kept, patches.output_step});
+    };
+    patches.streams ? run(std::true_type{}) : run(std::false_type{});
+    if (kept) follow(kept, position, count);
+  }
+
+  // What the next bottleneck begins with.
+  void follow(const T* output, Index position, Index count) const {
+    const Index channels = layer.following_channels;
+    const Product<T> product{output, patches.output_step, count, layer.next_channels,
+                             static_cast<const T*>(layer.following_weight), static_cast<const T*>(layer.following_bias)};
+    rectified_product(product, channels, static_cast<T*>(layer.following) + position * channels);
+  }
+
+  // relu(product) for all its columns.
+  static void rectified_product(const Product<T>& product, Index columns, T* out) {
+    multiply(product, 0, columns, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
+      store(out + t * columns + c, v < 0 ? decltype(v){} : v);
+    }});
   }
 };
 

@@ -157,10 +157,12 @@ def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
     else:
         assert rectified is not None
         last = rectified
-    following, shortcut = None, None
+    expansion, shortcut, following, rectified_following = None, None, None, None
     if norm is not None:
-        following, shortcut, end = _expansion(graph, last)
+        expansion, shortcut, end = _expansion(graph, last)
         last = end or last
+    if expansion is not None:
+        following, rectified_following = _beginning(graph, last)
 
     def keep(name: str, value: Tensor | None) -> fx.Node | None:
         if value is None:
@@ -179,16 +181,21 @@ def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
             keep("scale", norm and norm.scale),
             keep("shift", norm and norm.shift),
             norm is not None,
-            keep("next_weight", following and pack(following.weight)),
-            keep("next_bias", following and following.bias),
+            keep("next_weight", expansion and pack(expansion.weight)),
+            keep("next_bias", expansion and expansion.bias),
             shortcut,
-            following is not None,
+            expansion is not None,
+            keep("following_weight", following and pack(following.weight)),
+            keep("following_bias", following and following.bias),
             *window,
         )
-        fused = graph.graph.call_function(torch.ops.involution.bottleneck.default, arguments)
-    fused.meta = dict(last.meta)
-    last.replace_all_uses_with(fused)
-    graph.graph.erase_node(last)  # what led to it is dead now
+        outputs = graph.graph.call_function(torch.ops.involution.bottleneck.default, arguments)
+        replaced = [last] if rectified_following is None else [last, rectified_following]
+        results = [graph.graph.call_function(operator.getitem, (outputs, index)) for index in range(len(replaced))]
+    for old, new in zip(replaced, results, strict=True):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        graph.graph.erase_node(old)  # what led to it is dead now
     graph.graph.eliminate_dead_code()
     return reason
 
@@ -229,6 +236,17 @@ def _expansion(graph: fx.GraphModule, rectified: fx.Node) -> tuple[_Pointwise | 
     if any(shape is None for shape in shapes) or shapes[0].shape != shapes[1].shape:
         return nothing  # a sum that broadcasts
     return _Pointwise(convolution.node, *_folded(convolution, norm)), others[0], end
+
+
+def _beginning(graph: fx.GraphModule, output: fx.Node) -> tuple[_Pointwise | None, fx.Node | None]:
+    """The 1x1 convolution, norm and ReLU that the next bottleneck begins with: weights, and the last node."""
+    for user in output.users:
+        convolution = _pointwise(graph, user)
+        norm = None if convolution is None else _norm(graph, _only_user(convolution.node))
+        end = None if norm is None else _only_user(norm.node)
+        if convolution is not None and norm is not None and _is_relu(end):
+            return _Pointwise(convolution.node, *_folded(convolution, norm)), end
+    return None, None
 
 
 def _folded(convolution: _Pointwise, norm: _Norm) -> tuple[Tensor, Tensor]:

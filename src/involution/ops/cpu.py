@@ -6,6 +6,7 @@ both share one OpenMP runtime; every call passes torch's own thread count.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-_TENSORS = LayerParts._fields[:11]  # in the order of involution_layer
+_TENSORS = LayerParts._fields[:13]  # in the order of involution_layer
 _WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
 
@@ -42,8 +43,8 @@ class _CLayer(ctypes.Structure):
     """`involution_layer` of csrc/involution.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "scratch")),
-        *((name, ctypes.c_int64) for name in ("hidden_channels", "next_channels", "relu", "next_relu")),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "following", "scratch")),
+        *((name, ctypes.c_int64) for name in ("hidden_channels", "next_channels", "following_channels", "relu", "next_relu")),
     ]
 
 
@@ -88,28 +89,34 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
         in_memory.copy_(result)
 
 
-def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
+def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer."""
-    dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
+    dtype = _KERNEL_DTYPE.get(outs[0].dtype, outs[0].dtype)
     held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts, strict=False)]
-    result = out if out.dtype == dtype and _lies_channels_last(out) else None
-    if result is None:
-        result = torch.empty_like(out.movedim(1, -1), dtype=dtype, memory_format=torch.contiguous_format).movedim(-1, 1)
+    results = [
+        out
+        if out.dtype == dtype and _lies_channels_last(out)
+        else torch.empty(out.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
+        for out in outs
+    ]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
     c_layer = _CLayer(
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
-        result.data_ptr(),
+        results[0].data_ptr(),
+        results[-1].data_ptr(),
         None,
         parts.span_weight.shape[1],
-        out.shape[1],
+        outs[0].shape[1],
+        outs[-1].shape[1],
         parts.relu,
         parts.next_relu,
     )
     scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
     c_layer.scratch = scratch.data_ptr()
     _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
-    if result is not out:
-        out.copy_(result)
+    for out, result in zip(outs, results, strict=True):
+        if result is not out:
+            out.copy_(result)
 
 
 def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

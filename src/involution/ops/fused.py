@@ -122,13 +122,13 @@ def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
 def _fitting(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
     """The geometry of a layer whose parts have these shapes, if they fit."""
     found = dict(zip(LayerParts._fields, shapes, strict=False))
-    for name in ("reduce", "span", "next"):
+    for name in ("reduce", "span", "next", "following"):
         found[f"{name}_weight"] = _plain(name, found[f"{name}_weight"], found[f"{name}_bias"])
-    x, span, following = found["input"], found["span_weight"], found["next_weight"]
+    x, span, after = found["input"], found["span_weight"], found["next_weight"]
     assert x is not None
     assert span is not None
     sizes = layer_window(x, span[0], *window)
-    channels, next_channels = sizes.channels, following[0] if following else None
+    channels, next_channels = sizes.channels, after[0] if after else None
     wanted: dict[str, tuple[int | None, ...]] = {
         "hidden": (x[0], span[1], *sizes.output),
         "reduce_weight": (span[1], channels),
@@ -140,6 +140,8 @@ def _fitting(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, 
         "next_bias": (next_channels,),
         "shortcut": (x[0], next_channels, *sizes.output),
     }
+    if following := found["following_weight"]:
+        wanted |= {"following_weight": (following[0], next_channels), "following_bias": (following[0],)}
     for name, shape in wanted.items():
         got = found[name]
         if got is not None and tuple(got) != shape:
@@ -163,19 +165,20 @@ def _plain(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) 
     return bias[0], weight[1]
 
 
-_COUNT = 11  # tensors among the parts
+_COUNT = 13  # tensors among the parts
 
 
-def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
+def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
     sizes = _checked(parts, window)
-    out = allocate("output", parts.output_size(sizes.output), like=parts.input)
-    if out.numel():
-        selection.backend_for(parts.input).layer(parts, out, sizes)
-    return out
+    outs = [allocate("output", size, like=parts.input) for size in parts.output_sizes(sizes.output)]
+    if outs[0].numel():
+        selection.backend_for(parts.input).layer(parts, outs, sizes)
+    return outs
 
 
-def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
-    return allocate("output", parts.output_size(layer_output(parts.input.shape[2:], window[1])), like=parts.input)
+def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
+    positions = layer_output(parts.input.shape[2:], window[1])
+    return [allocate("output", size, like=parts.input) for size in parts.output_sizes(positions)]
 
 
 def _fused_parts(
@@ -203,10 +206,12 @@ def _bottleneck_parts(
     next_bias: Tensor | None,
     shortcut: Tensor | None,
     next_relu: bool,
+    following_weight: Tensor | None,
+    following_bias: Tensor | None,
 ) -> LayerParts:
     return LayerParts(
         input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, next_weight, next_bias, shortcut,
-        relu, next_relu,
+        following_weight, following_bias, relu, next_relu,
     )  # fmt: skip
 
 
@@ -267,14 +272,12 @@ def _fake_backward(
     return dx, dhidden, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-def _flops(
-    input: Sequence[int], weight: Sequence[int], window: Sequence[Any], reduce: bool = False, next_channels: int = 0
-) -> int:
-    """Two operations per multiply-add: generation, aggregation, and what stands around them."""
-    sizes = layer_window(input, weight[0], *window)
-    channels = sizes.channels
-    each = weight[0] * weight[1] + math.prod(sizes.kernel) * channels + next_channels * channels
-    return 2 * sizes.batch * math.prod(sizes.output) * (each + (channels * weight[1] if reduce else 0))
+def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], window: Sequence[Any]) -> int:
+    """Two operations per multiply-add: those of the weights [out, in], the span's first, and the aggregation's."""
+    weights = [weight for weight in pointwise if weight is not None]
+    sizes = layer_window(input, weights[0][0], *window)
+    each = math.prod(sizes.kernel) * sizes.channels + sum(math.prod(weight) for weight in weights)
+    return 2 * sizes.batch * math.prod(sizes.output) * each
 
 
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation"
@@ -291,22 +294,36 @@ library.define(
 library.define(
     "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, Tensor? span_bias, "
     "Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, Tensor? shortcut, bool next_relu, "
-    f"{_WINDOW}) -> Tensor",
+    f"Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
+library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
 library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
 library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
-torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:]), lib=library)
+torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
 torch.library.register_fake("involution::fused_backward", _fake_backward, lib=library)
 torch.library.register_fake("involution::bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library)
 torch.library.register_autograd("involution::fused", _backward, setup_context=_setup_context, lib=library)
-register_flop_formula(torch.ops.involution.fused)(lambda x, h, w, *a, out_shape=None, **_: _flops(x, w, a[-3:]))
-register_flop_formula(torch.ops.involution.fused_backward)(
-    lambda g, x, h, w, *a, out_shape=None, **_: 3 * _flops(x, w, a[-3:])
-)
-register_flop_formula(torch.ops.involution.bottleneck)(
-    lambda x, r, rb, w, *a, out_shape=None, **_: _flops(
-        x, w, a[-3:], reduce=True, next_channels=out_shape[1] if a[4] is not None else 0
-    )
+
+
+@register_flop_formula(torch.ops.involution.fused)
+def _fused_flops(x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    return _flops(x, [weight], rest[-3:])
+
+
+@register_flop_formula(torch.ops.involution.fused_backward)
+def _fused_backward_flops(g: Any, x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    return 3 * _flops(x, [weight], rest[-3:])
+
+
+@register_flop_formula(torch.ops.involution.bottleneck)
+def _bottleneck_flops(x: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+    parts = dict(zip(_BOTTLENECK, rest, strict=False))
+    names = ("span", "reduce", "next", "following")
+    return _flops(x, [_plain(name, parts[f"{name}_weight"], parts[f"{name}_bias"]) for name in names], rest[-3:])
+
+
+_BOTTLENECK = (
+    *("reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift", "relu"),
+    *("next_weight", "next_bias", "shortcut", "next_relu", "following_weight", "following_bias"),
 )

@@ -139,19 +139,20 @@ class LayerParts(NamedTuple):
     next_weight: Tensor | None = None
     next_bias: Tensor | None = None
     shortcut: Tensor | None = None
+    following_weight: Tensor | None = None
+    following_bias: Tensor | None = None
     relu: bool = False
     next_relu: bool = False
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the parts that are there."""
-        return ((name, part) for name, part in zip(self._fields, self, strict=True) if isinstance(part, Tensor))
-
-    def output_size(self, positions: Sequence[int]) -> tuple[int, ...]:
-        """[N, C or the next convolution's channels, *positions]."""
+    def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
+        """[N, C or the next convolution's channels, *positions], and the following convolution's where there is one."""
         batch, channels = self.input.shape[:2]
         if self.next_weight is not None:
-            channels = (self.next_weight if self.next_bias is None else self.next_bias).shape[0]
-        return (batch, channels, *positions)
+            channels = _columns(self.next_weight, self.next_bias)
+        sizes = [(batch, channels, *positions)]
+        if self.following_weight is not None:
+            sizes.append((batch, _columns(self.following_weight, self.following_bias), *positions))
+        return sizes
 
 
 PANEL = 32  # columns, as csrc/multiply.h has it
@@ -162,6 +163,11 @@ def pack(weight: Tensor) -> Tensor:
     missing = -weight.shape[0] % PANEL
     padded = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def _columns(weight: Tensor, bias: Tensor | None) -> int:
+    """How many outputs a weight has that may be packed."""
+    return (weight if bias is None else bias).shape[0]
 
 
 def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:

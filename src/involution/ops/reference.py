@@ -4,6 +4,8 @@ Every backend has the three functions, `layer`, `layer_backward` and `why_not`. 
 precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight there has no effect.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -36,8 +38,8 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
         out[at_map] = (g[at_output] * x[at_input]).sum(2)
 
 
-def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
-    """A fused layer, step by step."""
+def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
+    """A fused layer, step by step; `outs` are its output and, where one is asked for, the following convolution's."""
     hidden = parts.hidden
     if hidden is None:
         pooled, stride = parts.input, geometry.stride
@@ -58,7 +60,9 @@ def layer(parts: LayerParts, out: Tensor, geometry: Geometry) -> None:
             y = y + parts.shortcut
         if parts.next_relu:
             y = y.relu()
-    out.copy_(y)
+    outs[0].copy_(y)
+    if parts.following_weight is not None:
+        outs[1].copy_(_pointwise(y, parts.following_weight, parts.following_bias).relu())
 
 
 def layer_backward(

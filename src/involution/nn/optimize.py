@@ -63,7 +63,9 @@ class Optimized(nn.Module):
         self.model = copy.deepcopy(model).requires_grad_(False)
         _channels_last(self.model)
         self.unfused: list[str] = []
-        self._compiled = torch.compile(self.model, backend=self._compile)
+        # Nobody changes the copy, so nothing about its modules needs to be checked at every call.
+        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        self._compiled = torch.compile(self.model, backend=self._compile, options=options)
         self.train(False)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:

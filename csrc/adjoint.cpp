@@ -119,7 +119,7 @@ void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) 
     const Index n = items.row(i);
     const Range groups = items.groups(i, g);
     T* image = dx + n * volume(g.input) * g.channels;
-    for (Index position = 0; position < volume(g.input); ++position) {
+    for (Index position = 0; !g.adds && position < volume(g.input); ++position) {
       T* here = image + position * g.channels;
       for (Index c = groups.first * width; c < groups.end * width; ++c) here[c] = 0;
     }
@@ -139,7 +139,7 @@ void adjoint_contiguous(const Geometry& g, const T* grad, const T* k, T* dx) {
   in_parallel(g, g.batch * g.groups * rows, [&](Index i) {
     const Index group = i / rows, depth = i % rows / g.input[1], height = i % g.input[1];  // group of all images
     T* out = dx + group * width * rows * row_length + i % rows * row_length;
-    for (Index c = 0; c < width; ++c) {
+    for (Index c = 0; !g.adds && c < width; ++c) {
       for (Index j = 0; j < row_length; ++j) out[c * rows * row_length + j] = 0;
     }
     for (Index a = 0; a < g.kernel[0]; ++a) {

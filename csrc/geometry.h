@@ -18,8 +18,8 @@ void correlate(const Geometry&, const T* g, const T* x, T* dk);
 template <class T>
 void layer(const Geometry&, const involution_layer&);
 
-INVOLUTION_INLINE Index least(Index a, Index b) { return a < b ? a : b; }
-INVOLUTION_INLINE Index most(Index a, Index b) { return a > b ? a : b; }
+INVOLUTION_INLINE constexpr Index least(Index a, Index b) { return a < b ? a : b; }
+INVOLUTION_INLINE constexpr Index most(Index a, Index b) { return a > b ? a : b; }
 INVOLUTION_INLINE Index floor_divide(Index a, Index b) { return a / b - (a % b < 0); }
 INVOLUTION_INLINE Index ceil_divide(Index a, Index b) { return -floor_divide(-a, b); }
 INVOLUTION_INLINE bool within(Index i, Index size) { return uint64_t(i) < uint64_t(size); }

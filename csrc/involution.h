@@ -16,11 +16,13 @@ extern "C" {
 
 typedef struct {
   int64_t batch, channels, groups;
-  /* Per axis, the slowest first; a 1d or 2d call has size 1 (padding 0) on its missing leading axes. */
+  /* Per axis, the slowest first; a 1d or 2d call has size 1 (padding 0) on its missing leading axes. A negative padding
+   * skips positions: a part of the output's rows is a call of its own. */
   int64_t input[3], kernel[3], output[3], stride[3], padding[3], dilation[3];
   /* 0: images are [N, C, *S], kernel maps [N, G, *K, *O].  1: images are [N, *S, C], kernel maps [N, *O, G, *K]. */
   int64_t channels_last;
   int64_t threads;
+  int64_t adds; /* adjoint adds to dx instead of overwriting it */
 } involution_geometry;
 
 INVOLUTION_PUBLIC void involution_apply_f32(const involution_geometry*, const float* x, const float* k, float* y);

@@ -70,6 +70,11 @@ class BottleneckGenerator(nn.Module):
 
     def spans_plainly(self) -> bool:
         """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
-        hooks = (*self._forward_hooks, *self._forward_pre_hooks, *self.span._forward_hooks, *self.span._forward_pre_hooks)
+        hooks = (
+            *self._forward_hooks,
+            *self._forward_pre_hooks,
+            *self.span._forward_hooks,
+            *self.span._forward_pre_hooks,
+        )
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
         return plain and not hooks

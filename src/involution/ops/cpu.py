@@ -5,17 +5,18 @@ both share one OpenMP runtime; every call passes torch's own thread count.
 """
 
 import ctypes
+import math
 import os
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
 from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order, pack
 
 _FILE = "libinvolution.so"
@@ -35,7 +36,7 @@ class _CGeometry(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
         *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
-        *((name, ctypes.c_int64) for name in ("channels_last", "threads")),
+        *((name, ctypes.c_int64) for name in ("channels_last", "threads", "adds")),
     ]
 
 
@@ -44,7 +45,10 @@ class _CLayer(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "following", "scratch")),
-        *((name, ctypes.c_int64) for name in ("hidden_channels", "next_channels", "following_channels", "relu", "next_relu")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden_channels", "next_channels", "following_channels", "relu", "next_relu")
+        ),
     ]
 
 
@@ -93,12 +97,7 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
     """See reference.layer."""
     dtype = _KERNEL_DTYPE.get(outs[0].dtype, outs[0].dtype)
     held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts, strict=False)]
-    results = [
-        out
-        if out.dtype == dtype and _lies_channels_last(out)
-        else torch.empty(out.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
-        for out in outs
-    ]
+    results = [_as_kernel_fills(out, dtype) for out in outs]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
     c_layer = _CLayer(
         *(None if tensor is None else tensor.data_ptr() for tensor in held),
@@ -114,9 +113,7 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
     scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
     c_layer.scratch = scratch.data_ptr()
     _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
-    for out, result in zip(outs, results, strict=True):
-        if result is not out:
-            out.copy_(result)
+    _fill(outs, results)
 
 
 def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -131,22 +128,82 @@ def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Te
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
+def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """The result itself if the kernels can fill it, else one of its shape that they can."""
+    if out.dtype == dtype and (_lies_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
+        return out
+    if out.dim() <= 2:
+        return torch.empty(out.shape, dtype=dtype)
+    return torch.empty(out.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
+
+
+def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
+    for out, result in zip(outs, computed, strict=True):
+        if result is not out:
+            out.copy_(result)
+
+
 def _lies_channels_last(image: Tensor) -> bool:
     if image.dim() == 4:
         return image.is_contiguous(memory_format=torch.channels_last)
     return image.movedim(1, -1).is_contiguous()
 
 
-layer_backward = reference.layer_backward
+def layer_backward(
+    grad: Tensor,
+    input: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor, Tensor],
+    geometry: Geometry,
+) -> None:
+    """See reference.layer_backward. The kernel map is made for some positions at a time, and becomes its own gradient."""
+    dtype = _KERNEL_DTYPE.get(input.dtype, input.dtype)
+    x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (input, grad, hidden))
+    span, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    computed = [_as_kernel_fills(result, dtype) for result in results]
+    dx, dh = (image.movedim(1, -1) for image in computed[:2])
+    dweight, dbias = computed[2:]
+    for total in (dx, dweight, dbias):
+        total.zero_()
+    row = math.prod(geometry.output[1:]) * len(span)  # numbers of the map in one row of the first spatial axis
+    images = max(1, _MAP_AT_ONCE // (row * geometry.output[0]))
+    rows = geometry.output[0] if images > 1 else max(1, _MAP_AT_ONCE // row)
+    threads = torch.get_num_threads()
+    for n, r in product(range(0, geometry.batch, images), range(0, geometry.output[0], rows)):
+        at = (slice(n, n + images), slice(r, r + rows))
+        features = h[at].flatten(0, -2)
+        kernels = torch.nn.functional.linear(features, span, offset)
+        part = geometry._replace(
+            batch=h[at].shape[0],
+            output=(h[at].shape[1], *geometry.output[1:]),
+            padding=(geometry.padding[0] - r * geometry.stride[0], *geometry.padding[1:]),
+        )
+        pointers = g[at].data_ptr(), kernels.data_ptr(), x[n].data_ptr(), dx[n].data_ptr()
+        suffix = _SUFFIX[dtype]
+        _function(f"involution_adjoint_{suffix}")(
+            _c_geometry(part, True, threads, True), pointers[0], pointers[1], pointers[3]
+        )
+        _function(f"involution_correlate_{suffix}")(
+            _c_geometry(part, True, threads), pointers[0], pointers[2], pointers[1]
+        )
+        dh[at] = (kernels @ span).view(dh[at].shape)
+        dweight.addmm_(kernels.t(), features)
+        dbias += kernels.sum(0)
+    _fill(results, computed)
+
+
+_MAP_AT_ONCE = 1 << 20  # numbers of the kernel map in a backward pass: well inside the last cache
 
 
 @lru_cache(maxsize=1024)
-def _c_geometry(geometry: Geometry, channels_last: bool, threads: int) -> _CGeometry:
+def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, adds: bool = False) -> _CGeometry:
     missing = 3 - len(geometry.input)
     sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
     padding = (*(0,) * missing, *geometry.padding)
     dilation = (*(1,) * missing, *geometry.dilation)
-    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, threads)
+    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, threads, adds)
 
 
 def instruction_set() -> str:

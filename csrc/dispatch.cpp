@@ -16,6 +16,7 @@
   template <class T>                                                          \
   void layer(const involution_geometry&, const involution_layer&);            \
   int64_t layer_scratch(const involution_geometry&, const involution_layer&); \
+  double multiply_add_rounds(int64_t threads, int64_t rounds);                \
   }                                                                           \
   }
 INVOLUTION_DECLARE(baseline)
@@ -37,12 +38,14 @@ struct InstructionSet {
   Kernel<double> apply_f64, adjoint_f64, correlate_f64;
   LayerKernel layer_f32, layer_f64;
   int64_t (*layer_scratch)(const involution_geometry&, const involution_layer&);
+  double (*multiply_add_rounds)(int64_t, int64_t);
 };
 
 #define INVOLUTION_KERNELS(isa)                                                                              \
   involution::isa::apply<float>, involution::isa::adjoint<float>, involution::isa::correlate<float>,         \
       involution::isa::apply<double>, involution::isa::adjoint<double>, involution::isa::correlate<double>,      \
-      involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch
+      involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch,          \
+      involution::isa::multiply_add_rounds
 
 const InstructionSet kInstructionSets[] = {  // the best first
 #ifdef INVOLUTION_X86
@@ -93,6 +96,10 @@ void involution_layer_f64(const involution_geometry* g, const involution_layer* 
 }
 int64_t involution_layer_scratch(const involution_geometry* g, const involution_layer* layer) {
   return in_use.load(std::memory_order_relaxed)->layer_scratch(*g, *layer);
+}
+
+double involution_multiply_adds(int64_t threads, int64_t rounds) {
+  return in_use.load(std::memory_order_relaxed)->multiply_add_rounds(threads, rounds);
 }
 
 const char* involution_instruction_set(void) { return in_use.load(std::memory_order_relaxed)->name; }

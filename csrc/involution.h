@@ -62,6 +62,10 @@ INVOLUTION_PUBLIC void involution_layer_f32(const involution_geometry*, const in
 INVOLUTION_PUBLIC void involution_layer_f64(const involution_geometry*, const involution_layer*);
 INVOLUTION_PUBLIC int64_t involution_layer_scratch(const involution_geometry*, const involution_layer*);
 
+/* Runs rounds of independent multiply-adds in registers on every thread and returns their count of operations, a
+ * multiply-add being two: divided by the time it takes, the best that the chosen instruction set can do. */
+INVOLUTION_PUBLIC double involution_multiply_adds(int64_t threads, int64_t rounds);
+
 /* The instruction set in use: the best one this CPU runs, until involution_use names another ("avx512", "avx2" or
  * "baseline"), which returns 0 and changes nothing if this library or CPU does not have it. */
 INVOLUTION_PUBLIC const char* involution_instruction_set(void);

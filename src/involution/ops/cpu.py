@@ -7,6 +7,7 @@ both share one OpenMP runtime; every call passes torch's own thread count.
 import ctypes
 import math
 import os
+import time
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from importlib import metadata
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order, pack
+from .geometry import MAPS, Geometry, LayerParts, is_channels_last, lies_channels_last, memory_order, pack
 
 _FILE = "libinvolution.so"
 _KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
@@ -74,14 +75,12 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
     if channels_last:
         dims = len(geometry.input)
-        first, second, in_memory = (
+        tensors = tuple(  # type: ignore[assignment]
             t.permute(memory_order(role, dims)) for role, t in zip(_ROLES[name], tensors, strict=True)
         )
-    else:
-        first, second, in_memory = tensors
-    result = in_memory
+    first, second, result = tensors
     if out.dtype != dtype:
-        first, second, result = first.to(dtype), second.to(dtype), torch.empty_like(in_memory, dtype=dtype)
+        first, second, result = first.to(dtype), second.to(dtype), torch.empty_like(result, dtype=dtype)
     first, second = first.contiguous(), second.contiguous()
     _function(f"involution_{name}_{_SUFFIX[dtype]}")(
         _c_geometry(geometry, channels_last, torch.get_num_threads()),
@@ -89,8 +88,8 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
         second.data_ptr(),
         result.data_ptr(),
     )
-    if result is not in_memory:
-        in_memory.copy_(result)
+    if result is not tensors[2]:
+        tensors[2].copy_(result)
 
 
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
@@ -124,13 +123,13 @@ def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Te
     if name in _WEIGHTS:
         return pack(tensor) if tensor.dim() == 2 else tensor.contiguous()
     if name in _IMAGES:
-        return tensor if _lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
+        return tensor if lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
     """The result itself if the kernels can fill it, else one of its shape that they can."""
-    if out.dtype == dtype and (_lies_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
+    if out.dtype == dtype and (lies_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
         return out
     if out.dim() <= 2:
         return torch.empty(out.shape, dtype=dtype)
@@ -141,12 +140,6 @@ def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
     for out, result in zip(outs, computed, strict=True):
         if result is not out:
             out.copy_(result)
-
-
-def _lies_channels_last(image: Tensor) -> bool:
-    if image.dim() == 4:
-        return image.is_contiguous(memory_format=torch.channels_last)
-    return image.movedim(1, -1).is_contiguous()
 
 
 def layer_backward(
@@ -216,6 +209,20 @@ def instruction_set() -> str:
     return name.decode()
 
 
+def peak_flops(seconds: float = 0.2) -> float:
+    """The float32 operations per second that all of torch's threads reach in registers, a multiply-add being two.
+
+    Args:
+        seconds: how long to measure, at least.
+    """
+    threads, rounds, best, end = torch.get_num_threads(), 200_000, 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        operations = _function("involution_multiply_adds")(threads, rounds)
+        best = max(best, operations / (time.perf_counter() - start))
+    return best
+
+
 def why_not(tensor: Tensor | None) -> str:
     """Why the kernels cannot run on tensors like this one, or (None) at all; empty if they can."""
     reason = _load()[1]
@@ -261,6 +268,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         function.restype = None
     loaded.involution_layer_scratch.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
     loaded.involution_layer_scratch.restype = ctypes.c_int64
+    loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
+    loaded.involution_multiply_adds.restype = ctypes.c_double
     loaded.involution_instruction_set.restype = ctypes.c_char_p
     loaded.involution_use.argtypes = [ctypes.c_char_p]
     wanted = os.environ.get("INVOLUTION_ISA")

@@ -1,6 +1,7 @@
 """The front door: involution1d, involution2d and involution3d, with their checks, shape rule and dtype rule."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from numbers import Integral
 from typing import Literal
 
@@ -75,7 +76,27 @@ def _involution(dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padd
             f"involution{dims}d wants input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
             f"the batch), got input {list(input.shape)} and kernel_map {list(kernel_map.shape)}"
         )
-    return involve(*_in_full(input, kernel_map, stride, padding, dilation))
+    if torch.compiler.is_compiling():
+        return involve(*_in_full(input, kernel_map, stride, padding, dilation))
+    input, kernel_map = _under_autocast(input, kernel_map)
+    _check_kind(input, kernel_map)
+    try:
+        size_and_window = _size_and_window(input.shape, kernel_map.shape, stride, padding, dilation)
+    except TypeError:  # lists and symbolic sizes cannot be remembered
+        return involve(*_in_full(input, kernel_map, stride, padding, dilation))
+    return evaluate(_APPLY, input, kernel_map, *size_and_window)
+
+
+@lru_cache(maxsize=1024, typed=True)
+def _size_and_window(
+    input: torch.Size, kernel_map: torch.Size, stride: Ints, padding: Padding, dilation: Ints
+) -> tuple[list[int], ...]:
+    """What `evaluate` wants after a call's tensors: the same for every call of these shapes, so checked once."""
+    x, k = torch.empty(input, device="meta"), torch.empty(kernel_map, device="meta")
+    _, _, strides, sides, dilations = _in_full(x, k, stride, padding, dilation)
+    _check_window(x, k, strides, sides, dilations)
+    size = [input[0], input[1], *kernel_map[2 + len(strides) :]]
+    return size, list(strides), [left for left, _ in sides], list(dilations)
 
 
 def check_call(
@@ -135,7 +156,19 @@ def _checked(
 ) -> tuple[Tensor, Tensor]:
     """The two tensors, cast under autocast, if they agree with each other and with the window."""
     input, kernel_map = _under_autocast(input, kernel_map)
-    _check_agreement(input, kernel_map)
+    _check_kind(input, kernel_map)
+    _check_window(input, kernel_map, stride, padding, dilation)
+    return input, kernel_map
+
+
+def _check_window(
+    input: Tensor,
+    kernel_map: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> None:
+    _check_shapes(input, kernel_map)
     dims = len(stride)
     kernel, output = kernel_map.shape[2 : 2 + dims], kernel_map.shape[2 + dims :]
     wanted = []
@@ -154,7 +187,6 @@ def _checked(
             f"{list(input.shape)}, kernel_map {list(kernel_map.shape)}, stride {list(stride)}, padding "
             f"{list(padding)}, dilation {list(dilation)})"
         )
-    return input, kernel_map
 
 
 def _check_tensors(input: Tensor, kernel_map: Tensor) -> None:
@@ -176,11 +208,14 @@ def _under_autocast(input: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in (input, kernel_map))  # type: ignore[return-value]
 
 
-def _check_agreement(input: Tensor, kernel_map: Tensor) -> None:
+def _check_kind(input: Tensor, kernel_map: Tensor) -> None:
     if input.dtype != kernel_map.dtype:
         raise TypeError(f"input and kernel_map must have one dtype, got {input.dtype} and {kernel_map.dtype}")
     if input.device != kernel_map.device:
         raise ValueError(f"input and kernel_map must be on one device, got {input.device} and {kernel_map.device}")
+
+
+def _check_shapes(input: Tensor, kernel_map: Tensor) -> None:
     shapes = f"input {list(input.shape)}, kernel_map {list(kernel_map.shape)}"
     if input.shape[0] != kernel_map.shape[0]:
         raise ValueError(

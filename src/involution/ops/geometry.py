@@ -206,7 +206,14 @@ def layer_window(
 
 def is_channels_last(image: Tensor) -> bool:
     """Whether an [N, C, *S] tensor lies in memory as [N, *S, C], and not as [N, C, *S] too."""
-    return not image.is_contiguous() and image.permute(memory_order("input", image.dim() - 2)).is_contiguous()
+    return not image.is_contiguous() and lies_channels_last(image)
+
+
+def lies_channels_last(image: Tensor) -> bool:
+    """Whether an [N, C, *S] tensor lies in memory as [N, *S, C]."""
+    if image.dim() == 4:
+        return image.is_contiguous(memory_format=torch.channels_last)
+    return image.movedim(1, -1).is_contiguous()
 
 
 @cache

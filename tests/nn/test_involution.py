@@ -10,6 +10,7 @@ from torch import nn
 import involution
 from involution import Involution1d, Involution2d, Involution3d
 from involution.nn import BottleneckGenerator
+from involution.ops import selection
 from involution.ops.geometry import is_channels_last
 
 LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -219,3 +220,200 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match=r"got \[32, 8\]"):
         layer(torch.randn(32, 8))
     assert involution.Involution2d is Involution2d
+
+
+def both(dims: int = 2, stride: int = 1, **options) -> tuple[nn.Module, nn.Module]:
+    """The plain layer, and the memory-efficient one with the same weights; in float64."""
+    torch.manual_seed(0)
+    plain = LAYERS[dims](32, 3, stride, **options).double()
+    efficient = LAYERS[dims](32, 3, stride, memory_efficient=True, **options).double()
+    efficient.load_state_dict(plain.state_dict())
+    return plain, efficient
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_memory_efficient_layers_agree_with_plain_ones(dims: int, stride: int, training: bool) -> None:
+    layers = both(dims, stride)
+    x, results = torch.randn(2, 32, *ONES[dims], dtype=torch.float64), []
+    for layer in layers:
+        leaf = x.clone().requires_grad_()
+        y = layer.train(training)(leaf)
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [leaf, *layer.parameters()])])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert layers[0].state_dict().keys() == layers[1].state_dict().keys()
+    for got, want in zip(layers[1].buffers(), layers[0].buffers(), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def largest_saved(layer: nn.Module, x: torch.Tensor) -> int:
+    """The numbers in the largest tensor that backward keeps."""
+    sizes = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        sizes.append(t.numel())
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x).sum().backward()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_memory_efficient_layers_keep_no_kernel_map(stride: int) -> None:
+    plain, efficient = both(stride=stride)
+    x = torch.randn(2, 32, 8, 8, dtype=torch.float64, requires_grad=True)
+    kernel_map = 2 * 2 * 9 * (8 // stride) ** 2
+    if stride == 1:  # where the map is larger than the input is
+        plain, efficient = (LAYERS[2](32, 7, memory_efficient=choice).double() for choice in (False, True))
+        kernel_map = 2 * 2 * 49 * 64
+    assert largest_saved(plain, x) >= kernel_map
+    assert largest_saved(efficient, x) == x.numel()
+
+
+def test_memory_efficient_wants_the_default_generator() -> None:
+    with pytest.raises(ValueError, match="memory_efficient=True wants the default kernel generator"):
+        Involution2d(8, 3, group_channels=4, kernel_generator=Everywhere, memory_efficient=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_memory_efficient_under_autocast_and_compile(channels_last: bool) -> None:
+    torch.manual_seed(0)
+    plain, efficient = (layer.float() for layer in both(stride=2))
+    x = torch.randn(2, 32, 9, 10)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    results = []
+    torch._dynamo.reset()
+    for layer in (plain, efficient, torch.compile(efficient, fullgraph=True, backend="aot_eager")):
+        y = layer(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))])
+        assert is_channels_last(y) == channels_last
+    for other in results[1:]:
+        for got, want in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = efficient(x)
+    assert y.dtype == torch.bfloat16
+    half = torch.autograd.grad(y.float().square().sum(), list(efficient.parameters()))
+    for got, want in zip([y.detach().float(), *half], results[0], strict=True):
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 0.05 * want.norm()
+
+
+@pytest.fixture
+def no_kernel_map(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a layer would use one."""
+
+    def refuse(*arguments):
+        raise AssertionError("a kernel map was made")
+
+    monkeypatch.setattr("involution.nn.involution.involve", refuse)
+
+
+@pytest.mark.usefixtures("no_kernel_map")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inference_makes_no_kernel_map(dims: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = LAYERS[dims](32, 3, 2).to(dtype), torch.randn(2, 32, *ONES[dims], dtype=dtype)
+    with torch.no_grad():
+        assert layer(x).shape == (2, 32, *(-(-size // 2) for size in ONES[dims]))
+        assert layer(x[0]).shape == layer(x)[0].shape
+    with torch.inference_mode():
+        layer(x)
+    with pytest.raises(AssertionError, match="a kernel map was made"):
+        layer(x)
+    monkeypatch.setattr(selection, "forced", "reference")  # where the steps are faster
+    with torch.no_grad(), pytest.raises(AssertionError, match="a kernel map was made"):
+        layer(x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_inference_agrees_with_training(stride: int, channels_last: bool) -> None:
+    layer = both(stride=stride)[0].eval()
+    x = torch.randn(2, 32, 9, 10, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    want = layer(x)
+    with torch.no_grad():
+        got = layer(x)
+    torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+    assert got.stride() == want.stride()
+
+
+HOOKS = {
+    "generator's forward": lambda layer, hook: layer.generator.register_forward_hook(hook),
+    "generator's forward pre": lambda layer, hook: layer.generator.register_forward_pre_hook(hook),
+    "span's forward": lambda layer, hook: layer.generator.span.register_forward_hook(hook),
+    "span's forward pre": lambda layer, hook: layer.generator.span.register_forward_pre_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS.keys())
+@pytest.mark.parametrize("efficient", [False, True])
+def test_hooks_of_the_generator_fire(no_kernel_map, register, efficient: bool) -> None:
+    layer, x = both()[efficient], torch.randn(1, 32, 5, 6, dtype=torch.float64)
+    fired = []
+    with torch.no_grad():
+        layer(x)
+        handle = register(layer, lambda *arguments: fired.append(arguments[0]))
+        with pytest.raises(AssertionError, match="a kernel map was made"):
+            layer(x)
+        assert len(fired) == 1
+        handle.remove()
+        layer(x)
+
+
+@pytest.mark.parametrize("part", ["generator", "generator.span"])
+def test_backward_hooks_of_the_generator_fire(part: str) -> None:
+    layer = both()[1]
+    fired = []
+    layer.get_submodule(part).register_full_backward_hook(lambda *arguments: fired.append(arguments[0]))
+    layer(torch.randn(1, 32, 5, 6, dtype=torch.float64)).sum().backward()
+    assert len(fired) == 1
+
+
+class Doubled(BottleneckGenerator):
+    """Another forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_generator_with_another_forward_is_respected() -> None:
+    layer, _ = both()
+    x = torch.randn(2, 32, 5, 6, dtype=torch.float64)
+    doubled = Doubled(32, (3, 3), 2, (1, 1)).double().eval()
+    doubled.load_state_dict(layer.generator.state_dict())
+    with torch.no_grad():
+        want = 2 * layer.eval()(x)
+        layer.generator = doubled
+        torch.testing.assert_close(layer(x), want)
+
+
+SPANS = {
+    "another matrix": lambda: nn.Conv2d(8, 18, 1, bias=False),
+    "weight norm": lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 18, 1)),
+    "3x3": lambda: nn.Conv2d(8, 18, 3, padding=1),
+    "groups": lambda: nn.Conv2d(8, 18, 1, groups=2),
+}
+
+
+@pytest.mark.parametrize("span", SPANS.values(), ids=SPANS.keys())
+@pytest.mark.parametrize("training", [False, True])
+def test_another_span_is_respected(span, training: bool) -> None:
+    layer = both()[1].eval()
+    layer.generator.span = span().double()
+    x = torch.randn(2, 32, 5, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(training):
+        want = involution.involution2d(x, layer.generator(x), padding=1)
+        torch.testing.assert_close(layer(x), want)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_an_image_smaller_than_the_stride(dims: int, gradient: bool) -> None:
+    layer, x = LAYERS[dims](16, 3, 2).eval(), torch.randn(2, 16, *[1] * dims)
+    with torch.set_grad_enabled(gradient):
+        assert layer(x).shape == x.shape

@@ -4,12 +4,23 @@ A generator gets the layer's input at full resolution, [N, C, *S], and returns [
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+
+
+class _AvgPool3d(nn.AvgPool3d):
+    """Torch's 3d pooling, alone of the three, refuses a window that reaches beyond the whole image."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        window = [min(pair) for pair in zip(self.kernel_size, input.shape[2:], strict=True)]  # type: ignore[arg-type]
+        return nn.functional.avg_pool3d(input, window, self.stride, 0, self.ceil_mode, self.count_include_pad)
+
+
+AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
 
 
 class BottleneckGenerator(nn.Module):
@@ -70,11 +81,12 @@ class BottleneckGenerator(nn.Module):
 
     def spans_plainly(self) -> bool:
         """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
-        hooks = (
-            *self._forward_hooks,
-            *self._forward_pre_hooks,
-            *self.span._forward_hooks,
-            *self.span._forward_pre_hooks,
-        )
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
-        return plain and not hooks
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        hooked = any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
+        return plain and not hooked and _is_pointwise(self.span)
+
+
+def _is_pointwise(convolution: Any) -> bool:
+    ones = (*convolution.kernel_size, *convolution.stride, convolution.groups)
+    return set(ones) == {1} and set(convolution.padding) == {0}

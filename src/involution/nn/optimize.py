@@ -1,4 +1,4 @@
-"""Whole models for inference: norms folded, involutions fused with their neighbours, the rest frozen by torch.compile."""
+"""Whole models for inference: norms folded, involutions fused with their neighbours, the rest compiled and frozen."""
 
 import copy
 import logging
@@ -16,11 +16,18 @@ from torch import Tensor, fx, nn
 from ..ops import fused as fused  # registers the operators that graphs refer to
 from ..ops.geometry import pack
 
+Node = Any  # a torch.fx.Node: its arguments are typed too widely to be of use
+
 _log = logging.getLogger(__name__)
 
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
+_FRESH = {F.batch_norm, F.linear, operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
+_IN_PLACE = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
+    *("ipow", "iand", "ior", "ixor", "imatmul", "setitem"),
+}
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
 
@@ -64,7 +71,7 @@ class Optimized(nn.Module):
         _channels_last(self.model)
         self.unfused: list[str] = []
         # Nobody changes the copy, so nothing about its modules needs to be checked at every call.
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
         self._compiled = torch.compile(self.model, backend=self._compile, options=options)
         self.train(False)
 
@@ -105,7 +112,7 @@ def _images_channels_last(value: Any) -> Any:
 class _Norm(NamedTuple):
     """A batch norm as a scale and a shift per channel."""
 
-    node: fx.Node
+    node: Node
     scale: Tensor
     shift: Tensor
 
@@ -113,7 +120,7 @@ class _Norm(NamedTuple):
 class _Pointwise(NamedTuple):
     """A 1x1 convolution: weight [out, in], bias [out] or None."""
 
-    node: fx.Node
+    node: Node
     weight: Tensor
     bias: Tensor | None
 
@@ -125,19 +132,58 @@ def fuse(graph: fx.GraphModule) -> list[str]:
         For every involution that is left as it is, or loses less than it could, a sentence with the reason.
     """
     reasons = []
+    in_place = _changes_in_place(graph)
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.involution.apply.default:
-            reasons.append(f"{_place(node)} runs unfused: its kernels come from a generator other than the default one")
+            reasons.append(f"{_place(node)} runs unfused: {_why_not(node)}")
+        elif node.target is torch.ops.involution.fused.default and in_place:
+            reasons.append(f"{_place(node)} runs as it is: the model changes a tensor in place that is used elsewhere")
         elif node.target is torch.ops.involution.fused.default:
             reason = _fuse_layer(graph, node)
             if reason:
                 reasons.append(f"{_place(node)} {reason}")
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
+    if not in_place:  # fx takes calls for dead whose only effect is a change in place
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
     return reasons
 
 
-def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
+def _why_not(apply: Node) -> str:
+    value = getattr(apply.args[0], "meta", {}).get("example_value")
+    if value is not None and value.dtype not in (torch.float32, torch.float64):
+        return f"the fused layer takes float32 and float64, not {value.dtype}"
+    return "its kernels come from a generator other than the default one"
+
+
+def _changes_in_place(graph: fx.GraphModule) -> bool:
+    """Whether a tensor with more than one use is overwritten: moving its readers would change what they read."""
+    for node in graph.graph.nodes:
+        changed = node.args[0] if _overwrites(node) and node.args else None
+        while isinstance(changed, fx.Node):
+            if len(changed.users) > 1 or changed.op in ("placeholder", "get_attr"):
+                return True
+            # What makes a new tensor ends the search; anything else may return a view of its argument.
+            fresh = changed.target in _FRESH or _overwrites(changed)
+            changed = None if fresh or not changed.args else changed.args[0]
+    return False
+
+
+def _overwrites(node: Node) -> bool:
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
+    schema, name = getattr(node.target, "_schema", None), getattr(node.target, "__name__", "")
+    return bool(
+        (schema is not None and schema.is_mutable)
+        or node.kwargs.get("inplace")
+        or node.kwargs.get("out") is not None
+        or (name.endswith("_") and not name.endswith("__"))
+        or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE)
+    )
+
+
+def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
     """Fuses one layer with its neighbours; returns why not, or not with all."""
     x, hidden, span, bias, scale, _, relu, *window = layer.args
     if scale is not None or relu:
@@ -166,7 +212,7 @@ def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
     if expansion is not None:
         following, rectified_following = _beginning(graph, last)
 
-    def keep(name: str, value: Tensor | None) -> fx.Node | None:
+    def keep(name: str, value: Tensor | None) -> Node:
         if value is None:
             return None
         name = f"{layer.name}_{name}"
@@ -179,7 +225,7 @@ def _fuse_layer(graph: fx.GraphModule, layer: fx.Node) -> str:
             keep("reduce_weight", pack(reduced.weight)),
             keep("reduce_bias", reduced.bias),
             keep("span_weight", pack(span_weight.flatten(1))),
-            keep("span_bias", torch.zeros(len(span_weight)) if span_bias is None else span_bias),
+            keep("span_bias", span_weight.new_zeros(len(span_weight)) if span_bias is None else span_bias),
             keep("scale", norm and norm.scale),
             keep("shift", norm and norm.shift),
             norm is not None,
@@ -222,7 +268,7 @@ def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple
     return _Pointwise(convolution.node, *_folded(convolution, norm)), ""
 
 
-def _expansion(graph: fx.GraphModule, rectified: fx.Node) -> tuple[_Pointwise | None, Any, fx.Node | None]:
+def _expansion(graph: fx.GraphModule, rectified: Node) -> tuple[_Pointwise | None, Any, Node]:
     """The 1x1 convolution, norm, sum and ReLU that end a bottleneck: weights, the shortcut, and the last node."""
     nothing = None, None, None
     convolution = _pointwise(graph, _only_user(rectified))
@@ -234,19 +280,22 @@ def _expansion(graph: fx.GraphModule, rectified: fx.Node) -> tuple[_Pointwise | 
     others = [value for value in total.args if value is not norm.node]
     if len(total.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node) or total.kwargs:
         return nothing
-    shapes = [value.meta.get("example_value") for value in (norm.node, others[0])]
-    if any(shape is None for shape in shapes) or shapes[0].shape != shapes[1].shape:
+    shapes = [getattr(value.meta.get("example_value"), "shape", None) for value in (norm.node, others[0])]
+    if None in shapes or shapes[0] != shapes[1]:
         return nothing  # a sum that broadcasts
     return _Pointwise(convolution.node, *_folded(convolution, norm)), others[0], end
 
 
-def _beginning(graph: fx.GraphModule, output: fx.Node) -> tuple[_Pointwise | None, fx.Node | None]:
+def _beginning(graph: fx.GraphModule, output: Node) -> tuple[_Pointwise | None, Node]:
     """The 1x1 convolution, norm and ReLU that the next bottleneck begins with: weights, and the last node."""
     for user in output.users:
         convolution = _pointwise(graph, user)
         norm = None if convolution is None else _norm(graph, _only_user(convolution.node))
         end = None if norm is None else _only_user(norm.node)
-        if convolution is not None and norm is not None and _is_relu(end):
+        feeds_layer = end is not None and any(
+            node.target is torch.ops.involution.fused.default and node.args[1] is end for node in end.users
+        )
+        if convolution is not None and norm is not None and _is_relu(end) and not feeds_layer:
             return _Pointwise(convolution.node, *_folded(convolution, norm)), end
     return None, None
 
@@ -301,7 +350,7 @@ def _pools_windows(node: Any, stride: Any) -> bool:
     )
 
 
-def _bound(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
+def _bound(node: Node, names: tuple[str, ...]) -> dict[str, Any]:
     return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
@@ -318,7 +367,7 @@ def _is_relu(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in _RELUS
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
+def _only_user(node: Node) -> Node:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
@@ -326,7 +375,7 @@ def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The value of a weight: an attribute of the graph, or a flattened one."""
     if isinstance(node, fx.Node) and node.target == "flatten":
         inner = _constant(graph, node.args[0])
-        return None if inner is None else inner.flatten(*node.args[1:])
+        return None if inner is None else inner.flatten(*node.args[1:])  # type: ignore[arg-type]
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value: Any = graph
@@ -335,7 +384,7 @@ def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     return value.detach() if isinstance(value, Tensor) else None
 
 
-def _place(node: fx.Node) -> str:
+def _place(node: Node) -> str:
     """The module that a node comes from, as named_modules() calls it."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return str(stack[-1][0]).replace("L['self'].", "") if stack else node.name

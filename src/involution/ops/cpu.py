@@ -95,7 +95,7 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer."""
     dtype = _KERNEL_DTYPE.get(outs[0].dtype, outs[0].dtype)
-    held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts, strict=False)]
+    held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts.tensors(), strict=True)]
     results = [_as_kernel_fills(out, dtype) for out in outs]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
     c_layer = _CLayer(
@@ -151,7 +151,7 @@ def layer_backward(
     results: tuple[Tensor, Tensor, Tensor, Tensor],
     geometry: Geometry,
 ) -> None:
-    """See reference.layer_backward. The kernel map is made for some positions at a time, and becomes its own gradient."""
+    """See reference.layer_backward. The map is made for some positions at a time, then becomes its own gradient."""
     dtype = _KERNEL_DTYPE.get(input.dtype, input.dtype)
     x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (input, grad, hidden))
     span, offset = weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -59,26 +59,25 @@ def fused_involution(
         TypeError: dtypes differ, or are not float16, bfloat16, float32 or float64.
         ValueError: shapes do not belong together.
     """
-    tensors = [input, hidden, span_weight, span_bias, scale, shift]
+    tensors: list[Any] = [input, hidden, span_weight, span_bias, scale, shift]
     device = input.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
-    window = list(kernel_size), list(stride), list(dilation)
+    window: tuple[Any, ...] = list(kernel_size), list(stride), list(dilation)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _unfused(*tensors, relu, *window)  # the maps know every transform
+        return _unfused(*tensors, *(relu, *window))  # the maps know every transform
     result: Tensor = torch.ops.involution.fused.default(*tensors, relu, *window)
     return result
 
 
 def has_kernel(input: Tensor) -> bool:
     """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
-    return input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64) and _cpu_serves()
+    plain = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
+    return plain and _CPU_RUNS and selection.forced in (None, "cpu")
 
 
-@torch.compiler.assume_constant_result
-def _cpu_serves() -> bool:
-    return not cpu.why_not(None) and selection.forced in (None, "cpu")
+_CPU_RUNS = not cpu.why_not(None)  # asked once, here: torch.compile could not trace the answer
 
 
 def _unfused(
@@ -89,7 +88,7 @@ def _unfused(
     scale: Tensor | None,
     shift: Tensor | None,
     relu: bool,
-    *window: Sequence[int],
+    *window: Any,
 ) -> Tensor:
     """The same from differentiable steps."""
     sizes = layer_window(input.shape, weight.shape[0], *window)
@@ -108,7 +107,7 @@ def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
     """The geometry of a fused layer, if its tensors belong together."""
     dtype, device = parts.input.dtype, parts.input.device
     shapes = []
-    for name, tensor in zip(parts._fields, parts[:_COUNT], strict=False):
+    for name, tensor in zip(parts._fields, parts.tensors(), strict=False):
         if tensor is not None and (tensor.dtype != dtype or tensor.device != device or dtype not in DTYPES):
             raise TypeError(
                 f"{name} must have input's floating dtype and device, {dtype} on {device}, got {tensor.dtype} on "
@@ -146,6 +145,11 @@ def _fitting(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, 
         got = found[name]
         if got is not None and tuple(got) != shape:
             raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(got)}")
+    for name in ("reduce", "next", "following"):
+        if found[f"{name}_weight"] is None and found[f"{name}_bias"] is not None:
+            raise ValueError(f"{name}_bias must come with a {name}_weight")
+    if found["next_weight"] is None and (found["shortcut"] is not None or found["following_weight"] is not None):
+        raise ValueError("shortcut and following_weight must come with a next_weight")
     if (found["hidden"] is None) == (found["reduce_weight"] is None):
         raise ValueError("exactly one of hidden and reduce_weight must be given")
     if (found["scale"] is None) != (found["shift"] is None):
@@ -163,9 +167,6 @@ def _plain(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) 
             f"{list(weight)} and {None if bias is None else list(bias)}"
         )
     return bias[0], weight[1]
-
-
-_COUNT = 13  # tensors among the parts
 
 
 def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -190,6 +191,8 @@ def _fused_parts(
     shift: Tensor | None,
     relu: bool,
 ) -> LayerParts:
+    if weight.dim() != 2:
+        raise ValueError(f"span_weight must be [G * prod(K), R], got {list(weight.shape)}")
     return LayerParts(input, hidden, None, None, weight, bias, scale, shift, relu=relu)
 
 
@@ -222,9 +225,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, hidden, weight, bias, scale, shift, output = ctx.saved_tensors
+    input, hidden, weight, bias, scale, _, output = ctx.saved_tensors
     if ctx.relu:
-        grad = grad * (output > 0)
+        grad = torch.ops.aten.threshold_backward(grad, output, 0)
     dscale = dshift = None
     if scale is not None:
         others = (0, *range(2, grad.dim()))
@@ -281,22 +284,17 @@ def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], wind
 
 
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation"
-library.define(
-    "fused(Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, "
-    f"{_WINDOW}) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
-    f"fused_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, {_WINDOW}) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-library.define(
+_SCHEMAS = (
+    "fused(Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, Tensor? scale, Tensor? shift, "
+    f"bool relu, {_WINDOW}) -> Tensor",
+    "fused_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, "
+    f"{_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
     "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, Tensor? span_bias, "
-    "Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, Tensor? shortcut, bool next_relu, "
-    f"Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, Tensor? shortcut, "
+    f"bool next_relu, Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
 )
+for _schema in _SCHEMAS:
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
 library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
 library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
@@ -312,7 +310,7 @@ def _fused_flops(x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None,
 
 
 @register_flop_formula(torch.ops.involution.fused_backward)
-def _fused_backward_flops(g: Any, x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
+def _backward_flops(g: Any, x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     return 3 * _flops(x, [weight], rest[-3:])
 
 

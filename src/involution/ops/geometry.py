@@ -144,6 +144,10 @@ class LayerParts(NamedTuple):
     relu: bool = False
     next_relu: bool = False
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the flags, in order."""
+        return tuple(self[:-2])
+
     def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
         """[N, C or the next convolution's channels, *positions], and the following convolution's where there is one."""
         batch, channels = self.input.shape[:2]
@@ -186,11 +190,15 @@ def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
 def layer_window(
     input: Sequence[int], maps: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
-    """The geometry of a layer whose span has `maps` = G * prod(K) outputs: ceil(S / stride) positions, padded as needed.
+    """The geometry of a layer whose span has `maps` = G * prod(K) outputs; it makes ceil(S / stride) positions.
 
     Raises:
         ValueError: the sizes do not belong together.
     """
+    dims = len(input) - 2
+    for name, axes in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        if len(axes) != dims or min(axes) < 1 or max(axes) > LARGEST:
+            raise ValueError(f"{name} must be {dims} numbers from 1 to {LARGEST}, got {list(axes)}")
     taps = math.prod(kernel_size)
     if taps < 1 or maps % taps != 0:
         raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")

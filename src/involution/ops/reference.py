@@ -1,7 +1,8 @@
 """The three maps in plain PyTorch, as shifted multiply-adds: the oracle, and the path for devices with no kernel.
 
-Every backend has the three functions, `layer`, `layer_backward` and `why_not`. `out` comes from geometry.allocate and is overwritten. Half
-precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight there has no effect.
+Every backend has the three functions, `layer`, `layer_backward` and `why_not`. `out` comes from geometry.allocate and
+is overwritten. Half precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight
+there has no effect.
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,10 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
     if hidden is None:
         pooled, stride = parts.input, geometry.stride
         if max(stride) > 1:
-            pooled = _POOL[len(stride)](pooled, stride, stride, ceil_mode=True, count_include_pad=False)
+            window = [
+                min(pair) for pair in zip(stride, geometry.input, strict=True)
+            ]  # torch wants none beyond the image
+            pooled = _POOL[len(stride)](pooled, window, stride, ceil_mode=True, count_include_pad=False)
         hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
     y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
     span_weight = unpack(parts.span_weight, parts.span_bias)

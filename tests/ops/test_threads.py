@@ -1,0 +1,96 @@
+"""The kernels beside threads of every kind: OpenMP's, Python's, and forked workers."""
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from involution import involution2d
+from involution.ops.fused import fused_involution
+
+SHAPES = [(1, 32, 9, 11), (2, 32, 14, 14), (1, 64, 7, 30), (3, 16, 20, 20)]
+
+
+def call(index: int, channels_last: bool) -> list[Tensor]:
+    """involution2d and the fused layer on the tensors of one seed: outputs and gradients."""
+    generator = torch.Generator().manual_seed(index)
+    n, c, h, w = SHAPES[index % len(SHAPES)]
+    x, hidden, kernel_map, weight, bias = (
+        torch.randn(shape, generator=generator)
+        for shape in ((n, c, h, w), (n, 8, h, w), (n, c // 16, 5, 5, h, w), (c // 16 * 25, 8), (c // 16 * 25,))
+    )
+    if channels_last:
+        x, hidden = (t.to(memory_format=torch.channels_last) for t in (x, hidden))
+    leaves = [t.requires_grad_() for t in (x, hidden, kernel_map, weight, bias)]
+    plain = involution2d(x, kernel_map, padding=2)
+    fused = fused_involution(x, hidden, weight, bias, [5, 5], [1, 1], [1, 1], relu=True)
+    return [plain.detach(), fused.detach(), *torch.autograd.grad(plain.square().sum() + fused.square().sum(), leaves)]
+
+
+def same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_one_openmp_runtime() -> None:
+    """Two would each bring their own threads, and a fork or an exit could hang in one of them."""
+    code = (
+        "import torch, involution; involution.involution2d(torch.rand(2, 16, 8, 8), torch.rand(2, 1, 3, 3, 6, 6)); "
+        "maps = open('/proc/self/maps').read(); assert 'libinvolution' in maps; "
+        "files = {line.split()[-1] for line in maps.splitlines() if '.so' in line}; "
+        "print(*(file for file in files if any(name in file for name in ('libgomp', 'libiomp', 'libomp'))), sep='\\n')"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert len(found) == 1, found
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_four_python_threads_at_once(channels_last: bool) -> None:
+    """Each with its own tensors, over and over; every one gets what it gets alone."""
+    wanted = [call(index, channels_last) for index in range(4)]
+    start = threading.Barrier(4)
+    right = [0] * 4
+
+    def repeat(index: int) -> None:
+        start.wait()
+        for _ in range(12):
+            right[index] += same(call(index, channels_last), wanted[index])
+
+    workers = [threading.Thread(target=repeat, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert right == [12] * 4
+
+
+class Computed(Dataset):
+    """Items that workers compute with the kernels."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        return call(index, channels_last=bool(index % 2))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_workers(threads: int) -> None:
+    """After the parent has used the kernels, on as many threads."""
+    torch.set_num_threads(threads)
+    wanted = [Computed()[index] for index in range(8)]
+    loader = DataLoader(Computed(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert [same(got, want) for got, want in zip(loader, wanted, strict=True)] == [True] * 8
+    assert same(Computed()[0], wanted[0])

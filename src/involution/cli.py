@@ -11,6 +11,7 @@ _TRAINING = {
     "test": "evaluate on the test set",
     "predict": "run the model over images",
 }
+_BENCH_EXTRA = ("timm", "matplotlib", "rich")
 _TASKS_EXTRA = ("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn")
 
 
@@ -30,10 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"involution {version('involution')}")
         return 0
-    verbs: dict[str, Callable[[list[str]], int]] = {"doctor": _doctor}
+    verbs: dict[str, Callable[[list[str]], int]] = {"doctor": _doctor, "bench": _bench}
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
-        print(f"involution: verb must be one of {', '.join([*_TRAINING, 'doctor'])}, got {verb!r}", file=sys.stderr)
+        print(
+            f"involution: verb must be one of {', '.join([*_TRAINING, 'bench', 'doctor'])}, got {verb!r}",
+            file=sys.stderr,
+        )
         return 2
     return verbs[verb](rest)
 
@@ -43,6 +47,7 @@ def _help() -> str:
     return f"""usage: involution VERB [options]
 
 {training}
+  bench     time the kernels and networks on this machine
   doctor    show what runs here: backends, versions, instruction set, threads
 
   involution fit -c digits_rednet                       a packaged recipe
@@ -52,13 +57,27 @@ def _help() -> str:
 involution VERB --help lists a verb's options; involution --version prints the version."""
 
 
-def _train(verb: str, rest: list[str]) -> int:
-    missing = [module for module in _TASKS_EXTRA if find_spec(module) is None]
+def _lacks(verb: str, modules: Sequence[str], extra: str) -> bool:
+    """Says so where a verb's packages are not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
     if missing:
         print(
-            f"involution {verb} needs {', '.join(missing)}, not installed here: pip install 'involution[tasks]'",
+            f"involution {verb} needs {', '.join(missing)}, not installed here: pip install 'involution[{extra}]'",
             file=sys.stderr,
         )
+    return bool(missing)
+
+
+def _bench(rest: list[str]) -> int:
+    if _lacks("bench", _BENCH_EXTRA, "bench"):
+        return 1
+    from .bench.command import main as bench
+
+    return bench(rest)
+
+
+def _train(verb: str, rest: list[str]) -> int:
+    if _lacks(verb, _TASKS_EXTRA, "tasks"):
         return 1
     from .tasks.recipes import resolve_configs
 

@@ -1,1 +1,0 @@
-"""Benchmarks of the operator: a registry of cases, one timer, one report. Run: make bench."""

@@ -1,0 +1,1 @@
+"""Benchmarks: a registry of cases, one timer, one report. Run: involution bench."""

@@ -1,0 +1,88 @@
+"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient.
+
+Every measurement is a process of its own: python -m involution.bench.memory WHAT CHANNELS HEIGHT WIDTH prints MiB.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn.involution import Involution2d
+from .baselines import unfold
+from .cases import NECK, Case
+
+Row = dict[str, Any]
+MEMORY_CASES = {
+    "inference": "layer, no gradients",
+    "inference-unfold": "unfold, no gradients",
+    "training": "layer, forward and backward",
+    "training-efficient": "layer with memory_efficient=True, forward and backward",
+}
+
+
+def memory(case: Case = NECK) -> list[Row]:
+    """Extra peak resident memory in MiB, each in a process that returns freed memory at once."""
+    mib = 4 * case.channels * case.height * case.width / 2**20
+    rows = []
+    for what, title in MEMORY_CASES.items():
+        command = [sys.executable, "-m", "involution.bench.memory", what]
+        command += [str(size) for size in (case.channels, case.height, case.width)]
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+        row = {"what": title, "case": case.name, "batch": 1, "MiB": float(printed.split()[-1])}
+        rows.append(row | {"x, MiB": mib, "y, MiB": mib, "h, MiB": mib / 4})
+    return rows
+
+
+def measure(what: str, channels: int, height: int, width: int) -> float:
+    """The peak of one call, in MiB above what was resident before it."""
+    layer = Involution2d(channels, memory_efficient=what.endswith("efficient"))
+    training = what.startswith("training")
+    layer.train(training)
+
+    def run(x: Tensor, g: Tensor) -> None:
+        with torch.set_grad_enabled(training):
+            y = layer(x) if not what.endswith("unfold") else unfold(x, layer.generator(x), 1)
+        if training:
+            y.backward(g)
+
+    def tensors(*size: int) -> tuple[Tensor, Tensor]:
+        x, g = (torch.randn(1, channels, *size).to(memory_format=torch.channels_last) for _ in range(2))
+        return x.requires_grad_(training), g
+
+    run(*tensors(max(1, height // 8), max(1, width // 8)))  # what is made once is made now
+    layer.zero_grad()
+    x, g = tensors(height, width)
+    return _peak(lambda: run(x, g))
+
+
+def _peak(run: Callable[[], None]) -> float:
+    before, peak, done = _resident(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], _resident())
+            time.sleep(5e-4)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    run()
+    done.set()
+    watcher.join()
+    return max(peak[0], _resident()) - before
+
+
+def _resident() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+
+
+if __name__ == "__main__":
+    print(measure(sys.argv[1], *(int(size) for size in sys.argv[2:5])))

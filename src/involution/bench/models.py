@@ -1,0 +1,73 @@
+"""Whole networks: RedNet against ResNet, both optimised the same way, and one step of training."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+import torch._inductor.config
+from torch import Tensor, nn
+
+from .. import zoo
+from ..nn.optimize import optimize
+from .timer import in_turn, median, spread
+
+Row = dict[str, Any]
+PAIR = ("rednet50", "resnet50")
+assert zoo  # importing it registers RedNet
+
+
+def models(
+    batches: Sequence[int], seconds: float, names: tuple[str, str] = PAIR, size: int = 224, device: str = "cpu"
+) -> list[Row]:
+    """Inference of both after involution.optimize, and the seconds that took with nothing cached."""
+    rows = []
+    for batch in batches:
+        image = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        optimized, took = {}, {}
+        for name in names:
+            torch.compiler.reset()
+            model = timm.create_model(name).eval().to(device)
+            with torch._inductor.config.patch(force_disable_caches=True):
+                start = time.perf_counter()
+                optimized[name] = optimize(model, image)
+                took[name] = time.perf_counter() - start
+        times = in_turn({name: partial(model, image) for name, model in optimized.items()}, seconds)
+        rows.append(_row("inference", f"{names[0]} / {names[1]}", batch, times, names))
+        rows[-1] |= {f"optimize {name}, s": took[name] for name in names}
+        rows[-1]["optimize ratio"] = took[names[0]] / took[names[1]]
+    return rows
+
+
+def training(
+    batches: Sequence[int], seconds: float, names: tuple[str, str] = PAIR, size: int = 224, device: str = "cpu"
+) -> list[Row]:
+    """One step of SGD with momentum: forward, cross entropy, backward, update; channels_last, eager."""
+    rows = []
+    for batch in batches:
+        image = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
+        steps = {name: _step(timm.create_model(name).to(device), image) for name in names}
+        times = in_turn(steps, seconds)
+        rows.append(_row("training step", f"{names[0]} / {names[1]}", batch, times, names))
+    return rows
+
+
+def _step(model: nn.Module, image: Tensor) -> Any:
+    model = model.train().to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    target = torch.arange(len(image), device=image.device)
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(model(image), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def _row(what: str, case: str, batch: int, times: dict[str, list[float]], names: tuple[str, str]) -> Row:
+    row: Row = {"what": what, "case": case, "batch": batch, "ms": spread(times[names[0]])}
+    return row | {"theirs, ms": spread(times[names[1]]), "ratio": median(times[names[0]]) / median(times[names[1]])}

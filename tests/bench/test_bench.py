@@ -1,0 +1,100 @@
+"""The benchmarks run and report; their figures are for people."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from involution import cli
+from involution.bench import baselines, command, kernels, memory, models, report
+from involution.bench.cases import CASES, NECK, Case
+from involution.bench.roof import Roof
+
+SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
+
+
+def numbers(rows: list[dict]) -> list[float]:
+    return [value for row in rows for value in row.values() if isinstance(value, float)]
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
+    """Every subject at its smallest. Compilation is tested elsewhere; here it is left out."""
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(models, "optimize", lambda model, image: model)
+    names = ("rednet14_cifar", "resnet14_cifar")
+    return {
+        "layers": kernels.layers(SMALL, [1, 2], 0.0, Roof(1e11, 1e10), None),
+        "against": kernels.against(SMALL, [2], 0.0),
+        "fused": kernels.fused(SMALL, [1], 0.0),
+        "models": models.models([1], 0.0, names, 32),
+        "training": models.training([2], 0.0, names, 32),
+        "memory": memory.memory(Case("tiny", 16, 16, 16, 7, 1)),
+        "threads": kernels.threads(SMALL, [1], 0.0),
+        "overhead": kernels.overhead(0.0),
+    }
+
+
+def test_every_subject_is_measured_printed_written_and_drawn(
+    rows: dict[str, list[dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(rows) == set(command.SUBJECTS)
+    for subject, some in rows.items():
+        assert some, subject
+        assert all(math.isfinite(value) for value in numbers(some)), subject
+        if subject != "memory":  # so small a layer may find room in what the process has
+            assert all(value > 0 for value in numbers(some)), subject
+    assert len(rows["layers"]) == 3 * len(SMALL) * 2
+    files = report.write(rows, command.describe(1e11, 1e10), tmp_path)
+    assert {file.name for file in files} == {"bench.json", "roofline.png", "models.png", "memory.png"}
+    assert all(file.stat().st_size > 1000 for file in files)
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["results"]["layers"][0]["case"] == "small"
+    assert {row["what"] for row in written["geometric means"]["layers"]} == {"apply", "adjoint", "correlate"}
+    report.print_tables({name: rows[name] for name in ("layers", "against", "training")})
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("correlate", "unfold", "depthwise", "geometric mean", "rednet14_cifar"))
+
+
+def test_geometric_mean() -> None:
+    rows = [{"what": "apply", "case": name, "batch": 1, "roof": roof} for name, roof in (("a", 0.5), ("b", 0.125))]
+    assert report.geometric_means(rows) == [{"what": "apply", "case": "geometric mean", "batch": 1, "roof": 0.25}]
+
+
+def test_a_wrong_operator_is_not_timed() -> None:
+    rivals = {"ours": kernels._ours, "wrong": lambda x, k, s: baselines.unfold(x, k, s) * 1.01}
+    with pytest.raises(AssertionError):
+        kernels.compare(rivals, SMALL[0], 1, 0.0)
+
+
+def test_flops_and_bytes_are_those_of_the_tensors() -> None:
+    for case in (*CASES.values(), NECK):
+        x, k, g = (tensor.to("meta") for tensor in case._replace(channels=16).tensors(1))
+        small = case._replace(channels=16)
+        assert small.bytes(3) == 3 * 4 * (x.numel() + k.numel() + g.numel())
+        assert small.flops(2) == 2 * 2 * case.kernel_size**2 * g.numel()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nonsense"], "what"),
+        (["--case", "C1@1"], "--case"),
+        (["--prototype", "nowhere.cpp"], "--prototype"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_a_wrong_call_names_the_option(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "measure_roof", lambda: Roof(1e11, 1e10))
+    monkeypatch.setitem(CASES, "small", SMALL[0])
+    call = ["bench", "layers", "overhead", "--case", "small", "--batch", "1", "--seconds", "0", "--out", str(tmp_path)]
+    assert cli.main(call) == 0
+    assert "correlate" in capsys.readouterr().out
+    assert (tmp_path / "bench.json").exists()

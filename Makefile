@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	$(BIN)/involution bench
+	$(BIN)/involution bench $(addprefix --prototype ,$(wildcard ../shared/prototype/inv.cpp))
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

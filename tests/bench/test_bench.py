@@ -28,7 +28,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
     return {
         "layers": kernels.layers(SMALL, [1, 2], 0.0, Roof(1e11, 1e10), None),
         "against": kernels.against(SMALL, [2], 0.0),
-        "fused": kernels.fused(SMALL, [1], 0.0),
+        "fused": kernels.fused(SMALL, [1], 0.0, Roof(1e11, 1e10)),
         "models": models.models([1], 0.0, names, 32),
         "training": models.training([2], 0.0, names, 32),
         "memory": memory.memory(Case("tiny", 16, 16, 16, 7, 1)),
@@ -47,6 +47,9 @@ def test_every_subject_is_measured_printed_written_and_drawn(
         if subject != "memory":  # so small a layer may find room in what the process has
             assert all(value > 0 for value in numbers(some)), subject
     assert len(rows["layers"]) == 3 * len(SMALL) * 2
+    assert len(rows["threads"]) == 4 * len(SMALL)
+    low, middle, high = rows["against"][0]["quartiles, ms"]["unfold"]
+    assert 0 < low <= middle <= high
     files = report.write(rows, command.describe(1e11, 1e10), tmp_path)
     assert {file.name for file in files} == {"bench.json", "roofline.png", "models.png", "memory.png"}
     assert all(file.stat().st_size > 1000 for file in files)
@@ -82,6 +85,7 @@ def test_flops_and_bytes_are_those_of_the_tensors() -> None:
     [
         (["nonsense"], "what"),
         (["--case", "C1@1"], "--case"),
+        (["--batch", "0"], "--batch"),
         (["--prototype", "nowhere.cpp"], "--prototype"),
         (["--device", "tpu"], "--device"),
     ],
@@ -97,4 +101,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     call = ["bench", "layers", "overhead", "--case", "small", "--batch", "1", "--seconds", "0", "--out", str(tmp_path)]
     assert cli.main(call) == 0
     assert "correlate" in capsys.readouterr().out
-    assert (tmp_path / "bench.json").exists()
+    machine = json.loads((tmp_path / "bench.json").read_text())["machine"]
+    assert machine["command"].startswith("involution bench layers overhead --case small")
+
+
+def test_all_is_every_subject_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(command, "measure_roof", lambda: Roof(1e11, 1e10))
+    monkeypatch.setattr(command, "run", lambda subject, *_: asked.append(subject) or [])
+    assert command.main(["layers", "all", "--out", str(tmp_path)]) == 0
+    assert asked == list(command.SUBJECTS)

@@ -51,17 +51,29 @@ class Case(NamedTuple):
         maps = self.groups * self.kernel_size**2
         return 4.0 * batch * (self.channels * self.height * self.width + (maps + self.channels) * rows * columns)
 
+    def fused_flops(self, batch: int) -> float:
+        """Operations of the fused layer: the span convolution's, from C // 4 hidden features, and apply's."""
+        rows, columns = self.output
+        span = self.channels // 4 * self.groups * self.kernel_size**2
+        return self.flops(batch) + 2.0 * batch * span * rows * columns
+
+    def fused_bytes(self, batch: int) -> float:
+        """What the fused layer must move at least: the input, the hidden features and the output, once."""
+        rows, columns = self.output
+        image = self.channels * self.height * self.width
+        return 4.0 * batch * (image + (self.channels // 4 + self.channels) * rows * columns)
+
 
 CASES = {
     case.name: case
     for case in (
         Case("C64@56", 64, 56, 56, 7, 1),
         Case("C32@112", 32, 112, 112, 3, 1),
-        Case("C128@56->28", 128, 56, 56, 7, 2),
+        Case("C128@56/2", 128, 56, 56, 7, 2),
         Case("C128@28", 128, 28, 28, 7, 1),
-        Case("C256@28->14", 256, 28, 28, 7, 2),
+        Case("C256@28/2", 256, 28, 28, 7, 2),
         Case("C256@14", 256, 14, 14, 7, 1),
-        Case("C512@14->7", 512, 14, 14, 7, 2),
+        Case("C512@14/2", 512, 14, 14, 7, 2),
         Case("C512@7", 512, 7, 7, 7, 1),
     )
 }

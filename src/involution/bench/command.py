@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,12 +28,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parse(arguments)
     if options is None:
         return 2
-    prototype = Prototype(options.prototype) if options.prototype else None
+    subjects = SUBJECTS if "all" in options.what else list(dict.fromkeys(options.what))
+    compiled = options.prototype and "layers" in subjects  # which takes a minute or more
+    prototype = Prototype(options.prototype) if compiled else None
     roof = measure_roof()
-    machine = describe(roof.flops, roof.bandwidth)
+    machine = describe(roof.flops, roof.bandwidth) | {"command": shlex.join(["involution", "bench", *arguments])}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     cases = [*CASES.values(), NECK] if options.case == "all" else [(CASES | {NECK.name: NECK})[options.case]]
-    subjects = SUBJECTS if options.what == ["all"] else options.what
     results: dict[str, list[dict[str, Any]]] = {}
     for subject in subjects:
         results[subject] = run(subject, cases, options, roof, prototype)
@@ -52,7 +54,7 @@ def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Pro
     if subject == "against":
         return [row for some, batch in usual for row in kernels.against(some, batch, seconds, device)]
     if subject == "fused":
-        return [row for some, batch in usual for row in kernels.fused(some, batch, seconds)]
+        return [row for some, batch in usual for row in kernels.fused(some, batch, seconds, roof)]
     if subject == "threads":
         return [row for some, batch in usual for row in kernels.threads(some, batch, seconds)]
     if subject == "models":
@@ -79,6 +81,8 @@ def parse(arguments: Sequence[str]) -> Any:
         problem = f"what must be of {what} or all, got {', '.join(unknown)}"
     elif options.case not in (*CASES, NECK.name, "all"):
         problem = f"--case must be of {', '.join([*CASES, NECK.name])} or all, got {options.case}"
+    elif min(options.batch) < 1:
+        problem = f"--batch must be positive, got {min(options.batch)}"
     elif options.prototype and not options.prototype.exists():
         problem = f"--prototype {options.prototype} does not exist"
     elif options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):

@@ -12,7 +12,7 @@ from ..ops.functional import involution2d
 from . import baselines
 from .cases import Case
 from .roof import Roof, measure_roof
-from .timer import in_turn, median, spread
+from .timer import in_turn, median, quartiles, spread
 
 Row = dict[str, Any]
 _MAPS = ("apply", "adjoint", "correlate")
@@ -43,14 +43,23 @@ def layers(
                 rivals = {"ours": ours[name]} | ({"prototype": theirs[name]} if theirs else {})
                 _check_equal({rival: run() for rival, run in rivals.items()})
                 times = in_turn(rivals, seconds)
-                least = roof.seconds(case.flops(batch), case.bytes(batch))
-                row = {"what": name, "case": case.name, "batch": batch, "ms": spread(times["ours"])}
-                row |= {"seconds": median(times["ours"]), "roof": least / median(times["ours"])}
-                row |= {"flops": case.flops(batch), "bytes": case.bytes(batch)}
+                row = _row(name, case, batch, times) | _under(roof, times, case.flops(batch), case.bytes(batch))
                 if theirs:
                     row["prototype"] = median(times["prototype"]) / median(times["ours"])
                 rows.append(row)
     return rows
+
+
+def _row(what: str, case: Case, batch: int, times: dict[str, list[float]]) -> Row:
+    """A row's beginning: what was timed, our spread, and everybody's quartiles for the JSON."""
+    row: Row = {"what": what, "case": case.name, "batch": batch, "ms": spread(times["ours"])}
+    return row | {"quartiles, ms": {name: quartiles(taken) for name, taken in times.items()}}
+
+
+def _under(roof: Roof, times: dict[str, list[float]], flops: float, size: float) -> Row:
+    """A row's fraction of the roof, and what the picture of it needs."""
+    seconds = median(times["ours"])
+    return {"seconds": seconds, "roof": roof.seconds(flops, size) / seconds, "flops": flops, "bytes": size}
 
 
 def against(cases: Sequence[Case], batches: Sequence[int], seconds: float, device: str = "cpu") -> list[Row]:
@@ -91,9 +100,10 @@ def compare(
         if what == "forward":  # another function, so not compared: what the same window costs a convolution
             rivals["depthwise"] = partial(forward, baselines.depthwise)
         times = in_turn(rivals, seconds)
-        base = median(times["ours"])
-        row: Row = {"what": what, "case": case.name, "batch": batch, "ms": spread(times["ours"])}
-        rows.append(row | {name: median(times[name]) / base for name in rivals if name != "ours"})
+        row = _row(what, case, batch, times)
+        for name in [name for name in rivals if name != "ours"]:
+            row |= {f"{name}, ms": spread(times[name]), name: median(times[name]) / median(times["ours"])}
+        rows.append(row)
     return rows
 
 
@@ -109,29 +119,33 @@ def _check_equal(results: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def fused(cases: Sequence[Case], batches: Sequence[int], seconds: float) -> list[Row]:
+def fused(cases: Sequence[Case], batches: Sequence[int], seconds: float, roof: Roof) -> list[Row]:
     """The fused layer against the span convolution and the operator, from hidden features on."""
     rows = []
     for batch in batches:
         for case in cases:
-            layer = Involution2d(case.channels, case.kernel_size, case.stride).eval()
-            x = case.tensors(batch)[0].detach()
-            generator: Any = layer.generator
-            hidden = generator.hidden(x)
-            weight, bias = generator.span.weight.flatten(1), generator.span.bias
-            window = [case.kernel_size] * 2, [case.stride] * 2, [1, 1]
-
-            def unfused(x: Tensor = x, h: Tensor = hidden, generator: Any = generator, case: Case = case) -> Tensor:
-                kernel_map = generator.span(h).unflatten(1, generator.map_shape)
-                return _ours(x, kernel_map, case.stride)
-
-            once = partial(_OPS.fused, x, hidden, weight, bias, None, None, False, *window)
-            rivals: dict[str, Callable[[], Tensor]] = {"ours": once, "unfused": unfused}
+            rivals = _layer_of(case, batch)
             _check_equal({name: run() for name, run in rivals.items()})
             times = in_turn(rivals, seconds)
-            row = {"what": "fused", "case": case.name, "batch": batch, "ms": spread(times["ours"])}
+            row = _row("fused", case, batch, times)
+            row |= _under(roof, times, case.fused_flops(batch), case.fused_bytes(batch))
             rows.append(row | {"unfused": median(times["unfused"]) / median(times["ours"])})
     return rows
+
+
+def _layer_of(case: Case, batch: int) -> dict[str, Callable[[], Tensor]]:
+    """Calls of a layer from its hidden features on, to be made without gradients: fused, and in two steps."""
+    layer = Involution2d(case.channels, case.kernel_size, case.stride).eval()
+    x = case.tensors(batch)[0].detach()
+    generator: Any = layer.generator
+    hidden = generator.hidden(x).detach()
+    weight, bias = generator.span.weight.flatten(1).detach(), generator.span.bias.detach()
+    window = [case.kernel_size] * 2, [case.stride] * 2, [1, 1]
+
+    def unfused() -> Tensor:
+        return _ours(x, generator.span(hidden).unflatten(1, generator.map_shape), case.stride)
+
+    return {"ours": partial(_OPS.fused, x, hidden, weight, bias, None, None, False, *window), "unfused": unfused}
 
 
 @torch.no_grad()
@@ -141,28 +155,35 @@ def threads(cases: Sequence[Case], batches: Sequence[int], seconds: float) -> li
     try:
         torch.set_num_threads(1)
         alone = measure_roof()
+        torch.set_num_threads(most)
+        together = measure_roof()
+        return [
+            row for batch in batches for case in cases for row in _threads_of(case, batch, seconds, alone, together)
+        ]
     finally:
         torch.set_num_threads(most)
-    together = measure_roof()
 
-    def with_threads(count: int, run: Callable[[], Tensor]) -> None:
-        torch.set_num_threads(count)
-        run()
+
+def _threads_of(case: Case, batch: int, seconds: float, alone: Roof, together: Roof) -> list[Row]:
+    most = torch.get_num_threads()
+    counts = {"one thread": 1, "ours": most}
+    tensors = [tensor.detach() for tensor in case.tensors(batch)]
+    calls = maps_of(case, *tensors) | {"fused": _layer_of(case, batch)["ours"]}
+    wakes = torch.ones(1 << 20)  # enough for every thread to have a part, so that the timed call finds all of them
+
+    def prepare(name: str) -> None:
+        torch.set_num_threads(counts[name])
+        wakes.mul_(1)
 
     rows = []
-    for batch in batches:
-        for case in cases:
-            gain = alone.seconds(case.flops(batch), case.bytes(batch)) / together.seconds(
-                case.flops(batch), case.bytes(batch)
-            )
-            tensors = [tensor.detach() for tensor in case.tensors(batch)]
-            for name, run in maps_of(case, *tensors).items():
-                rivals = {str(count): partial(with_threads, count, run) for count in (1, most)}
-                times = in_turn(rivals, seconds)
-                torch.set_num_threads(most)
-                row = {"what": f"{name}, {most} threads", "case": case.name, "batch": batch}
-                row |= {"ms": spread(times[str(most)]), "faster": median(times["1"]) / median(times[str(most)])}
-                rows.append(row | {"roof's gain": gain})
+    for name, run in calls.items():
+        times = in_turn(dict.fromkeys(counts, run), seconds, prepare)
+        flops, size = case.flops(batch), case.bytes(batch)
+        if name == "fused":
+            flops, size = case.fused_flops(batch), case.fused_bytes(batch)
+        row = _row(f"{name}, {most} threads", case, batch, times)
+        row["faster"] = median(times["one thread"]) / median(times["ours"])
+        rows.append(row | {"roof's gain": alone.seconds(flops, size) / together.seconds(flops, size)})
     return rows
 
 
@@ -186,9 +207,10 @@ def overhead(seconds: float) -> list[Row]:
                 for name, run in {"ours": partial(involution2d, x, k, 1, 1), "floor": floor}.items()
             }
             times = in_turn(rivals, seconds)
-        per_call = {name: median(values) / 100 for name, values in times.items()}
-        row = {"what": what, "case": tiny.name, "batch": 1, "us": f"{per_call['ours'] * 1e6:.1f}"}
-        rows.append(row | {"floor, us": f"{per_call['floor'] * 1e6:.1f}"})
+        times = {name: [taken / 100 for taken in values] for name, values in times.items()}
+        row = {"what": what, "case": tiny.name, "batch": 1, "us": median(times["ours"]) * 1e6}
+        row |= {"floor, us": median(times["floor"]) * 1e6}
+        rows.append(row | {"quartiles, ms": {name: quartiles(values) for name, values in times.items()}})
     return rows
 
 

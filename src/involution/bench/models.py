@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import zoo
 from ..nn.optimize import optimize
-from .timer import in_turn, median, spread
+from .timer import in_turn, median, quartiles, spread
 
 Row = dict[str, Any]
 PAIR = ("rednet50", "resnet50")
@@ -24,6 +24,11 @@ def models(
 ) -> list[Row]:
     """Inference of both after involution.optimize, and the seconds that took with nothing cached."""
     rows = []
+    # The first compilation of a process loads the compiler: neither network should pay for that.
+    optimize(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval().to(device),
+        torch.rand(1, 3, 8, 8).to(device),
+    )
     for batch in batches:
         image = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
         optimized, took = {}, {}
@@ -70,4 +75,5 @@ def _step(model: nn.Module, image: Tensor) -> Any:
 
 def _row(what: str, case: str, batch: int, times: dict[str, list[float]], names: tuple[str, str]) -> Row:
     row: Row = {"what": what, "case": case, "batch": batch, "ms": spread(times[names[0]])}
+    row |= {"quartiles, ms": {name: quartiles(taken) for name, taken in times.items()}}
     return row | {"theirs, ms": spread(times[names[1]]), "ratio": median(times[names[0]]) / median(times[names[1]])}

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
-_HIDDEN = ("what", "case", "batch", "seconds", "flops", "bytes")
+_HIDDEN = ("what", "case", "batch", "seconds", "flops", "bytes", "quartiles, ms")
 
 
 def print_tables(results: dict[str, list[Row]]) -> None:
@@ -49,8 +49,9 @@ def write(results: dict[str, list[Row]], machine: dict[str, Any], folder: Path) 
     files = [folder / "bench.json"]
     means = {subject: geometric_means(rows) for subject, rows in results.items()}
     files[0].write_text(json.dumps({"machine": machine, "results": results, "geometric means": means}, indent=1))
-    if results.get("layers"):
-        files.append(_roofline(results["layers"], machine, folder / "roofline.png"))
+    kernels = [row for subject in ("layers", "fused") for row in results.get(subject, [])]
+    if kernels:
+        files.append(_roofline(kernels, machine, folder / "roofline.png"))
     ratios = [row for subject in ("models", "training") for row in results.get(subject, [])]
     if ratios:
         files.append(_ratios(ratios, folder / "models.png"))
@@ -62,9 +63,10 @@ def write(results: dict[str, list[Row]], machine: dict[str, Any], folder: Path) 
 def _roofline(rows: list[Row], machine: dict[str, Any], file: Path) -> Path:
     figure, axes = _figure("Kernels under the roof")
     peak, bandwidth = machine["peak GFLOP/s"], machine["copy GB/s"]
-    reach = [0.5, peak / bandwidth, 100]
+    densest = max(row["flops"] / row["bytes"] for row in rows)
+    reach = [0.5, peak / bandwidth, 2 * max(densest, peak / bandwidth)]
     axes.loglog(reach, [min(peak, intensity * bandwidth) for intensity in reach], color="black", label="roof")
-    for marker, what in zip("osd", dict.fromkeys(row["what"] for row in rows), strict=False):
+    for marker, what in zip("osd^", dict.fromkeys(row["what"] for row in rows), strict=False):
         some = [row for row in rows if row["what"] == what]
         speeds = [row["flops"] / row["seconds"] / 1e9 for row in some]
         axes.loglog([row["flops"] / row["bytes"] for row in some], speeds, marker, label=what)

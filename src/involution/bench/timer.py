@@ -9,15 +9,22 @@ import torch
 Rivals = Mapping[str, Callable[[], object]]
 
 
-def in_turn(rivals: Rivals, seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of every rival, measured A B C A B C ... for about `seconds`, after two calls to warm up."""
+def in_turn(
+    rivals: Rivals, seconds: float, prepare: Callable[[str], object] = lambda name: None
+) -> dict[str, list[float]]:
+    """Seconds per call of every rival, measured A B C A B C ... for about `seconds`, after two calls to warm up.
+
+    `prepare` is called with a rival's name before each of its turns, and not timed.
+    """
     for _ in range(2):
-        for run in rivals.values():
+        for name, run in rivals.items():
+            prepare(name)
             run()
     times: dict[str, list[float]] = {name: [] for name in rivals}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, run in rivals.items():
+            prepare(name)
             _finish()
             start = time.perf_counter()
             run()
@@ -36,7 +43,12 @@ def median(times: list[float]) -> float:
     return statistics.median(times)
 
 
+def quartiles(times: list[float]) -> list[float]:
+    """Lower quartile, median and upper quartile, in milliseconds."""
+    return statistics.quantiles([t * 1e3 for t in times], n=4)
+
+
 def spread(times: list[float]) -> str:
     """Median and quartiles in milliseconds."""
-    low, middle, high = statistics.quantiles([t * 1e3 for t in times], n=4)
+    low, middle, high = quartiles(times)
     return f"{middle:.3g} ({low:.3g}-{high:.3g})"

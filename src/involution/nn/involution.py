@@ -15,6 +15,7 @@ class _Involution(nn.Module):
     """The body of all three layers; see :class:`Involution2d`."""
 
     dims: int
+    memory_efficient = False  # what layers pickled before there was such a choice have
 
     def __init__(
         self,

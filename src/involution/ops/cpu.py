@@ -216,7 +216,8 @@ def peak_flops(seconds: float = 0.2) -> float:
     Args:
         seconds: how long to measure, at least.
     """
-    threads, rates, end = torch.get_num_threads(), [], time.perf_counter() + seconds
+    threads, end = torch.get_num_threads(), time.perf_counter() + seconds
+    rates: list[float] = []
     while time.perf_counter() < end or not rates:
         start = time.perf_counter()
         operations = _function("involution_multiply_adds")(threads, 500_000)

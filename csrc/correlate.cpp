@@ -393,22 +393,33 @@ void correlate_patch(const Geometry& g, const Patch<T>& patch) {
   }
 }
 
-// How many rows and columns a patch may have, for what it packs to fit the room.
+// How many parts an image's rows and columns are cut into, for what a patch packs to fit the room.
 template <class T>
-void patch_size(const Geometry& g, Index& rows, Index& columns) {
-  rows = least(kRows, g.output[1]);
-  columns = least(kColumns, g.output[2]);
+void patch_parts(const Geometry& g, Index& down, Index& across) {
   const Index channels = least(kChannels, g.channels / g.groups);
+  // Parts of an axis have one of two sizes, blocks of taps too; any of them could be the one that packs the most.
   const auto fits = [&] {
-    Patch<T> patch{};
-    patch.rows = {0, rows};
-    patch.columns = {0, columns};
-    const Block<T> block(g, patch, 0, {0, least(kTaps, g.kernel[1])}, {0, least(kTaps, g.kernel[2])});
-    return block.numbers(channels) <= Room<T>::kNumbers;
+    for (Index i = 0; i < 16; ++i) {
+      const auto size = [&](int axis, Index parts, bool larger) {
+        return larger ? ceil_divide(g.output[axis], parts) : g.output[axis] / parts;
+      };
+      const auto taps = [&](int axis, bool whole) {
+        const Index k = g.kernel[axis];
+        return Range{0, whole || k % kTaps == 0 ? least(k, kTaps) : k % kTaps};
+      };
+      Patch<T> patch{};
+      patch.rows = {0, size(1, down, i & 1)};
+      patch.columns = {0, size(2, across, i & 2)};
+      if (Block<T>(g, patch, 0, taps(1, i & 4), taps(2, i & 8)).numbers(channels) > Room<T>::kNumbers) return false;
+    }
+    return true;
   };
+  down = ceil_divide(g.output[1], kRows);
+  across = ceil_divide(g.output[2], kColumns);
   while (!fits()) {
-    if (rows > 4 || columns <= kLanes<T>) rows = ceil_divide(rows, 2);
-    else columns = ceil_divide(columns, 2);
+    const bool many_rows = ceil_divide(g.output[1], down) > 4, one_vector = g.output[2] / across <= kLanes<T>;
+    if (many_rows || one_vector) down = least(g.output[1], 2 * down);
+    else across *= 2;
   }
 }
 
@@ -418,9 +429,8 @@ template <class T>
 void correlate(const Geometry& g, const T* grad, const T* x, T* dk) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel);
   const Index inputs = volume(g.input), outputs = volume(g.output);
-  Index rows, columns;
-  patch_size<T>(g, rows, columns);
-  const Index down = ceil_divide(g.output[1], rows), across = ceil_divide(g.output[2], columns);
+  Index down, across;
+  patch_parts<T>(g, down, across);
   in_parallel(g, g.batch * g.output[0] * down * across * g.groups, [&](Index i) {
     const Index group = i % g.groups, part = i / g.groups, n = part / across / down / g.output[0];
     const auto cut = [](Index i, Index parts, Index size) { return Range{i * size / parts, (i + 1) * size / parts}; };

@@ -625,7 +625,7 @@ def arguments() -> dict[str, Any]:
         ({"stride": (1, 2)}, ValueError, "hidden must be"),
         ({"stride": (0, 2)}, ValueError, "stride"),
         ({"stride": (2,)}, ValueError, "stride"),
-        ({"dilation": (0, 1)}, ValueError, "dilation must be positive"),
+        ({"dilation": (0, 1)}, ValueError, "dilation"),
         ({"dilation": (1,)}, ValueError, "dilation"),
         ({"kernel_size": (3, 0)}, ValueError, "kernel_size"),
         ({"kernel_size": (9,)}, ValueError, "kernel_size"),

@@ -23,7 +23,8 @@ _log = logging.getLogger(__name__)
 _CONVOLUTIONS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
-_FRESH = {F.batch_norm, F.linear, operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
+_FRESH = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
+_FRESH |= {torch.ops.involution.fused.default, torch.ops.involution.apply.default}
 _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
     *("ipow", "iand", "ior", "ixor", "imatmul", "setitem"),

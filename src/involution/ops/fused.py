@@ -36,12 +36,12 @@ def fused_involution(
 ) -> Tensor:
     """The span convolution of the paper's generator and the involution with its kernels, without the kernel map.
 
-    y = involution(input, hidden @ span_weight.T + span_bias), then scale * y + shift, then ReLU, where asked for. Sizes
-    are the layer's: O = ceil(S / stride), padded by floor(dilation * (K - 1) / 2) on the left.
+    ``y = involution(input, hidden @ span_weight.T + span_bias)``, then ``scale * y + shift``, then ReLU, where asked for. Sizes
+    are the layer's: O = ceil(S / stride), padded by ``floor(dilation * (K - 1) / 2)`` on the left.
 
     Args:
-        input: [N, C, *S].
-        hidden: [N, R, *O], what the span convolution reads.
+        input: ``[N, C, *S]``.
+        hidden: ``[N, R, *O]``, what the span convolution reads.
         span_weight: [G * prod(K), R], group-major, then kernel positions.
         span_bias: [G * prod(K)] or None.
         kernel_size: K, one number per axis, as `stride` and `dilation`.
@@ -52,7 +52,7 @@ def fused_involution(
         relu: rectify the result.
 
     Returns:
-        [N, C, *O] in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel map
+        ``[N, C, *O]`` in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel map
         again, a patch at a time; gradients of every order.
 
     Raises:

@@ -36,8 +36,8 @@ def fused_involution(
 ) -> Tensor:
     """The span convolution of the paper's generator and the involution with its kernels, without the kernel map.
 
-    ``y = involution(input, hidden @ span_weight.T + span_bias)``, then ``scale * y + shift``, then ReLU, where asked for. Sizes
-    are the layer's: O = ceil(S / stride), padded by ``floor(dilation * (K - 1) / 2)`` on the left.
+    ``y = involution(input, hidden @ span_weight.T + span_bias)``, then ``scale * y + shift``, then ReLU, where asked
+    for. Sizes are the layer's: O = ceil(S / stride), padded by ``floor(dilation * (K - 1) / 2)`` on the left.
 
     Args:
         input: ``[N, C, *S]``.
@@ -52,8 +52,8 @@ def fused_involution(
         relu: rectify the result.
 
     Returns:
-        ``[N, C, *O]`` in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel map
-        again, a patch at a time; gradients of every order.
+        ``[N, C, *O]`` in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel
+        map again, a part at a time; gradients of every order.
 
     Raises:
         TypeError: dtypes differ, or are not float16, bfloat16, float32 or float64.

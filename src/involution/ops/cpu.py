@@ -69,9 +69,13 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
     _call("correlate", (grad, input, out), geometry)
 
 
+_LARGE_KERNEL = 25  # taps from which contiguous tensors are faster converted to channels last, and back
+
+
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
-    """Brings both operands into the layout of the first, runs the kernel, and fills `out` (the last tensor)."""
-    channels_last = is_channels_last(tensors[0])
+    """Brings both operands into the layout of the first, or the faster one, runs the kernel, and fills `out`, the last."""
+    large = name != "correlate" and math.prod(geometry.kernel) >= _LARGE_KERNEL
+    channels_last = large or is_channels_last(tensors[0])
     out = tensors[2]
     dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
     if channels_last:
@@ -80,9 +84,9 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
             t.permute(memory_order(role, dims)) for role, t in zip(_ROLES[name], tensors, strict=True)
         )
     first, second, result = tensors
-    if out.dtype != dtype:
-        first, second, result = first.to(dtype), second.to(dtype), torch.empty_like(result, dtype=dtype)
-    first, second = first.contiguous(), second.contiguous()
+    first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
+    if out.dtype != dtype or not result.is_contiguous():
+        result = torch.empty(result.shape, dtype=dtype)
     _function(f"involution_{name}_{_SUFFIX[dtype]}")(
         _c_geometry(geometry, channels_last, torch.get_num_threads()),
         first.data_ptr(),

@@ -73,7 +73,7 @@ _LARGE_KERNEL = 25  # taps from which contiguous tensors are faster converted to
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
-    """Brings both operands into the layout of the first, or the faster one, runs the kernel, and fills `out`, the last."""
+    """Brings both operands into the layout of the first, or a faster one, runs the kernel, and fills `out` (last)."""
     large = name != "correlate" and math.prod(geometry.kernel) >= _LARGE_KERNEL
     channels_last = large or is_channels_last(tensors[0])
     out = tensors[2]

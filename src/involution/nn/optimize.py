@@ -1,6 +1,7 @@
 """Whole models for inference: norms folded, involutions fused with their neighbours, the rest compiled and frozen."""
 
 import copy
+import inspect
 import logging
 import math
 import operator
@@ -164,7 +165,7 @@ def _changes_in_place(graph: fx.GraphModule) -> bool:
             if len(changed.users) > 1 or changed.op in ("placeholder", "get_attr"):
                 return True
             # What makes a new tensor ends the search; anything else may return a view of its argument.
-            fresh = changed.target in _FRESH or _overwrites(changed)
+            fresh = changed.target in _FRESH and not _overwrites(changed)
             changed = None if fresh or not changed.args else changed.args[0]
     return False
 
@@ -177,11 +178,22 @@ def _overwrites(node: Node) -> bool:
     schema, name = getattr(node.target, "_schema", None), getattr(node.target, "__name__", "")
     return bool(
         (schema is not None and schema.is_mutable)
-        or node.kwargs.get("inplace")
+        or _is_told_to(node, "inplace")
         or node.kwargs.get("out") is not None
         or (name.endswith("_") and not name.endswith("__"))
         or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE)
     )
+
+
+def _is_told_to(node: Node, option: str) -> bool:
+    """Whether a call sets this option, by keyword or by position."""
+    if option in node.kwargs:
+        return bool(node.kwargs[option])
+    try:
+        names = list(inspect.signature(node.target).parameters)
+    except (TypeError, ValueError):  # a builtin: those of torch that overwrite end with an underscore
+        return False
+    return option in names and len(node.args) > names.index(option) and bool(node.args[names.index(option)])
 
 
 def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
@@ -281,9 +293,10 @@ def _expansion(graph: fx.GraphModule, rectified: Node) -> tuple[_Pointwise | Non
     others = [value for value in total.args if value is not norm.node]
     if len(total.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node) or total.kwargs:
         return nothing
-    shapes = [getattr(value.meta.get("example_value"), "shape", None) for value in (norm.node, others[0])]
-    if None in shapes or shapes[0] != shapes[1]:
-        return nothing  # a sum that broadcasts
+    values = [value.meta.get("example_value") for value in (norm.node, others[0])]
+    kinds = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values]
+    if None in kinds or kinds[0] != kinds[1]:
+        return nothing  # a sum that broadcasts or promotes
     return _Pointwise(convolution.node, *_folded(convolution, norm)), others[0], end
 
 
@@ -361,11 +374,11 @@ def _numbers(value: Any) -> tuple[Any, ...]:
 
 def _calls(node: Any, targets: set[Any]) -> bool:
     """Whether this node calls one of these, and every use of its result is at one place."""
-    return isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1
+    return isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1 and len(node.args) > 0
 
 
 def _is_relu(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in _RELUS
+    return isinstance(node, fx.Node) and node.target in _RELUS and len(node.args) > 0
 
 
 def _only_user(node: Node) -> Node:

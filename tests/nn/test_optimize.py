@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-import involution.zoo  # noqa: F401  registers rednet14_cifar
+import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn.optimize import fuse
 
@@ -551,3 +551,44 @@ def test_feature_levels(graphs: list[fx.GraphModule]) -> None:
     assert len(optimized(x)) == 3
     assert optimized.unfused == []
     assert len(calls(graphs, BOTTLENECK)) == 4
+
+
+class OverwritesByPosition(nn.Module):
+    """`inplace` is F.relu's second argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.layer = nn.Conv2d(16, 16, 1), involution.Involution2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        F.relu(y, True)
+        return self.layer(y)
+
+
+class ReluByKeyword(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(input=x)
+
+
+class Promotes(nn.Module):
+    """A shortcut of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = involution.Involution2d(16), nn.BatchNorm2d(16)
+        self.end, self.end_norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.end_norm(self.end(F.relu(self.norm(self.layer(x))))) + x.double())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [OverwritesByPosition, lambda: involution.Involution2d(16, act_layer=ReluByKeyword), Promotes],
+    ids=["overwrites by position", "relu by keyword", "promotes"],
+)
+def test_calls_in_other_forms(graphs: list[fx.GraphModule], make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(2, 16, 9, 9)
+    model = make().eval()
+    torch.testing.assert_close(involution.optimize(model, x)(x), model(x), rtol=1e-4, atol=1e-5)

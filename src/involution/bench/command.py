@@ -5,7 +5,7 @@ import datetime
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .memory import memory
 from .models import models, training
 from .report import print_tables, write
 from .roof import measure_roof
+from .timer import Row
 
 SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead")
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     machine = describe(roof.flops, roof.bandwidth) | {"command": shlex.join(["involution", "bench", *arguments])}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     cases = [*CASES.values(), NECK] if options.case == "all" else [(CASES | {NECK.name: NECK})[options.case]]
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, list[Row]] = {}
     for subject in subjects:
         results[subject] = run(subject, cases, options, roof, prototype)
         print_tables({subject: results[subject]})
@@ -44,19 +45,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Prototype | None) -> list[dict[str, Any]]:
+def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Prototype | None) -> list[Row]:
     """The rows of one subject. The neck is measured at batch 1 only."""
     small = [case for case in cases if case is not NECK]
     usual = [(small, options.batch)] * bool(small) + [([NECK], [1])] * (NECK in cases)
     seconds, device = options.seconds, options.device
-    if subject == "layers":
-        return [row for some, batch in usual for row in kernels.layers(some, batch, seconds, roof, prototype)]
-    if subject == "against":
-        return [row for some, batch in usual for row in kernels.against(some, batch, seconds, device)]
-    if subject == "fused":
-        return [row for some, batch in usual for row in kernels.fused(some, batch, seconds, roof)]
-    if subject == "threads":
-        return [row for some, batch in usual for row in kernels.threads(some, batch, seconds)]
+    per_case: dict[str, Callable[[list[Case], list[int]], list[Row]]] = {
+        "layers": lambda some, batches: kernels.layers(some, batches, seconds, roof, prototype),
+        "against": lambda some, batches: kernels.against(some, batches, seconds, device),
+        "fused": lambda some, batches: kernels.fused(some, batches, seconds, roof),
+        "threads": lambda some, batches: kernels.threads(some, batches, seconds),
+    }
+    if subject in per_case:
+        return [row for some, batches in usual for row in per_case[subject](some, batches)]
     if subject == "models":
         return models(options.batch, 10 * seconds, device=device)
     if subject == "training":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from ..ops.functional import involution2d
 from . import baselines
 from .cases import Case
 from .roof import Roof, measure_roof
-from .timer import in_turn, median, quartiles, spread
+from .timer import Row, in_turn, quartiles, spread
 
-Row = dict[str, Any]
 _MAPS = ("apply", "adjoint", "correlate")
 _OPS = torch.ops.involution
 

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +17,8 @@ from torch import Tensor
 from ..nn.involution import Involution2d
 from .baselines import unfold
 from .cases import NECK, Case
+from .timer import Row
 
-Row = dict[str, Any]
 MEMORY_CASES = {
     "inference": "layer, no gradients",
     "inference-unfold": "unfold, no gradients",

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import timm
@@ -12,9 +13,8 @@ from torch import Tensor, nn
 
 from .. import zoo
 from ..nn.optimize import optimize
-from .timer import in_turn, median, quartiles, spread
+from .timer import Row, in_turn, quartiles, spread
 
-Row = dict[str, Any]
 PAIR = ("rednet50", "resnet50")
 assert zoo  # importing it registers RedNet
 

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-Row = dict[str, Any]
+from .timer import Row
+
 _HIDDEN = ("what", "case", "batch", "seconds", "flops", "bytes", "quartiles, ms")
 
 

@@ -3,9 +3,11 @@
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
+Row = dict[str, Any]  # one line of a report: what was timed, and what came out
 Rivals = Mapping[str, Callable[[], object]]
 
 
@@ -36,11 +38,6 @@ def in_turn(
 def _finish() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def median(times: list[float]) -> float:
-    """The median, in seconds."""
-    return statistics.median(times)
 
 
 def quartiles(times: list[float]) -> list[float]:

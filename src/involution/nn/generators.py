@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.reference import average_windows
+
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class _AvgPool3d(nn.AvgPool3d):
-    """Torch's 3d pooling, alone of the three, refuses a window that reaches beyond the whole image."""
+    """As the others pool, also images that are smaller than a window."""
 
     def forward(self, input: Tensor) -> Tensor:
-        window = [min(pair) for pair in zip(self.kernel_size, input.shape[2:], strict=True)]  # type: ignore[arg-type]
-        return nn.functional.avg_pool3d(input, window, self.stride, 0, self.ceil_mode, self.count_include_pad)
+        return average_windows(input, self.stride)  # type: ignore[arg-type]
 
 
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}

@@ -27,7 +27,7 @@ _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-_TENSORS = LayerParts._fields[:13]  # in the order of involution_layer
+_TENSORS = LayerParts._fields[:-2]  # in the order of involution_layer
 _WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
 
@@ -147,19 +147,12 @@ def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
             out.copy_(result)
 
 
-def layer_backward(
-    grad: Tensor,
-    input: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    geometry: Geometry,
-) -> None:
+def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer_backward. The map is made for some positions at a time, then becomes its own gradient."""
-    dtype = _KERNEL_DTYPE.get(input.dtype, input.dtype)
-    x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (input, grad, hidden))
-    span, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
+    dtype = _KERNEL_DTYPE.get(grad.dtype, grad.dtype)
+    assert parts.hidden is not None
+    x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (parts.input, grad, parts.hidden))
+    span, offset = parts.span_weight.to(dtype), None if parts.span_bias is None else parts.span_bias.to(dtype)
     computed = [_as_kernel_fills(result, dtype) for result in results]
     dx, dh = (image.movedim(1, -1) for image in computed[:2])
     dweight, dbias = computed[2:]

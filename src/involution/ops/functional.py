@@ -76,27 +76,7 @@ def _involution(dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padd
             f"involution{dims}d wants input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
             f"the batch), got input {list(input.shape)} and kernel_map {list(kernel_map.shape)}"
         )
-    if torch.compiler.is_compiling():
-        return involve(*_in_full(input, kernel_map, stride, padding, dilation))
-    input, kernel_map = _under_autocast(input, kernel_map)
-    _check_kind(input, kernel_map)
-    try:
-        size_and_window = _size_and_window(input.shape, kernel_map.shape, stride, padding, dilation)
-    except TypeError:  # lists and symbolic sizes cannot be remembered
-        return involve(*_in_full(input, kernel_map, stride, padding, dilation))
-    return evaluate(_APPLY, input, kernel_map, *size_and_window)
-
-
-@lru_cache(maxsize=1024, typed=True)
-def _size_and_window(
-    input: torch.Size, kernel_map: torch.Size, stride: Ints, padding: Padding, dilation: Ints
-) -> tuple[list[int], ...]:
-    """What `evaluate` wants after a call's tensors: the same for every call of these shapes, so checked once."""
-    x, k = torch.empty(input, device="meta"), torch.empty(kernel_map, device="meta")
-    _, _, strides, sides, dilations = _in_full(x, k, stride, padding, dilation)
-    _check_window(x, k, strides, sides, dilations)
-    size = [input[0], input[1], *kernel_map[2 + len(strides) :]]
-    return size, list(strides), [left for left, _ in sides], list(dilations)
+    return involve(*_in_full(input, kernel_map, stride, padding, dilation))
 
 
 def check_call(
@@ -157,36 +137,45 @@ def _checked(
     """The two tensors, cast under autocast, if they agree with each other and with the window."""
     input, kernel_map = _under_autocast(input, kernel_map)
     _check_kind(input, kernel_map)
-    _check_window(input, kernel_map, stride, padding, dilation)
+    call = input.shape, kernel_map.shape, tuple(stride), tuple(padding), tuple(dilation)
+    check = _check_window if torch.compiler.is_compiling() else _check_window_once
+    try:
+        check(*call)
+    except TypeError:  # symbolic sizes cannot be remembered
+        _check_window(*call)
     return input, kernel_map
 
 
 def _check_window(
-    input: Tensor,
-    kernel_map: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
+    input: Sequence[int],
+    kernel_map: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[tuple[int, int], ...],
+    dilation: tuple[int, ...],
 ) -> None:
+    """Raises ValueError unless these shapes and this window belong together."""
     _check_shapes(input, kernel_map)
     dims = len(stride)
-    kernel, output = kernel_map.shape[2 : 2 + dims], kernel_map.shape[2 + dims :]
+    kernel, output = kernel_map[2 : 2 + dims], kernel_map[2 + dims :]
     wanted = []
     for axis, (left, right) in enumerate(padding):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
-        padded = input.shape[2 + axis] + left + right
+        padded = input[2 + axis] + left + right
         if padded < reach:
             raise ValueError(
                 f"kernel_map's kernel {list(kernel)} with dilation {list(dilation)} reaches over {reach} positions of "
-                f"axis {axis}, but the padded input has {padded} there (input {list(input.shape)})"
+                f"axis {axis}, but the padded input has {padded} there (input {list(input)})"
             )
         wanted.append((padded - reach) // stride[axis] + 1)
     if list(output) != wanted:
         raise ValueError(
             f"kernel_map must have the output's spatial sizes {wanted}, got {list(output)} (input "
-            f"{list(input.shape)}, kernel_map {list(kernel_map.shape)}, stride {list(stride)}, padding "
+            f"{list(input)}, kernel_map {list(kernel_map)}, stride {list(stride)}, padding "
             f"{list(padding)}, dilation {list(dilation)})"
         )
+
+
+_check_window_once = lru_cache(maxsize=1024)(_check_window)  # calls of the same shapes follow each other
 
 
 def _check_tensors(input: Tensor, kernel_map: Tensor) -> None:
@@ -215,21 +204,21 @@ def _check_kind(input: Tensor, kernel_map: Tensor) -> None:
         raise ValueError(f"input and kernel_map must be on one device, got {input.device} and {kernel_map.device}")
 
 
-def _check_shapes(input: Tensor, kernel_map: Tensor) -> None:
-    shapes = f"input {list(input.shape)}, kernel_map {list(kernel_map.shape)}"
-    if input.shape[0] != kernel_map.shape[0]:
+def _check_shapes(input: Sequence[int], kernel_map: Sequence[int]) -> None:
+    shapes = f"input {list(input)}, kernel_map {list(kernel_map)}"
+    if input[0] != kernel_map[0]:
         raise ValueError(
-            f"input and kernel_map must have one batch size, got {input.shape[0]} and {kernel_map.shape[0]} ({shapes})"
+            f"input and kernel_map must have one batch size, got {input[0]} and {kernel_map[0]} ({shapes})"
         )
-    channels, groups = input.shape[1], kernel_map.shape[1]
+    channels, groups = input[1], kernel_map[1]
     if channels == 0 or groups == 0 or channels % groups != 0:
         raise ValueError(
             f"kernel_map's groups (axis 1) must divide input's channels (axis 1), got {groups} groups for {channels} "
             f"channels ({shapes})"
         )
-    if any(size == 0 for size in input.shape[2:]):
+    if any(size == 0 for size in input[2:]):
         raise ValueError(f"input must have no empty spatial axis ({shapes})")
-    if any(size == 0 for size in kernel_map.shape[2:]):
+    if any(size == 0 for size in kernel_map[2:]):
         raise ValueError(f"kernel_map must have no empty kernel or spatial axis ({shapes})")
 
 
@@ -239,6 +228,8 @@ def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
     Raises:
         ValueError: `value` is neither, below `least` or absurdly large; the message names it.
     """
+    if type(value) is int and least <= value <= LARGEST:
+        return (value,) * dims  # nearly always
     values = tuple(value) if isinstance(value, Iterable) else (value,)
     if len(values) == 1:
         values *= dims

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, selection
 from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
-from .reference import generate
+from .reference import finish, generate, per_channel
 from .registration import evaluate, library
 
 _APPLY, _ADJOINT, _CORRELATE = MAPS
@@ -66,7 +66,7 @@ def fused_involution(
         tensors = [None if t is None else t.to(dtype) for t in tensors]
     window: tuple[Any, ...] = list(kernel_size), list(stride), list(dilation)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _unfused(*tensors, *(relu, *window))  # the maps know every transform
+        return _unfused(_fused_parts(*tensors, relu), window)  # the maps know every transform
     result: Tensor = torch.ops.involution.fused.default(*tensors, relu, *window)
     return result
 
@@ -80,27 +80,13 @@ def has_kernel(input: Tensor) -> bool:
 _CPU_RUNS = not cpu.why_not(None)  # asked once, here: torch.compile could not trace the answer
 
 
-def _unfused(
-    input: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    *window: Any,
-) -> Tensor:
+def _unfused(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
     """The same from differentiable steps."""
-    sizes = layer_window(input.shape, weight.shape[0], *window)
-    kernel_map = generate(hidden, weight, bias, sizes)
-    y = evaluate(_APPLY, input, kernel_map, [*input.shape[:2], *sizes.output], *sizes[-3:])
-    if scale is not None and shift is not None:
-        y = y * _per_channel(scale, y) + _per_channel(shift, y)
-    return y.relu() if relu else y
-
-
-def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
-    return vector.view(-1, *[1] * (like.dim() - 2))
+    sizes = layer_window(parts.input.shape, parts.span_weight.shape[0], *window)
+    assert parts.hidden is not None
+    kernel_map = generate(parts.hidden, parts.span_weight, parts.span_bias, sizes)
+    size = [*parts.input.shape[:2], *sizes.output]
+    return finish(evaluate(_APPLY, parts.input, kernel_map, size, *sizes[-3:]), parts)
 
 
 def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
@@ -182,40 +168,24 @@ def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
     return [allocate("output", size, like=parts.input) for size in parts.output_sizes(positions)]
 
 
-def _fused_parts(
-    input: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-) -> LayerParts:
-    if weight.dim() != 2:
-        raise ValueError(f"span_weight must be [G * prod(K), R], got {list(weight.shape)}")
-    return LayerParts(input, hidden, None, None, weight, bias, scale, shift, relu=relu)
+# The operators' arguments between the input and the window, in order.
+_FUSED = ("hidden", "span_weight", "span_bias", "scale", "shift", "relu")
+_BOTTLENECK = (
+    *("reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift", "relu"),
+    *("next_weight", "next_bias", "shortcut", "next_relu", "following_weight", "following_bias"),
+)
+_NONE: dict[str, Any] = dict.fromkeys(("hidden", "reduce_weight", "reduce_bias"))
 
 
-def _bottleneck_parts(
-    input: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor | None,
-    span_weight: Tensor,
-    span_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    relu: bool,
-    next_weight: Tensor | None,
-    next_bias: Tensor | None,
-    shortcut: Tensor | None,
-    next_relu: bool,
-    following_weight: Tensor | None,
-    following_bias: Tensor | None,
-) -> LayerParts:
-    return LayerParts(
-        input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, next_weight, next_bias, shortcut,
-        following_weight, following_bias, relu, next_relu,
-    )  # fmt: skip
+def _fused_parts(input: Tensor, *arguments: Any) -> LayerParts:
+    parts = LayerParts(input, **(_NONE | dict(zip(_FUSED, arguments, strict=True))))
+    if parts.span_weight.dim() != 2:
+        raise ValueError(f"span_weight must be [G * prod(K), R], got {list(parts.span_weight.shape)}")
+    return parts
+
+
+def _bottleneck_parts(input: Tensor, *arguments: Any) -> LayerParts:
+    return LayerParts(input, **(_NONE | dict(zip(_BOTTLENECK, arguments, strict=True))))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -233,7 +203,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         others = (0, *range(2, grad.dim()))
         plain = torch.ops.involution.fused.default(input, hidden, weight, bias, None, None, False, *ctx.window)
         dscale, dshift = (grad * plain).sum(others), grad.sum(others)
-        grad = grad * _per_channel(scale, grad)
+        grad = grad * per_channel(scale, grad)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients: from differentiable steps
         sizes = layer_window(input.shape, weight.shape[0], *ctx.window)
         kernel_map = generate(hidden, weight, bias, sizes)
@@ -253,7 +223,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _run_backward(
     grad: Tensor, input: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *window: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sizes = _checked(LayerParts(input, hidden, None, None, weight, bias), window)
+    parts = LayerParts(input, hidden, None, None, weight, bias)
+    sizes = _checked(parts, window)
     if grad.shape != (*input.shape[:2], *sizes.output) or grad.dtype != input.dtype or grad.device != input.device:
         raise ValueError(
             f"grad must be {[*input.shape[:2], *sizes.output]} in {input.dtype} on {input.device}, got "
@@ -261,7 +232,7 @@ def _run_backward(
         )
     results = _fake_backward(grad, input, hidden, weight, bias, *window)
     if grad.numel():
-        selection.backend_for(input).layer_backward(grad, input, hidden, weight, bias, results, sizes)
+        selection.backend_for(input).layer_backward(grad, parts, results, sizes)
     else:
         for result in results:
             result.zero_()
@@ -319,9 +290,3 @@ def _bottleneck_flops(x: Any, *rest: Any, out_shape: Any = None, **_: Any) -> in
     parts = dict(zip(_BOTTLENECK, rest, strict=False))
     names = ("span", "reduce", "next", "following")
     return _flops(x, [_plain(name, parts[f"{name}_weight"], parts[f"{name}_bias"]) for name in names], rest[-3:])
-
-
-_BOTTLENECK = (
-    *("reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift", "relu"),
-    *("next_weight", "next_bias", "shortcut", "next_relu", "following_weight", "following_bias"),
-)

@@ -245,9 +245,11 @@ def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
     order = memory_order(role, like.dim() - 2)
     in_memory = torch.empty([size[axis] for axis in order], dtype=like.dtype, device=like.device)
-    return in_memory.permute(_inverse(order))
+    return in_memory.permute(logical_order(role, like.dim() - 2))
 
 
 @cache
-def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+def logical_order(role: str, dims: int) -> tuple[int, ...]:
+    """The permutation that brings a tensor of this role back from its channels-last memory order."""
+    order = memory_order(role, dims)
     return tuple(order.index(axis) for axis in range(len(order)))

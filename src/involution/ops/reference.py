@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .geometry import Geometry, LayerParts, allocate, memory_order, unpack
+from .geometry import Geometry, LayerParts, allocate, logical_order, memory_order, unpack
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -43,21 +43,12 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
     """A fused layer, step by step; `outs` are its output and, where one is asked for, the following convolution's."""
     hidden = parts.hidden
     if hidden is None:
-        pooled, stride = parts.input, geometry.stride
-        if max(stride) > 1:
-            window = [
-                min(pair) for pair in zip(stride, geometry.input, strict=True)
-            ]  # torch wants none beyond the image
-            pooled = _POOL[len(stride)](pooled, window, stride, ceil_mode=True, count_include_pad=False)
+        pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
         hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
     y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
     span_weight = unpack(parts.span_weight, parts.span_bias)
     apply(parts.input, generate(hidden, span_weight, parts.span_bias, geometry), y, geometry)
-    if parts.scale is not None and parts.shift is not None:
-        per_channel = [-1] + [1] * len(geometry.output)
-        y = y * parts.scale.view(per_channel) + parts.shift.view(per_channel)
-    if parts.relu:
-        y = y.relu()
+    y = finish(y, parts)
     if parts.next_weight is not None:
         y = _pointwise(y, parts.next_weight, parts.next_bias)
         if parts.shortcut is not None:
@@ -69,17 +60,11 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
         outs[1].copy_(_pointwise(y, parts.following_weight, parts.following_bias).relu())
 
 
-def layer_backward(
-    grad: Tensor,
-    input: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    results: tuple[Tensor, Tensor, Tensor, Tensor],
-    geometry: Geometry,
-) -> None:
+def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
     """Gradients of a fused layer with respect to input, hidden features, span weight and bias; makes the map again."""
-    kernel_map = generate(hidden, weight, bias, geometry)
+    input, hidden, weight = parts.input, parts.hidden, parts.span_weight
+    assert hidden is not None
+    kernel_map = generate(hidden, weight, parts.span_bias, geometry)
     dx, dhidden, dweight, dbias = results
     adjoint(grad, kernel_map, dx, geometry)
     dmap = torch.empty_like(kernel_map)
@@ -96,7 +81,28 @@ def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     dims = len(geometry.kernel)
     flat = torch.nn.functional.linear(hidden.movedim(1, -1), weight, bias)
     in_memory = flat.unflatten(-1, (geometry.groups, *geometry.kernel))
-    return in_memory.permute(0, *range(1 + dims, 2 + 2 * dims), *range(1, 1 + dims))
+    return in_memory.permute(logical_order("kernel_map", dims))
+
+
+def finish(y: Tensor, parts: LayerParts) -> Tensor:
+    """What a fused layer does to its aggregate y: scale, shift and ReLU, as asked."""
+    if parts.scale is not None and parts.shift is not None:
+        y = y * per_channel(parts.scale, y) + per_channel(parts.shift, y)
+    return y.relu() if parts.relu else y
+
+
+def per_channel(vector: Tensor, image: Tensor) -> Tensor:
+    """[C], shaped to meet [N, C, *S]."""
+    return vector.view(-1, *[1] * (image.dim() - 2))
+
+
+def average_windows(image: Tensor, stride: Sequence[int]) -> Tensor:
+    """The averages of the stride's windows, cut off at the border: [N, C, *S] -> [N, C, *ceil(S / stride)].
+
+    torch's 3d pooling refuses a window that reaches beyond the whole image, so none does.
+    """
+    window = [min(pair) for pair in zip(stride, image.shape[2:], strict=True)]
+    return _POOL[len(stride)](image, window, tuple(stride), ceil_mode=True, count_include_pad=False)
 
 
 _POOL = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}

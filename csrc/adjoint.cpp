@@ -10,13 +10,14 @@ namespace {
 // reaches are loaded, added to, and stored again. The kernel map streams by once, as it lies in memory. One thread has
 // all positions of an image's groups, so every dx has one writer.
 
-template <class T>
-using AdjointRun = Run<T, const T, const T>;
+template <class S>
+using AdjointRun = Run<Number<S>, const Number<S>, const S>;
 
-// K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
+// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
 // them known, every dx is loaded and stored once for all the products that it gets from a row of the kernel.
-template <class T, int W, int Positions, int K, int S, bool Inside>
-INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<T>& tile) {
+template <class S, int W, int Positions, int K, int Stride, bool Inside>
+INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<S>& tile) {
+  using T = Number<S>;
   using V = Vector<T, W>;
   const Index width = g.input[2];
   for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
@@ -25,9 +26,9 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<T>& tile
       T* dx = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * tile.step;
       const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
       if constexpr (K > 0) {
-        // A window of K sums slides along: S new ones come in, K products are added, S finished ones go out.
-        V sum[(Positions - 1) * S + K] = {};
-        const T* grad = tile.y;
+        // A window of K sums slides along: as many new ones as the stride come in, K products are added, as many finished ones go out.
+        V sum[(Positions - 1) * Stride + K] = {};
+        const S* grad = tile.y;
         T* in = dx;
         const auto come_in = [&](auto q) INVOLUTION_BODY {
           if (Inside || within(tile.start[2] + q, width)) sum[q] = load<V>(in);
@@ -39,20 +40,20 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<T>& tile
           dx += tile.step;
           hide(dx);
         };
-        unroll<K - S>(come_in);
+        unroll<K - Stride>(come_in);
         unroll<Positions>([&](auto t) INVOLUTION_BODY {
-          constexpr int q = t.value * S;
-          unroll<S>([&](auto i) INVOLUTION_BODY { come_in(Constant<q + K - S + i.value>{}); });
+          constexpr int q = t.value * Stride;
+          unroll<Stride>([&](auto i) INVOLUTION_BODY { come_in(Constant<q + K - Stride + i.value>{}); });
           V here = load<V>(grad);
           keep(here);
           unroll<K>([&](auto v) INVOLUTION_BODY { sum[q + v] += here * k[v]; });
-          unroll<S>([&](auto i) INVOLUTION_BODY { go_out(Constant<q + i.value>{}); });
+          unroll<Stride>([&](auto i) INVOLUTION_BODY { go_out(Constant<q + i.value>{}); });
           grad += tile.step;
           k += tile.k_step;
           hide(grad);
           hide(k);
         });
-        unroll<K - S>([&](auto i) INVOLUTION_BODY { go_out(Constant<Positions * S + i.value>{}); });
+        unroll<K - Stride>([&](auto i) INVOLUTION_BODY { go_out(Constant<Positions * Stride + i.value>{}); });
       } else {
         for (Index v = 0; v < g.kernel[2]; ++v) {
           unroll<Positions>([&](auto t) INVOLUTION_BODY {
@@ -67,53 +68,57 @@ INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<T>& tile
   }
 }
 
-template <class T, int W, int Positions, int K, int S>
-__attribute__((noinline)) void adjoint_positions(const Geometry& g, const AdjointRun<T>& tile) {
+template <class S, int W, int Positions, int K, int Stride>
+__attribute__((noinline)) void adjoint_positions(const Geometry& g, const AdjointRun<S>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
-    adjoint_tile<T, W, Positions, K, S, true>(g, tile);
+    adjoint_tile<S, W, Positions, K, Stride, true>(g, tile);
   } else {
-    adjoint_tile<T, W, Positions, K, S, false>(g, tile);
+    adjoint_tile<S, W, Positions, K, Stride, false>(g, tile);
   }
 }
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
-template <class T, int W, int Positions, int K, int S>
-INVOLUTION_INLINE void adjoint_group(const Geometry& g, AdjointRun<T> tile, Index channels) {
+template <class S, int W, int Positions, int K, int Stride>
+INVOLUTION_INLINE void adjoint_group(const Geometry& g, AdjointRun<S> tile, Index channels) {
   for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
-    adjoint_positions<T, W, Positions, K, S>(g, tile);
+    adjoint_positions<S, W, Positions, K, Stride>(g, tile);
   }
   if constexpr (W > 1) {
-    if (channels > 0) adjoint_group<T, W / 2, Positions, 0, 0>(g, tile, channels);
+    if (channels > 0) adjoint_group<S, W / 2, Positions, 0, 0>(g, tile, channels);
   }
 }
 
 // One row of output positions from `first` on, in tiles; the rest in tiles of half the size, and so on. The groups of a
 // tile come before the next tile, as the kernel map lies in memory.
-template <class T, int Positions, int K, int S>
-void adjoint_row(const Geometry& g, const T* grad, const T* k, T* dx, Index row, Index first, Range groups, AdjointRun<T> tile) {
+template <class S, int Positions, int K, int Stride>
+void adjoint_row(const Geometry& g, const S* grad, const S* k, Number<S>* dx, Index row, Index first, Range groups,
+                 AdjointRun<S> tile) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
+  const Index k_step = g.groups * taps;
+  Weights<S, Positions> weights;
   for (; first + Positions <= row_length; first += Positions) {
     const Index position = row * row_length + first;
     tile.start[2] = first * g.stride[2] - g.padding[2];
     for (Index group = groups.first; group < groups.end; ++group) {
-      fetch_ahead(k + position * tile.k_step, Positions * tile.k_step, group, g.groups);
+      fetch_ahead(k + position * k_step, Positions * k_step, group, g.groups);
       tile.image = dx + group * width;
-      tile.k = k + position * tile.k_step + group * taps;
+      tile.k = weights.take(k + position * k_step + group * taps, k_step, taps);
       tile.y = grad + position * g.channels + group * width;
-      adjoint_group<T, kLanes<T>, Positions, K, S>(g, tile, width);
+      adjoint_group<S, kLanes<Number<S>>, Positions, K, Stride>(g, tile, width);
     }
   }
   if constexpr (Positions > 1) {
-    if (first < row_length) adjoint_row<T, Positions / 2, K, S>(g, grad, k, dx, row, first, groups, tile);
+    if (first < row_length) adjoint_row<S, Positions / 2, K, Stride>(g, grad, k, dx, row, first, groups, tile);
   }
 }
 
-template <class T, int K, int S>
-void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) {
+template <class S, int K, int Stride>
+void adjoint_channels_last(const Geometry& g, const S* grad, const S* k, Number<S>* dx) {
+  using T = Number<S>;
   constexpr int most = kRegisters == 32 ? 14 : 7;        // positions whose reach fits the registers at stride 1
-  constexpr int positions = S > 1 ? (most + 1) / 2 : most;
-  const Index width = g.channels / g.groups, rows = g.output[0] * g.output[1];
+  constexpr int positions = Stride > 1 ? (most + 1) / 2 : most;
+  const Index width = g.channels / g.groups, rows = g.output[0] * g.output[1], taps = volume(g.kernel);
   const Items items(g, 1);
   in_parallel(g, items.count(), [&](Index i) {
     const Index n = items.row(i);
@@ -124,8 +129,8 @@ void adjoint_channels_last(const Geometry& g, const T* grad, const T* k, T* dx) 
       for (Index c = groups.first * width; c < groups.end * width; ++c) here[c] = 0;
     }
     for (Index row = 0; row < rows; ++row) {
-      const AdjointRun<T> run(g, row, 0, g.groups * volume(g.kernel));
-      adjoint_row<T, positions, K, S>(g, grad, k, image, n * rows + row, 0, groups, run);
+      const AdjointRun<S> run(g, row, 0, Weights<S, 1>::step(g.groups * taps, taps));
+      adjoint_row<S, positions, K, Stride>(g, grad, k, image, n * rows + row, 0, groups, run);
     }
   });
 }
@@ -170,16 +175,20 @@ void adjoint_contiguous(const Geometry& g, const T* grad, const T* k, T* dx) {
 
 }  // namespace
 
-template <class T>
-void adjoint(const Geometry& g, const T* grad, const T* k, T* dx) {
-  if (!g.channels_last) return adjoint_contiguous(g, grad, k, dx);
+template <class S, class T>
+void adjoint(const Geometry& g, const S* grad, const S* k, T* dx) {
+  if constexpr (!kIs16Bit<S>) {
+    if (!g.channels_last) return adjoint_contiguous(g, grad, k, dx);
+  }
   with_kernel_size_and_stride(g, [&](auto kernel_size, auto stride) {
-    adjoint_channels_last<T, decltype(kernel_size)::value, decltype(stride)::value>(g, grad, k, dx);
+    adjoint_channels_last<S, decltype(kernel_size)::value, decltype(stride)::value>(g, grad, k, dx);
   });
 }
 
 template void adjoint(const Geometry&, const float*, const float*, float*);
 template void adjoint(const Geometry&, const double*, const double*, double*);
+template void adjoint(const Geometry&, const Half*, const Half*, float*);
+template void adjoint(const Geometry&, const BFloat16*, const BFloat16*, float*);
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

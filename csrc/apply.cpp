@@ -9,28 +9,29 @@ namespace {
 // One vector holds W channels of a group at one position. A tile is T output positions in a row: T sums that stay in
 // registers while the taps go by.
 
-template <class T>
-using ApplyRun = Run<const T, const T, T>;
+template <class S>
+using ApplyRun = Run<const S, const Number<S>, S>;
 
-// K and S are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
+// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
 // them known, every x is loaded once for all the sums it belongs to.
-template <class T, int W, int Positions, int K, int S, bool Inside>
-INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<T>& tile) {
+template <class S, int W, int Positions, int K, int Stride, bool Inside>
+INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<S>& tile) {
+  using T = Number<S>;
   using V = Vector<T, W>;
   V sum[Positions] = {};
   const Index width = g.input[2], step = tile.step;
-  const Strided<T> next_position(tile.k_step - S);
+  const Strided<T> next_position(tile.k_step - Stride);
   for (Index a = tile.taps[0].first; a < tile.taps[0].end; ++a) {
     for (Index b = tile.taps[1].first; b < tile.taps[1].end; ++b) {
       const Index depth = tile.start[0] + a * g.dilation[0], height = tile.start[1] + b * g.dilation[1];
-      const T* x = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * step;
+      const S* x = tile.image + ((depth * g.input[1] + height) * width + tile.start[2]) * step;
       const T* k = tile.k + (a * g.kernel[1] + b) * g.kernel[2];
       if constexpr (K > 0) {
-        // Input position q of the tile meets output position t through tap q - t*S, for t from `first` to `last`. The
-        // weights that it needs are k_step - S numbers apart.
-        unroll<(Positions - 1) * S + K>([&](auto q) INVOLUTION_BODY {
-          constexpr int first = q.value < K ? 0 : (q.value - K) / S + 1;
-          constexpr int last = q.value / S < Positions ? q.value / S : Positions - 1;
+        // Input position q of the tile meets output position t through tap q - t*Stride, for t from `first` to `last`. The
+        // weights that it needs are k_step - Stride numbers apart.
+        unroll<(Positions - 1) * Stride + K>([&](auto q) INVOLUTION_BODY {
+          constexpr int first = q.value < K ? 0 : (q.value - K) / Stride + 1;
+          constexpr int last = q.value / Stride < Positions ? q.value / Stride : Positions - 1;
           if (Inside || within(tile.start[2] + q, width)) {
             V here = load<V>(x);
             keep(here);
@@ -38,9 +39,9 @@ INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<T>& tile) {
               sum[first + i] += here * next_position.template at<i.value>(k);
             });
           }
-          constexpr int next_first = q.value + 1 < K ? 0 : (q.value + 1 - K) / S + 1;
+          constexpr int next_first = q.value + 1 < K ? 0 : (q.value + 1 - K) / Stride + 1;
           x += step;
-          k += 1 + (next_first - first) * (tile.k_step - S);
+          k += 1 + (next_first - first) * (tile.k_step - Stride);
           hide(x);
           hide(k);
         });
@@ -58,55 +59,57 @@ INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<T>& tile) {
   unroll<Positions>([&](auto t) INVOLUTION_BODY { store(tile.y + t * tile.step, sum[t]); });
 }
 
-template <class T, int W, int Positions, int K, int S>
-__attribute__((noinline)) void apply_positions(const Geometry& g, const ApplyRun<T>& tile) {
+template <class S, int W, int Positions, int K, int Stride>
+__attribute__((noinline)) void apply_positions(const Geometry& g, const ApplyRun<S>& tile) {
   const Index end = tile.start[2] + (Positions - 1) * g.stride[2] + (g.kernel[2] - 1) * g.dilation[2];
   if (tile.start[2] >= 0 && end < g.input[2]) {
-    apply_tile<T, W, Positions, K, S, true>(g, tile);
+    apply_tile<S, W, Positions, K, Stride, true>(g, tile);
   } else {
-    apply_tile<T, W, Positions, K, S, false>(g, tile);
+    apply_tile<S, W, Positions, K, Stride, false>(g, tile);
   }
 }
 
 // All channels of a group, W at a time, the rest with vectors of half that width, and so on.
-template <class T, int W, int Positions, int K, int S>
-INVOLUTION_INLINE void apply_group(const Geometry& g, const ApplyRun<T>& whole, Index channels) {
-  if (channels == W) return apply_positions<T, W, Positions, K, S>(g, whole);
-  ApplyRun<T> tile = whole;
+template <class S, int W, int Positions, int K, int Stride>
+INVOLUTION_INLINE void apply_group(const Geometry& g, const ApplyRun<S>& whole, Index channels) {
+  if (channels == W) return apply_positions<S, W, Positions, K, Stride>(g, whole);
+  ApplyRun<S> tile = whole;
   for (; channels >= W; channels -= W, tile.image += W, tile.y += W) {
-    apply_positions<T, W, Positions, K, S>(g, tile);
+    apply_positions<S, W, Positions, K, Stride>(g, tile);
   }
   if constexpr (W > 1) {
-    if (channels > 0) apply_group<T, W / 2, Positions, 0, 0>(g, tile, channels);
+    if (channels > 0) apply_group<S, W / 2, Positions, 0, 0>(g, tile, channels);
   }
 }
 
 // One row of output positions in tiles; the groups of a tile before the next tile, as the kernel map lies in memory.
-template <class T, int Positions, int K, int S>
-void apply_row(const Geometry& g, const T* x, const T* k, T* y, Index row, Range groups) {
+template <class S, int Positions, int K, int Stride>
+void apply_row(const Geometry& g, const S* x, const S* k, S* y, Index row, Range groups) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
   const Index rows = g.output[0] * g.output[1], n = row / rows;
-  ApplyRun<T> tile(g, row % rows, 0, g.groups * taps);
+  const Index k_step = g.groups * taps;
+  Weights<S, Positions> weights;
+  ApplyRun<S> tile(g, row % rows, 0, weights.step(k_step, taps));
   for (Index next = 0; next < row_length; next += Positions) {
     const Index first = least(next, row_length - Positions);  // the last tile may overlap its neighbour
     const Index position = row * row_length + first;
     tile.start[2] = first * g.stride[2] - g.padding[2];
     for (Index group = groups.first; group < groups.end; ++group) {
-      fetch_ahead(k + position * tile.k_step, Positions * tile.k_step, group, g.groups);
+      fetch_ahead(k + position * k_step, Positions * k_step, group, g.groups);
       tile.image = x + n * volume(g.input) * g.channels + group * width;
-      tile.k = k + position * tile.k_step + group * taps;
+      tile.k = weights.take(k + position * k_step + group * taps, k_step, taps);
       tile.y = y + position * g.channels + group * width;
-      apply_group<T, kLanes<T>, Positions, K, S>(g, tile, width);
+      apply_group<S, kLanes<Number<S>>, Positions, K, Stride>(g, tile, width);
     }
   }
 }
 
-template <class T, int K, int S>
-void apply_channels_last(const Geometry& g, const T* x, const T* k, T* y) {
+template <class S, int K, int Stride>
+void apply_channels_last(const Geometry& g, const S* x, const S* k, S* y) {
   const Items items(g, g.output[0] * g.output[1]);
   with_tile_size(g.output[2], g.kernel[2], [&](auto positions) {
     in_parallel(g, items.count(), [&](Index i) {
-      apply_row<T, decltype(positions)::value, K, S>(g, x, k, y, items.row(i), items.groups(i, g));
+      apply_row<S, decltype(positions)::value, K, Stride>(g, x, k, y, items.row(i), items.groups(i, g));
     });
   });
 }
@@ -151,11 +154,13 @@ void apply_contiguous(const Geometry& g, const T* x, const T* k, T* y) {
 
 }  // namespace
 
-template <class T>
-void apply(const Geometry& g, const T* x, const T* k, T* y) {
-  if (!g.channels_last) return apply_contiguous(g, x, k, y);
+template <class S>
+void apply(const Geometry& g, const S* x, const S* k, S* y) {
+  if constexpr (!kIs16Bit<S>) {
+    if (!g.channels_last) return apply_contiguous(g, x, k, y);
+  }
   with_kernel_size_and_stride(g, [&](auto kernel_size, auto stride) {
-    apply_channels_last<T, decltype(kernel_size)::value, decltype(stride)::value>(g, x, k, y);
+    apply_channels_last<S, decltype(kernel_size)::value, decltype(stride)::value>(g, x, k, y);
   });
 }
 
@@ -181,6 +186,8 @@ void apply_run(const Geometry& g, Run<const T, const T, T>& run, Index count) {
 
 template void apply(const Geometry&, const float*, const float*, float*);
 template void apply(const Geometry&, const double*, const double*, double*);
+template void apply(const Geometry&, const Half*, const Half*, Half*);
+template void apply(const Geometry&, const BFloat16*, const BFloat16*, BFloat16*);
 template void apply_run(const Geometry&, Run<const float, const float, float>&, Index);
 template void apply_run(const Geometry&, Run<const double, const double, double>&, Index);
 

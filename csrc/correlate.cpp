@@ -67,24 +67,27 @@ INVOLUTION_INLINE void transpose(Vector<T, W>* v) {
 
 // Packs `count` positions, every `stride`-th from `first` on, of one row of `width` positions: to[channel * pitch + i].
 // Positions outside the row are zeros.
-template <class T, int W>
-__attribute__((noinline)) void pack_row(const T* row, Steps steps, Index first, Index stride, Index width, Index count, Index channels, T* to,
-              Index pitch) {
-  if (steps.channel != 1) {  // [channel][position] already
-    for (Index c = 0; c < channels; ++c) {
-      for (Index i = 0; i < count; ++i) {
-        const Index at = first + i * stride;
-        to[c * pitch + i] = within(at, width) ? row[c * steps.channel + at * steps.position] : T(0);
+template <class S, int W>
+__attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, Index stride, Index width, Index count,
+                                        Index channels, Number<S>* to, Index pitch) {
+  using T = Number<S>;
+  if constexpr (!kIs16Bit<S>) {
+    if (steps.channel != 1) {  // [channel][position] already
+      for (Index c = 0; c < channels; ++c) {
+        for (Index i = 0; i < count; ++i) {
+          const Index at = first + i * stride;
+          to[c * pitch + i] = within(at, width) ? row[c * steps.channel + at * steps.position] : T(0);
+        }
       }
+      return;
     }
-    return;
   }
   Index c = 0;
   for (; c + W <= channels; c += W) {
     for (Index block = 0; block < count; block += W) {
       Vector<T, W> v[W];
       const Index start = first + block * stride;
-      const T* from = row + start * steps.position + c;
+      const S* from = row + start * steps.position + c;
       const bool inside = start >= 0 && start + (W - 1) * stride < width;
       unroll<W>([&](auto i) INVOLUTION_BODY {
         const bool there = inside || within(start + i * stride, width);
@@ -104,25 +107,25 @@ __attribute__((noinline)) void pack_row(const T* row, Steps steps, Index first, 
   }
   if constexpr (W > 1) {
     if (c < channels) {
-      pack_row<T, W / 2>(row + c, steps, first, stride, width, count, channels - c, to + c * pitch, pitch);
+      pack_row<S, W / 2>(row + c, steps, first, stride, width, count, channels - c, to + c * pitch, pitch);
     }
   }
 }
 
 // What lies at a patch's place, for one group: pointers at the group's first channel or tap, and at the image's (or the
 // patch's) first position.
-template <class T>
+template <class S>
 struct Patch {
-  const T *grad, *x;
-  T* dk;
+  const S *grad, *x;
+  S* dk;
   Steps grad_steps, x_steps, dk_steps;
   Index dk_row;         // numbers from one output row to the next in dk
   Index depth;          // output position on the slowest axis
   Range rows, columns;  // output positions on the others
 };
 
-constexpr Index kChannels = 16;   // packed at a time
-constexpr Index kRows = 7;       // most output rows of a patch
+constexpr Index kChannels = INVOLUTION_MOST_16_BIT_WIDTH;  // packed at a time
+constexpr Index kRows = 7;        // most output rows of a patch
 constexpr Index kColumns = 64;    // most output positions of its rows
 constexpr Index kTaps = 8;        // most rows and columns of taps at a time
 
@@ -186,14 +189,17 @@ void correlate_row(const T* const* grad, Index rows, Index grad_pitch, const T* 
 }
 
 // Writes [tap][position] sums to `count` positions of the kernel map, or adds them to what is there.
-template <class T, int W, int Lanes>
-void put(const T* sums, Index taps, Index count, bool add, T* dk, Steps steps) {
-  if (steps.channel != 1) {
-    for (Index u = 0; u < taps; ++u) {
-      T* to = dk + u * steps.channel;
-      for (Index t = 0; t < count; ++t) to[t] = add ? to[t] + sums[u * W + t] : sums[u * W + t];
+template <class S, int W, int Lanes>
+void put(const Number<S>* sums, Index taps, Index count, bool add, S* dk, Steps steps) {
+  using T = Number<S>;
+  if constexpr (!kIs16Bit<S>) {
+    if (steps.channel != 1) {
+      for (Index u = 0; u < taps; ++u) {
+        T* to = dk + u * steps.channel;
+        for (Index t = 0; t < count; ++t) to[t] = add ? to[t] + sums[u * W + t] : sums[u * W + t];
+      }
+      return;
     }
-    return;
   }
   Index u = 0;
   for (; u + Lanes <= taps; u += Lanes) {
@@ -203,7 +209,7 @@ void put(const T* sums, Index taps, Index count, bool add, T* dk, Steps steps) {
       hide(from);
       unroll<Lanes>([&](auto i) INVOLUTION_BODY { v[i] = load<Vector<T, Lanes>>(from + i * W); });
       transpose<T, Lanes>(v);
-      T* to = dk + lane * steps.position + u;
+      S* to = dk + lane * steps.position + u;
       unroll<Lanes>([&](auto i) INVOLUTION_BODY {
         __builtin_prefetch(to + taps, 1);
         if (lane + i < count) store(to, add ? load<Vector<T, Lanes>>(to) + v[i] : v[i]);
@@ -213,7 +219,7 @@ void put(const T* sums, Index taps, Index count, bool add, T* dk, Steps steps) {
     }
   }
   if constexpr (Lanes > 1) {
-    if (u < taps) put<T, W, Lanes / 2>(sums + u * W, taps - u, count, add, dk + u, steps);
+    if (u < taps) put<S, W, Lanes / 2>(sums + u * W, taps - u, count, add, dk + u, steps);
   }
 }
 
@@ -226,11 +232,12 @@ struct Room {
 };
 
 // A block of a patch's taps: rows [b.first, b.end) and columns [v.first, v.end) of the kernel, at its slowest tap a.
-template <class T>
+template <class S>
 struct Block {
+  using T = Number<S>;
   static constexpr int W = kLanes<T>;
   const Geometry& g;
-  const Patch<T>& patch;
+  const Patch<S>& patch;
   Index a;
   Range b, v;
   Reads down, across;
@@ -240,7 +247,7 @@ struct Block {
   Range rows_of_tap[kTaps], columns_of_tap[kTaps];     // output positions whose tap is inside
   Range columns_of_all;                                // ... and whose taps all are
 
-  Block(const Geometry& g, const Patch<T>& patch, Index a, Range b, Range v)
+  Block(const Geometry& g, const Patch<S>& patch, Index a, Range b, Range v)
       : g(g), patch(patch), a(a), b(b), v(v), down(g, 1, patch.rows, b), across(g, 2, patch.columns, v) {
     length = ceil_divide(across.phase_length(), W) * W + W;  // the last vector may start anywhere
     x_pitch = length * across.phases();
@@ -288,16 +295,16 @@ struct Block {
     for (Index r = 0; r < packed_rows; ++r, x += channels * x_pitch) {
       if (heights[r] < 0) continue;
       const Index position = (depth * g.input[1] + heights[r]) * g.input[2];
-      const T* row = patch.x + position * patch.x_steps.position + c * patch.x_steps.channel;
+      const S* row = patch.x + position * patch.x_steps.position + c * patch.x_steps.channel;
       for (Index phase = 0; phase < across.phases(); ++phase) {
-        pack_row<T, W>(row, patch.x_steps, across.position(phase, 0), across.stride, g.input[2], across.phase_length(),
+        pack_row<S, W>(row, patch.x_steps, across.position(phase, 0), across.stride, g.input[2], across.phase_length(),
                        channels, x + phase * length, x_pitch);
       }
     }
     for (Index i = 0; i < down.count; ++i, grad += channels * grad_pitch) {
       const Index position = (patch.depth * g.output[1] + patch.rows.first + i) * g.output[2];
-      const T* row = patch.grad + position * patch.grad_steps.position + c * patch.grad_steps.channel;
-      pack_row<T, W>(row, patch.grad_steps, patch.columns.first, 1, g.output[2], across.count, channels, grad,
+      const S* row = patch.grad + position * patch.grad_steps.position + c * patch.grad_steps.channel;
+      pack_row<S, W>(row, patch.grad_steps, patch.columns.first, 1, g.output[2], across.count, channels, grad,
                      grad_pitch);
     }
   }
@@ -337,12 +344,12 @@ struct Block {
   // Writes a row's sums to the kernel map; rows of taps lie in a row there if the block has all columns.
   template <int L>
   void put_row(Index i, Index first, Index count, bool add, const T* sums) const {
-    T* dk = patch.dk + i * patch.dk_row + first * patch.dk_steps.position;
+    S* dk = patch.dk + i * patch.dk_row + first * patch.dk_steps.position;
     const bool whole = across.taps == g.kernel[2];
     const Index parts = whole ? 1 : down.taps, taps = (whole ? down.taps : 1) * across.taps;
     for (Index u = 0; u < parts; ++u) {
       const Index tap = (a * g.kernel[1] + b.first + u) * g.kernel[2] + v.first;
-      put<T, L, L>(sums + u * taps * L, taps, count, add, dk + tap * patch.dk_steps.channel, patch.dk_steps);
+      put<S, L, L>(sums + u * taps * L, taps, count, add, dk + tap * patch.dk_steps.channel, patch.dk_steps);
     }
   }
 
@@ -377,15 +384,15 @@ struct Block {
 };
 
 // All taps of a patch.
-template <class T>
-void correlate_patch(const Geometry& g, const Patch<T>& patch) {
-  Room<T> room;
+template <class S>
+void correlate_patch(const Geometry& g, const Patch<S>& patch) {
+  Room<Number<S>> room;
   const Index width = g.channels / g.groups;
   for (Index a = 0; a < g.kernel[0]; ++a) {
     const bool inside = within(patch.depth * g.stride[0] + a * g.dilation[0] - g.padding[0], g.input[0]);
     for (Index b = 0; b < g.kernel[1]; b += kTaps) {
       for (Index v = 0; v < g.kernel[2]; v += kTaps) {
-        const Block<T> block(g, patch, a, {b, least(g.kernel[1], b + kTaps)}, {v, least(g.kernel[2], v + kTaps)});
+        const Block<S> block(g, patch, a, {b, least(g.kernel[1], b + kTaps)}, {v, least(g.kernel[2], v + kTaps)});
         if (!inside) block.clear(room);
         for (Index c = 0; inside && c < width; c += kChannels) block.run(c, least(kChannels, width - c), room);
       }
@@ -394,30 +401,32 @@ void correlate_patch(const Geometry& g, const Patch<T>& patch) {
 }
 
 // How many parts an image's rows and columns are cut into, for what a patch packs to fit the room.
-template <class T>
+template <class S>
 void patch_parts(const Geometry& g, Index& down, Index& across) {
   const Index channels = least(kChannels, g.channels / g.groups);
-  // Parts of an axis have one of two sizes, blocks of taps too; any of them could be the one that packs the most.
+  // Parts of an axis have one size or, some of them, one position less; blocks of taps are whole but perhaps the last.
+  // Any of these could pack the most.
+  const auto last_block = [&](int axis) { return g.kernel[axis] > kTaps ? g.kernel[axis] % kTaps : 0; };
   const auto fits = [&] {
+    const bool uneven[4] = {g.output[1] % down != 0, g.output[2] % across != 0, last_block(1) > 0, last_block(2) > 0};
     for (Index i = 0; i < 16; ++i) {
-      const auto size = [&](int axis, Index parts, bool larger) {
-        return larger ? ceil_divide(g.output[axis], parts) : g.output[axis] / parts;
+      const bool other[4] = {bool(i & 1), bool(i & 2), bool(i & 4), bool(i & 8)};
+      if ((other[0] > uneven[0]) | (other[1] > uneven[1]) | (other[2] > uneven[2]) | (other[3] > uneven[3])) continue;
+      const auto taps = [&](int axis, bool last) {
+        return Range{0, last ? last_block(axis) : least(g.kernel[axis], kTaps)};
       };
-      const auto taps = [&](int axis, bool whole) {
-        const Index k = g.kernel[axis];
-        return Range{0, whole || k % kTaps == 0 ? least(k, kTaps) : k % kTaps};
-      };
-      Patch<T> patch{};
-      patch.rows = {0, size(1, down, i & 1)};
-      patch.columns = {0, size(2, across, i & 2)};
-      if (Block<T>(g, patch, 0, taps(1, i & 4), taps(2, i & 8)).numbers(channels) > Room<T>::kNumbers) return false;
+      Patch<S> patch{};
+      patch.rows = {0, ceil_divide(g.output[1], down) - other[0]};
+      patch.columns = {0, ceil_divide(g.output[2], across) - other[1]};
+      const Block<S> block(g, patch, 0, taps(1, other[2]), taps(2, other[3]));
+      if (block.numbers(channels) > Room<Number<S>>::kNumbers) return false;
     }
     return true;
   };
   down = ceil_divide(g.output[1], kRows);
   across = ceil_divide(g.output[2], kColumns);
   while (!fits()) {
-    const bool many_rows = ceil_divide(g.output[1], down) > 4, one_vector = g.output[2] / across <= kLanes<T>;
+    const bool many_rows = ceil_divide(g.output[1], down) > 4, one_vector = g.output[2] / across <= kLanes<Number<S>>;
     if (many_rows || one_vector) down = least(g.output[1], 2 * down);
     else across *= 2;
   }
@@ -425,19 +434,18 @@ void patch_parts(const Geometry& g, Index& down, Index& across) {
 
 }  // namespace
 
-template <class T>
-void correlate(const Geometry& g, const T* grad, const T* x, T* dk) {
+template <class S>
+void correlate(const Geometry& g, const S* grad, const S* x, S* dk) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel);
   const Index inputs = volume(g.input), outputs = volume(g.output);
   Index down, across;
-  patch_parts<T>(g, down, across);
+  patch_parts<S>(g, down, across);
   in_parallel(g, g.batch * g.output[0] * down * across * g.groups, [&](Index i) {
-    const Index group = i % g.groups, part = i / g.groups, n = part / across / down / g.output[0];
-    const auto cut = [](Index i, Index parts, Index size) { return Range{i * size / parts, (i + 1) * size / parts}; };
-    Patch<T> patch;
-    patch.depth = part / across / down % g.output[0];
-    patch.rows = cut(part / across % down, down, g.output[1]);
-    patch.columns = cut(part % across, across, g.output[2]);
+    const Index group = i % g.groups, item = i / g.groups, n = item / across / down / g.output[0];
+    Patch<S> patch;
+    patch.depth = item / across / down % g.output[0];
+    patch.rows = part(item / across % down, down, g.output[1]);
+    patch.columns = part(item % across, across, g.output[2]);
     const Index position = (patch.depth * g.output[1] + patch.rows.first) * g.output[2] + patch.columns.first;
     if (g.channels_last) {
       patch.grad_steps = patch.x_steps = {g.channels, 1};
@@ -460,6 +468,8 @@ void correlate(const Geometry& g, const T* grad, const T* x, T* dk) {
 
 template void correlate(const Geometry&, const float*, const float*, float*);
 template void correlate(const Geometry&, const double*, const double*, double*);
+template void correlate(const Geometry&, const Half*, const Half*, Half*);
+template void correlate(const Geometry&, const BFloat16*, const BFloat16*, BFloat16*);
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

@@ -7,12 +7,14 @@
 #define INVOLUTION_DECLARE(isa)                                               \
   namespace involution {                                                      \
   namespace isa {                                                             \
-  template <class T>                                                          \
-  void apply(const involution_geometry&, const T*, const T*, T*);             \
-  template <class T>                                                          \
-  void adjoint(const involution_geometry&, const T*, const T*, T*);           \
-  template <class T>                                                          \
-  void correlate(const involution_geometry&, const T*, const T*, T*);         \
+  struct Half;                                                                \
+  struct BFloat16;                                                            \
+  template <class S>                                                          \
+  void apply(const involution_geometry&, const S*, const S*, S*);             \
+  template <class S, class T>                                                 \
+  void adjoint(const involution_geometry&, const S*, const S*, T*);           \
+  template <class S>                                                          \
+  void correlate(const involution_geometry&, const S*, const S*, S*);         \
   template <class T>                                                          \
   void layer(const involution_geometry&, const involution_layer&);            \
   int64_t layer_scratch(const involution_geometry&, const involution_layer&); \
@@ -27,24 +29,35 @@ INVOLUTION_DECLARE(avx512)
 
 namespace {
 
-template <class T>
-using Kernel = void (*)(const involution_geometry&, const T*, const T*, T*);
-using LayerKernel = void (*)(const involution_geometry&, const involution_layer&);
+using Map = void (*)(const involution_geometry&, const void*, const void*, void*);
+using Layer = void (*)(const involution_geometry&, const involution_layer&);
+
+// The three maps for numbers that are stored in one way.
+struct Maps {
+  Map apply, adjoint, correlate;
+};
 
 struct InstructionSet {
   const char* name;
   bool (*runs_here)();
-  Kernel<float> apply_f32, adjoint_f32, correlate_f32;
-  Kernel<double> apply_f64, adjoint_f64, correlate_f64;
-  LayerKernel layer_f32, layer_f64;
+  Maps f32, f64, f16, bf16;
+  Layer layer_f32, layer_f64;
   int64_t (*layer_scratch)(const involution_geometry&, const involution_layer&);
   double (*multiply_add_rounds)(int64_t, int64_t);
 };
 
-#define INVOLUTION_KERNELS(isa)                                                                              \
-  involution::isa::apply<float>, involution::isa::adjoint<float>, involution::isa::correlate<float>,         \
-      involution::isa::apply<double>, involution::isa::adjoint<double>, involution::isa::correlate<double>,      \
-      involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch,          \
+// One map of an instruction set, from numbers stored as S to numbers stored as T.
+#define INVOLUTION_MAP(isa, map, S, T)                                                               \
+  [](const involution_geometry& g, const void* first, const void* second, void* out) {               \
+    using namespace involution::isa;                                                                 \
+    map(g, static_cast<const S*>(first), static_cast<const S*>(second), static_cast<T*>(out));       \
+  }
+#define INVOLUTION_MAPS(isa, S, T) \
+  { INVOLUTION_MAP(isa, apply, S, S), INVOLUTION_MAP(isa, adjoint, S, T), INVOLUTION_MAP(isa, correlate, S, S) }
+#define INVOLUTION_KERNELS(isa)                                                                      \
+  INVOLUTION_MAPS(isa, float, float), INVOLUTION_MAPS(isa, double, double),                          \
+      INVOLUTION_MAPS(isa, Half, float), INVOLUTION_MAPS(isa, BFloat16, float),                      \
+      involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch, \
       involution::isa::multiply_add_rounds
 
 const InstructionSet kInstructionSets[] = {  // the best first
@@ -55,7 +68,10 @@ const InstructionSet kInstructionSets[] = {  // the best first
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") != 0;
      },
      INVOLUTION_KERNELS(avx512)},
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") != 0; },
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0;
+     },
      INVOLUTION_KERNELS(avx2)},
 #endif
     {"baseline", [] { return true; }, INVOLUTION_KERNELS(baseline)},
@@ -77,16 +93,18 @@ std::atomic<const InstructionSet*> in_use{best()};
 
 extern "C" {
 
-#define INVOLUTION_ENTRY(map, suffix, T)                                                                  \
-  void involution_##map##_##suffix(const involution_geometry* g, const T* first, const T* second, T* out) { \
-    in_use.load(std::memory_order_relaxed)->map##_##suffix(*g, first, second, out);                       \
+#define INVOLUTION_ENTRY(map, suffix, S, T)                                                                 \
+  void involution_##map##_##suffix(const involution_geometry* g, const S* first, const S* second, T* out) { \
+    in_use.load(std::memory_order_relaxed)->suffix.map(*g, first, second, out);                             \
   }
-INVOLUTION_ENTRY(apply, f32, float)
-INVOLUTION_ENTRY(apply, f64, double)
-INVOLUTION_ENTRY(adjoint, f32, float)
-INVOLUTION_ENTRY(adjoint, f64, double)
-INVOLUTION_ENTRY(correlate, f32, float)
-INVOLUTION_ENTRY(correlate, f64, double)
+#define INVOLUTION_ENTRIES(suffix, S, T)    \
+  INVOLUTION_ENTRY(apply, suffix, S, S)     \
+  INVOLUTION_ENTRY(adjoint, suffix, S, T)   \
+  INVOLUTION_ENTRY(correlate, suffix, S, S)
+INVOLUTION_ENTRIES(f32, float, float)
+INVOLUTION_ENTRIES(f64, double, double)
+INVOLUTION_ENTRIES(f16, void, float)
+INVOLUTION_ENTRIES(bf16, void, float)
 
 void involution_layer_f32(const involution_geometry* g, const involution_layer* layer) {
   in_use.load(std::memory_order_relaxed)->layer_f32(*g, *layer);

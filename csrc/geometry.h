@@ -4,17 +4,18 @@
 #include <omp.h>
 #endif
 
-#include "vector.h"
+#include "half.h"
 
 namespace involution {
 namespace INVOLUTION_ISA {
 
-template <class T>
-void apply(const Geometry&, const T* x, const T* k, T* y);
-template <class T>
-void adjoint(const Geometry&, const T* g, const T* k, T* dx);
-template <class T>
-void correlate(const Geometry&, const T* g, const T* x, T* dk);
+// S is how numbers are stored: float, double, Half or BFloat16.
+template <class S>
+void apply(const Geometry&, const S* x, const S* k, S* y);
+template <class S, class T>
+void adjoint(const Geometry&, const S* g, const S* k, T* dx);
+template <class S>
+void correlate(const Geometry&, const S* g, const S* x, S* dk);
 template <class T>
 void layer(const Geometry&, const involution_layer&);
 
@@ -29,6 +30,9 @@ INVOLUTION_INLINE Index volume(const int64_t (&sizes)[3]) { return sizes[0] * si
 struct Range {
   Index first, end;
 };
+
+// Part i of `parts` nearly equal parts of a range [0, size).
+INVOLUTION_INLINE Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 
 // The taps u of one axis that meet the input from output position o.
 INVOLUTION_INLINE Range taps_of_output(const Geometry& g, int axis, Index o) {
@@ -48,15 +52,16 @@ template <class X, class K, class Y>
 struct Run {
   X* image;  // the group's x (or dx) at position (0, 0, 0)
   K* k;
-  Y* y;      // y or its gradient
-  Index step;        // numbers from one position to the next in x and y: the channels
-  Index k_step;      // the same in k
-  Index width;       // channels of the group
-  Range taps[2];     // the taps of the two slow axes that meet the input
-  Index start[3];    // input position of tap (0, 0, 0) at the first output position
+  Y* y;           // y or its gradient
+  Index step;     // numbers from one position to the next in x and y: the channels
+  Index k_step;   // the same in k
+  Index width;    // channels of the group
+  Range taps[2];  // the taps of the two slow axes that meet the input
+  Index start[3]; // input position of tap (0, 0, 0) at the first output position
 
   // The run that starts at position `first` of output row `row`, of all the image's rows.
-  INVOLUTION_INLINE Run(const Geometry& g, Index row, Index first, Index k_step) : step(g.channels), k_step(k_step), width(g.channels / g.groups) {
+  INVOLUTION_INLINE Run(const Geometry& g, Index row, Index first, Index k_step)
+      : step(g.channels), k_step(k_step), width(g.channels / g.groups) {
     const Index depth = row / g.output[1], height = row % g.output[1];
     taps[0] = taps_of_output(g, 0, depth);
     taps[1] = taps_of_output(g, 1, height);

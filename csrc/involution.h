@@ -1,13 +1,20 @@
-/* The CPU kernels' whole contract: a geometry and three maps, for float and double.
+/* The CPU kernels' whole contract: a geometry, its three maps, and the layer made of them.
  *
  *     y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]
  *
  * Taps outside the input are skipped. Results are overwritten, and the same for every number of threads.
- * Nothing here allocates, throws or keeps state but the chosen instruction set.
+ * Nothing here allocates, throws or keeps state but the chosen instruction set. A thread that calls correlate needs 320
+ * KiB of stack, for the others 64 KiB will do.
+ *
+ * f32 and f64 compute as they store. f16 and bf16 store 16 bits and compute in float; they want channels_last, at most
+ * INVOLUTION_MOST_16_BIT_TAPS taps, and for correlate at most INVOLUTION_MOST_16_BIT_WIDTH channels a group (more would
+ * round sums that are not finished).
  */
 #pragma once
 #include <stdint.h>
 
+#define INVOLUTION_MOST_16_BIT_TAPS 512
+#define INVOLUTION_MOST_16_BIT_WIDTH 16
 #define INVOLUTION_PUBLIC __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -27,14 +34,20 @@ typedef struct {
 
 INVOLUTION_PUBLIC void involution_apply_f32(const involution_geometry*, const float* x, const float* k, float* y);
 INVOLUTION_PUBLIC void involution_apply_f64(const involution_geometry*, const double* x, const double* k, double* y);
+INVOLUTION_PUBLIC void involution_apply_f16(const involution_geometry*, const void* x, const void* k, void* y);
+INVOLUTION_PUBLIC void involution_apply_bf16(const involution_geometry*, const void* x, const void* k, void* y);
 
-/* dx from the output's gradient g */
+/* dx from the output's gradient g; sums in memory, and so is never 16 bits */
 INVOLUTION_PUBLIC void involution_adjoint_f32(const involution_geometry*, const float* g, const float* k, float* dx);
 INVOLUTION_PUBLIC void involution_adjoint_f64(const involution_geometry*, const double* g, const double* k, double* dx);
+INVOLUTION_PUBLIC void involution_adjoint_f16(const involution_geometry*, const void* g, const void* k, float* dx);
+INVOLUTION_PUBLIC void involution_adjoint_bf16(const involution_geometry*, const void* g, const void* k, float* dx);
 
 /* dk from the output's gradient g */
 INVOLUTION_PUBLIC void involution_correlate_f32(const involution_geometry*, const float* g, const float* x, float* dk);
 INVOLUTION_PUBLIC void involution_correlate_f64(const involution_geometry*, const double* g, const double* x, double* dk);
+INVOLUTION_PUBLIC void involution_correlate_f16(const involution_geometry*, const void* g, const void* x, void* dk);
+INVOLUTION_PUBLIC void involution_correlate_bf16(const involution_geometry*, const void* g, const void* x, void* dk);
 
 /* The layer in one pass, channels last: a kernel map made in cache, for a patch of positions at a time, and applied.
  * Matrices [in, out] are packed into panels of 32 columns, [ceil(out / 32), in, 32], the last filled up with anything.

@@ -15,8 +15,9 @@ struct Patches {
   static constexpr Index kStreamed = 4 << 20;  // numbers of output that no cache would keep
   Index down, across, groups_at_once;
   Index hidden, pooled, map, y, output;  // numbers of scratch
-  Index output_step;             // from one position's output to the next one's in scratch
-  bool streams;                  // whether the output is written past the cache
+  Index output_step;                     // from one position's output to the next one's in scratch
+  bool pools;                            // whether the hidden features are made from averages
+  bool streams;                          // whether the output is written past the cache
 
   Patches(const Geometry& g, const involution_layer& layer) {
     const Index rows = g.output[0] * g.output[1];
@@ -27,7 +28,8 @@ struct Patches {
     groups_at_once = 1;
     while (2 * groups_at_once <= g.groups && positions * 2 * groups_at_once * taps <= kMapNumbers) groups_at_once *= 2;
     hidden = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
-    pooled = layer.hidden || volume(g.stride) == 1 ? 0 : in_lines(positions * g.channels);
+    pools = !layer.hidden && most(g.stride[0], most(g.stride[1], g.stride[2])) > 1;
+    pooled = pools ? in_lines(positions * g.channels) : 0;
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
     y = in_lines(positions * g.channels);
     output_step = layer.next_channels + 16;  // a power of two would have all positions share few lines of the cache
@@ -39,7 +41,6 @@ struct Patches {
   Index count(const Geometry& g) const { return g.batch * down * across; }
   Index scratch() const { return hidden + pooled + map + y + output; }
   static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
-  static Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 };
 
 // The averages of the windows of the stride's size that begin at `count` output positions; the image's end cuts them.
@@ -106,8 +107,8 @@ struct Work {
   // One patch of output positions, from the input to the output.
   void run(Index item, T* scratch) const {
     const Index n = item / patches.across / patches.down, image_rows = g.output[0] * g.output[1];
-    const Range rows = Patches::part(item / patches.across % patches.down, patches.down, image_rows);
-    const Range columns = Patches::part(item % patches.across, patches.across, g.output[2]);
+    const Range rows = part(item / patches.across % patches.down, patches.down, image_rows);
+    const Range columns = part(item % patches.across, patches.across, g.output[2]);
     const Index position = (n * image_rows + rows.first) * g.output[2] + columns.first;
     const Index count = (rows.end - rows.first) * (columns.end - columns.first);
     const T* image = static_cast<const T*>(layer.x) + n * volume(g.input) * g.channels;
@@ -149,7 +150,7 @@ struct Work {
   const T* reduce(const T* image, Range rows, Range columns, Index position, Index count, T* scratch) const {
     T *hidden = scratch, *pooled = scratch + patches.hidden;
     const T* in = static_cast<const T*>(layer.x) + position * g.channels;
-    if (volume(g.stride) > 1) {
+    if (patches.pools) {
       const Index length = columns.end - columns.first;
       for (Index row = rows.first; row < rows.end; ++row) {
         pool(g, image, row, columns.first, length, pooled + (row - rows.first) * length * g.channels);

@@ -5,6 +5,7 @@
 // that the linker keeps for the oldest.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__x86_64__)
@@ -45,16 +46,40 @@ struct VectorOf {
 template <class T, int W>
 using Vector = typename VectorOf<T, W>::type;
 
-template <class V, class T>
-INVOLUTION_INLINE V load(const T* from) {
-  V v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
+// 16-bit numbers as memory holds them; at work they are float. half.h converts them.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+constexpr bool kIs16Bit = std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>;
+template <class S>
+using Number = std::conditional_t<kIs16Bit<S>, float, S>;
+
+template <class V, class S>
+V widened(const S* from);
+template <class V, class S>
+void store_narrowed(S* to, V v);
+
+// A vector of numbers from memory that holds them as they are, or in 16 bits each.
+template <class V, class S>
+INVOLUTION_INLINE V load(const S* from) {
+  if constexpr (kIs16Bit<S>) {
+    return widened<V>(from);
+  } else {
+    V v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  }
 }
 
-template <class V, class T>
-INVOLUTION_INLINE void store(T* to, V v) {
-  __builtin_memcpy(to, &v, sizeof v);
+template <class V, class S>
+INVOLUTION_INLINE void store(S* to, V v) {
+  if constexpr (kIs16Bit<S>) store_narrowed(to, v);
+  else __builtin_memcpy(to, &v, sizeof v);
 }
 
 // Stores a vector at an aligned address past the cache, where the machine can: memory that is not read again soon.

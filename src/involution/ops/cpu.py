@@ -22,11 +22,10 @@ from torch import Tensor
 from .geometry import MAPS, Geometry, LayerParts, is_channels_last, lies_channels_last, memory_order, pack
 
 _FILE = "libinvolution.so"
-_KERNEL_DTYPE = {torch.float16: torch.float32, torch.bfloat16: torch.float32}  # the others run as they are
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
-
-
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+_16_BIT = (torch.float16, torch.bfloat16)
+_MOST_16_BIT_TAPS, _MOST_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
 _TENSORS = LayerParts._fields[:-2]  # in the order of involution_layer
 _WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
@@ -74,10 +73,11 @@ _LARGE_KERNEL = 25  # taps from which contiguous tensors are faster converted to
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
     """Brings both operands into the layout of the first, or a faster one, runs the kernel, and fills `out` (last)."""
-    large = name != "correlate" and math.prod(geometry.kernel) >= _LARGE_KERNEL
-    channels_last = large or is_channels_last(tensors[0])
     out = tensors[2]
-    dtype = _KERNEL_DTYPE.get(out.dtype, out.dtype)
+    taps = math.prod(geometry.kernel)
+    dtype, result_dtype = _kernel_dtypes(name, out.dtype, taps, geometry.channels // geometry.groups)
+    large = name != "correlate" and taps >= _LARGE_KERNEL
+    channels_last = large or dtype in _16_BIT or is_channels_last(tensors[0])
     if channels_last:
         dims = len(geometry.input)
         tensors = tuple(  # type: ignore[assignment]
@@ -85,8 +85,8 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
         )
     first, second, result = tensors
     first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
-    if out.dtype != dtype or not result.is_contiguous():
-        result = torch.empty(result.shape, dtype=dtype)
+    if out.dtype != result_dtype or not result.is_contiguous():
+        result = torch.empty(result.shape, dtype=result_dtype)
     _function(f"involution_{name}_{_SUFFIX[dtype]}")(
         _c_geometry(geometry, channels_last, torch.get_num_threads()),
         first.data_ptr(),
@@ -97,9 +97,18 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
         tensors[2].copy_(result)
 
 
+def _kernel_dtypes(name: str, dtype: torch.dtype, taps: int, width: int) -> tuple[torch.dtype, torch.dtype]:
+    """What a kernel takes and makes for tensors of `dtype`: 16 bits, or float32 where 16 would round unfinished sums."""
+    if dtype not in _16_BIT:
+        return dtype, dtype
+    if taps > _MOST_16_BIT_TAPS or (name == "correlate" and width > _MOST_16_BIT_WIDTH):
+        return torch.float32, torch.float32
+    return dtype, torch.float32 if name == "adjoint" else dtype
+
+
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer."""
-    dtype = _KERNEL_DTYPE.get(outs[0].dtype, outs[0].dtype)
+    dtype = _layer_dtype(outs[0].dtype)
     held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts.tensors(), strict=True)]
     results = [_as_kernel_fills(out, dtype) for out in outs]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
@@ -118,6 +127,11 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
     c_layer.scratch = scratch.data_ptr()
     _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
     _fill(outs, results)
+
+
+def _layer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The fused layer's dtype for tensors of `dtype`: it has no kernel map, nearly all of what 16 bits would save."""
+    return torch.float32 if dtype in _16_BIT else dtype
 
 
 def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -149,7 +163,7 @@ def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
 
 def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer_backward. The map is made for some positions at a time, then becomes its own gradient."""
-    dtype = _KERNEL_DTYPE.get(grad.dtype, grad.dtype)
+    dtype = _layer_dtype(grad.dtype)
     assert parts.hidden is not None
     x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (parts.input, grad, parts.hidden))
     span, offset = parts.span_weight.to(dtype), None if parts.span_bias is None else parts.span_bias.to(dtype)
@@ -261,7 +275,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function = getattr(loaded, f"involution_{name}_{suffix}")
             function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
             function.restype = None
-    for suffix in _SUFFIX.values():
+    for suffix in ("f32", "f64"):
         function = getattr(loaded, f"involution_layer_{suffix}")
         function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
         function.restype = None

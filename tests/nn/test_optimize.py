@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn.optimize import fuse
+from involution.ops import selection
 
 BOTTLENECK = torch.ops.involution.bottleneck.default
 LAYER = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -461,6 +462,27 @@ def test_half_precision_runs_unfused_and_says_why(graphs: list[fx.GraphModule]) 
     (said,) = optimized.unfused
     assert said.startswith("middle ")
     assert "a generator other than the default one" not in said
+
+
+def test_reasons_tell_another_backend_and_hooks_from_another_generator(
+    graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 3, 9, 10)
+    model = settle(Net(), x)
+    with monkeypatch.context() as patch:
+        patch.setattr(selection, "forced", "reference")
+        (said,) = optimize(model, x).unfused
+    assert said == "middle runs unfused: the CPU kernels do not serve: INVOLUTION_BACKEND=reference forbids it"
+    model.middle.generator.span.register_forward_hook(lambda *_: None)
+    (said,) = optimize(model, x).unfused
+    assert "with hooks" in said
+
+
+def test_the_state_holds_every_weight_once(graphs: list[fx.GraphModule]) -> None:
+    x = torch.randn(2, 3, 9, 10)
+    model = settle(Net(), x)
+    state = optimize(model, x).state_dict()
+    assert list(state) == [f"model.{name}" for name in model.state_dict()]
 
 
 def test_under_autocast(graphs: list[fx.GraphModule]) -> None:

@@ -57,6 +57,46 @@ def test_every_loop(kernel: int, stride: int, channels_last: bool, instruction_s
             assert_agrees("cpu", call, seed=row)
 
 
+# More taps than the kernels take at a time, or than they keep in 16 bits; wide groups, whose sums must not be rounded
+# before they are finished.
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("width", "size", "kernel", "stride"),
+    [
+        (16, (9, 40), (9, 15), (3, 3)),
+        (5, (33,), (13,), (2,)),
+        (2, (2, 9, 9), (2, 17, 17), (1, 4, 4)),
+        (75, (5, 9), (3, 7), (1, 1)),
+    ],
+)
+def test_large_kernels_and_wide_groups(
+    width: int, size: tuple[int, ...], kernel: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype,
+    instruction_set: str,
+) -> None:  # fmt: skip
+    padding = tuple(k // 2 for k in kernel)
+    for channels_last in (False, True):
+        ones = (1,) * len(size)
+        call = Call(1, 2, width, size, kernel, stride, padding, ones, dtype, channels_last, instruction_set)
+        assert_agrees("cpu", call, seed=3)
+
+
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 3, 4, 8, 16])
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(
+    width: int, dtype: torch.dtype, instruction_set: str
+) -> None:
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    other = numbers[torch.randperm(2**16, generator=torch.Generator().manual_seed(width))]
+    x = numbers[: 2**16 // width * width].view(1, -1, width).transpose(1, 2)  # [1, width, L] in channels_last
+    with backend("cpu", instruction_set):
+        for factors in (torch.ones_like(other), other):  # the numbers themselves, and products that have to be rounded
+            k = factors[: x.shape[2]].view(1, 1, 1, -1)
+            y = involution.involution1d(x, k)
+            torch.testing.assert_close(y, (x.float() * k[:, 0].float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -611,8 +611,13 @@ def arguments() -> dict[str, Any]:
         ({"hidden": torch.randn(2, 5, 9)}, ValueError, "hidden must be"),
         ({"hidden": torch.randn(2, 5, 3, 3).double()}, TypeError, "hidden must have input's .* got torch.float64"),
         ({"input": torch.randn(2, 8, 5, 6).int()}, TypeError, "input must have .*floating dtype"),
-        ({"input": torch.randn(2, 7, 5, 6)}, ValueError, r"input \[2, 7, 5, 6\]"),
+        ({"input": torch.randn(2, 7, 5, 6)}, ValueError, "span_weight .* dividing input's 7 channels"),
         ({"span_weight": torch.randn(17, 5)}, ValueError, r"span_weight must have G \* 9 rows .* got 17"),
+        (
+            {"span_weight": torch.randn(27, 5)},
+            ValueError,
+            "span_weight .* input's 8 channels, got 27",
+        ),
         ({"span_weight": torch.randn(18)}, ValueError, "span_weight must be"),
         ({"span_weight": torch.randn(18, 5, 1, 1)}, ValueError, "span_weight must be"),
         ({"span_weight": torch.randn(18, 5).double()}, TypeError, "span_weight must have input's"),
@@ -624,11 +629,12 @@ def arguments() -> dict[str, Any]:
         ({"shift": None}, ValueError, "scale and shift must be given together"),
         ({"stride": (1, 2)}, ValueError, "hidden must be"),
         ({"stride": (0, 2)}, ValueError, "stride"),
-        ({"stride": (2,)}, ValueError, "stride"),
+        ({"stride": (2, 2, 2)}, ValueError, "stride"),
         ({"dilation": (0, 1)}, ValueError, "dilation"),
-        ({"dilation": (1,)}, ValueError, "dilation"),
+        ({"dilation": (1, 1, 1)}, ValueError, "dilation"),
         ({"kernel_size": (3, 0)}, ValueError, "kernel_size"),
-        ({"kernel_size": (9,)}, ValueError, "kernel_size"),
+        ({"kernel_size": (3, 3, 1)}, ValueError, "kernel_size"),
+        ({"kernel_size": True}, ValueError, "kernel_size must be an int or 2 ints, got True"),
     ],
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -719,6 +725,12 @@ def test_autocast_casts_every_tensor() -> None:
         )
     cast = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in call.items()}
     torch.testing.assert_close(y, fused_involution(**cast), rtol=0, atol=0)
+
+
+def test_a_window_of_ints() -> None:
+    call = arguments()
+    sizes = {"kernel_size": 3, "stride": 2, "dilation": 1}
+    torch.testing.assert_close(fused_involution(**(call | sizes)), fused_involution(**call), rtol=0, atol=0)
 
 
 def test_has_kernel() -> None:

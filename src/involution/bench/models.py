@@ -49,18 +49,22 @@ def models(
 def training(
     batches: Sequence[int], seconds: float, names: tuple[str, str] = PAIR, size: int = 224, device: str = "cpu"
 ) -> list[Row]:
-    """One step of SGD with momentum: forward, cross entropy, backward, update; channels_last, eager."""
+    """One step of SGD with momentum, eager and compiled: forward, cross entropy, backward, update; channels_last."""
     rows = []
     for batch in batches:
         image = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
-        steps = {name: _step(timm.create_model(name).to(device), image) for name in names}
-        times = in_turn(steps, seconds)
-        rows.append(_row("training step", f"{names[0]} / {names[1]}", batch, times, names))
+        for what, compiled in (("training step", False), ("training step, compiled", True)):
+            torch.compiler.reset()
+            steps = {name: _step(timm.create_model(name).to(device), image, compiled) for name in names}
+            times = in_turn(steps, seconds)
+            rows.append(_row(what, f"{names[0]} / {names[1]}", batch, times, names))
     return rows
 
 
-def _step(model: nn.Module, image: Tensor) -> Any:
+def _step(model: nn.Module, image: Tensor, compiled: bool) -> Any:
     model = model.train().to(memory_format=torch.channels_last)
+    if compiled:
+        model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     target = torch.arange(len(image), device=image.device)
 

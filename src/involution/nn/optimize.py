@@ -5,7 +5,9 @@ import inspect
 import logging
 import math
 import operator
+import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ _FRESH = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torc
 _FRESH |= {torch.ops.involution.fused.default, torch.ops.involution.apply.default}
 _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
-    *("ipow", "iand", "ior", "ixor", "imatmul", "setitem"),
+    *("ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"),
 }
 _SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -74,14 +76,15 @@ class Optimized(nn.Module):
         self.unfused: list[str] = []
         # Nobody changes the copy, so nothing about its modules needs to be checked at every call.
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-        self._compiled = torch.compile(self.model, backend=self._compile, options=options)
+        # Held in a partial: as a submodule it would list every weight a second time.
+        self._run = partial(torch.compile(self.model, backend=self._compile, options=options))
         self.train(False)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         """The model's own."""
         inputs = tuple(_images_channels_last(value) for value in inputs)
         with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-            return self._compiled(*inputs, **options)
+            return self._run(*inputs, **options)
 
     def train(self, mode: bool = True) -> "Optimized":
         """Stays in evaluation mode: the weights are frozen."""
@@ -154,7 +157,9 @@ def _why_not(apply: Node) -> str:
     value = getattr(apply.args[0], "meta", {}).get("example_value")
     if value is not None and value.dtype not in (torch.float32, torch.float64):
         return f"the fused layer takes float32 and float64, not {value.dtype}"
-    return "its kernels come from a generator other than the default one"
+    if value is not None and not fused.has_kernel(value):
+        return f"the CPU kernels do not serve: {fused.why_no_kernel(value)}"
+    return "its kernels come from a generator other than the default one, or one with hooks"
 
 
 def _changes_in_place(graph: fx.GraphModule) -> bool:
@@ -401,4 +406,4 @@ def _constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
 def _place(node: Node) -> str:
     """The module that a node comes from, as named_modules() calls it."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return str(stack[-1][0]).replace("L['self'].", "") if stack else node.name
+    return re.sub(r"^L\['\w+'\]\.", "", str(stack[-1][0])) if stack else node.name

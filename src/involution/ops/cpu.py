@@ -98,7 +98,7 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
 
 
 def _kernel_dtypes(name: str, dtype: torch.dtype, taps: int, width: int) -> tuple[torch.dtype, torch.dtype]:
-    """What a kernel takes and makes for tensors of `dtype`: 16 bits, or float32 where 16 would round unfinished sums."""
+    """What a kernel takes and makes for tensors of `dtype`: float32 where 16 bits would round unfinished sums."""
     if dtype not in _16_BIT:
         return dtype, dtype
     if taps > _MOST_16_BIT_TAPS or (name == "correlate" and width > _MOST_16_BIT_WIDTH):

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import cpu, selection
+from .functional import Ints, per_axis
 from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
 from .reference import finish, generate, per_channel
 from .registration import evaluate, library
@@ -27,9 +28,9 @@ def fused_involution(
     hidden: Tensor,
     span_weight: Tensor,
     span_bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     relu: bool = False,
@@ -44,7 +45,7 @@ def fused_involution(
         hidden: ``[N, R, *O]``, what the span convolution reads.
         span_weight: [G * prod(K), R], group-major, then kernel positions.
         span_bias: [G * prod(K)] or None.
-        kernel_size: K, one number per axis, as `stride` and `dilation`.
+        kernel_size: K, an int or one per axis, as `stride` and `dilation`.
         stride: of the involution.
         dilation: of the involution.
         scale: [C] or None; with `shift`, of a folded norm.
@@ -64,7 +65,8 @@ def fused_involution(
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
-    window: tuple[Any, ...] = list(kernel_size), list(stride), list(dilation)
+    named = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    window = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _unfused(_fused_parts(*tensors, relu), window)  # the maps know every transform
     result: Tensor = torch.ops.involution.fused.default(*tensors, relu, *window)
@@ -75,6 +77,11 @@ def has_kernel(input: Tensor) -> bool:
     """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
     plain = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
     return plain and _CPU_RUNS and selection.forced in (None, "cpu")
+
+
+def why_no_kernel(input: Tensor) -> str:
+    """Why the CPU kernels do not run the fused layer on such a tensor."""
+    return selection.refusal("cpu", input)
 
 
 _CPU_RUNS = not cpu.why_not(None)  # asked once, here: torch.compile could not trace the answer

@@ -203,6 +203,11 @@ def layer_window(
     if taps < 1 or maps % taps != 0:
         raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")
     groups, output = maps // taps, layer_output(input[2:], stride)
+    if groups == 0 or input[1] % groups != 0:
+        raise ValueError(
+            f"span_weight must have G * {taps} rows with G dividing input's {input[1]} channels, got {maps}, "
+            f"which is G = {groups}"
+        )
     shapes: dict[str, Sequence[int]] = {
         "input": input,
         "kernel_map": (input[0], groups, *kernel_size, *output),

@@ -56,12 +56,12 @@ def backends(*call: Any, **options: Any) -> list[Backend]:
         ['cpu']
     """
     if not call and not options:
-        return [_record(name, _refusal(name), True) for name in _BACKENDS]
+        return [_record(name, refusal(name), True) for name in _BACKENDS]
     from .functional import check_call  # functional needs registration, which needs this module
 
     tensor, _ = check_call(*call, **options)
     chosen = backend_for(tensor)
-    return [_record(name, _refusal(name, tensor), module is chosen) for name, module in _BACKENDS.items()]
+    return [_record(name, refusal(name, tensor), module is chosen) for name, module in _BACKENDS.items()]
 
 
 def backend_for(tensor: Tensor) -> ModuleType:
@@ -71,14 +71,14 @@ def backend_for(tensor: Tensor) -> ModuleType:
         RuntimeError: INVOLUTION_BACKEND forces one that cannot.
     """
     for name, module in _BACKENDS.items():
-        if not _refusal(name, tensor):
+        if not refusal(name, tensor):
             if module is reference and forced is None and tensor.device.type == "cpu":
-                _warn_slow(_refusal("cpu", tensor))
+                _warn_slow(refusal("cpu", tensor))
             return module
-    raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {_refusal(str(forced), tensor)}")
+    raise RuntimeError(f"INVOLUTION_BACKEND={forced} cannot serve this call: {refusal(str(forced), tensor)}")
 
 
-def _refusal(name: str, tensor: Tensor | None = None) -> str:
+def refusal(name: str, tensor: Tensor | None = None) -> str:
     """Why a backend does not run a call on such tensors; empty if it can."""
     if forced not in (None, name):
         return f"INVOLUTION_BACKEND={forced} forbids it"

@@ -13,8 +13,8 @@ namespace {
 template <class S>
 using AdjointRun = Run<Number<S>, const Number<S>, const S>;
 
-// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
-// them known, every dx is loaded and stored once for all the products that it gets from a row of the kernel.
+// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry.
+// With them known, every dx is loaded and stored once for all the products that it gets from a row of the kernel.
 template <class S, int W, int Positions, int K, int Stride, bool Inside>
 INVOLUTION_INLINE void adjoint_tile(const Geometry& g, const AdjointRun<S>& tile) {
   using T = Number<S>;

@@ -12,8 +12,8 @@ namespace {
 template <class S>
 using ApplyRun = Run<const S, const Number<S>, S>;
 
-// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry. With
-// them known, every x is loaded once for all the sums it belongs to.
+// K and Stride are the fast axis' kernel size and stride where they are known (dilation 1); 0, 0 reads the geometry.
+// With them known, every x is loaded once for all the sums it belongs to.
 template <class S, int W, int Positions, int K, int Stride, bool Inside>
 INVOLUTION_INLINE void apply_tile(const Geometry& g, const ApplyRun<S>& tile) {
   using T = Number<S>;

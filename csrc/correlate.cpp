@@ -1,8 +1,8 @@
 // correlate: dk[n, g, u, o] = sum over the channels c of group g of g[n, c, o] * x[n, c, o*stride + u*dilation - padding]
 //
 // A patch of output positions of one group at a time. The patch's gradients and the inputs that it reads are packed as
-// [channel][position], so that one vector holds W positions of a channel, whatever the layout, the stride and the
-// dilation: for a tap, all of them multiply inputs that lie in a row. The sums come out as [tap][position] and go to the
+// [channel][position], so that one vector holds W positions of a channel, whatever the layout (channels last only, for
+// 16-bit numbers), the stride and the dilation: for a tap, all of them multiply inputs that lie in a row. The sums come out as [tap][position] and go to the
 // kernel map through a transposition.
 #include "geometry.h"
 

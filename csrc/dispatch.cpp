@@ -2,6 +2,10 @@
 #include <atomic>
 #include <cstring>
 
+#ifdef INVOLUTION_X86
+#include <cpuid.h>
+#endif
+
 #include "involution.h"
 
 #define INVOLUTION_DECLARE(isa)                                               \
@@ -60,6 +64,14 @@ struct InstructionSet {
       involution::isa::layer<float>, involution::isa::layer<double>, involution::isa::layer_scratch, \
       involution::isa::multiply_add_rounds
 
+#ifdef INVOLUTION_X86
+// F16C, which Clang's __builtin_cpu_supports knows from version 18 on.
+bool converts_halves() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 const InstructionSet kInstructionSets[] = {  // the best first
 #ifdef INVOLUTION_X86
     {"avx512",
@@ -68,10 +80,7 @@ const InstructionSet kInstructionSets[] = {  // the best first
               __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") != 0;
      },
      INVOLUTION_KERNELS(avx512)},
-    {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") != 0;
-     },
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && converts_halves(); },
      INVOLUTION_KERNELS(avx2)},
 #endif
     {"baseline", [] { return true; }, INVOLUTION_KERNELS(baseline)},

@@ -1,4 +1,5 @@
-// float16 and bfloat16 in memory, float at work. With vector extensions alone; F16C and AVX-512 convert halves by themselves.
+// float16 and bfloat16 in memory, float at work: halves by F16C and AVX-512 where a vector has their width, everything
+// else by integer arithmetic on vectors.
 #pragma once
 #include "vector.h"
 
@@ -33,15 +34,18 @@ INVOLUTION_INLINE Bits<V> narrow(const BFloat16*, V v) {
   return (v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16;
 }
 
-// A half's exponent counts from 15 and a float's from 127: 2^112 lies between, subnormal halves included.
+// A half's exponent counts from 15 and a float's from 127; infinities and NaN have the highest. Subnormal halves are
+// integers times 2^-24, converted as such: as subnormal floats they could be flushed to zero.
 template <class V>
 INVOLUTION_INLINE V widen(const Half*, Bits<V> bits) {
-  const V magnitude = from_bits<V>((bits & 0x7fff) << 13) * 0x1p112f;
-  const Bits<V> infinite = magnitude >= 65536.f ? Bits<V>{} + 0x7f800000 : Bits<V>{};  // or NaN
-  return from_bits<V>(bits_of(magnitude) | infinite | (bits & 0x8000) << 16);
+  const Bits<V> magnitude = bits & 0x7fff;
+  const V small = __builtin_convertvector(reinterpret_cast<Vector<int32_t, kWidth<V>>>(magnitude), V) * 0x1p-24f;
+  const Bits<V> normal = (magnitude << 13) + (magnitude < 0x7c00 ? Bits<V>{} + (112 << 23) : Bits<V>{} + (224u << 23));
+  return from_bits<V>((magnitude < 0x400 ? bits_of(small) : normal) | (bits & 0x8000) << 16);
 }
 
-// Rounds to the nearest, ties to even. Numbers below 2^-14 become subnormal: added to 1/2, their last bits are the half's.
+// Rounds to the nearest, ties to even. Numbers below 2^-14 become subnormal: added to 1/2, their last bits are the
+// half's.
 template <class V>
 INVOLUTION_INLINE Bits<V> narrow(const Half*, V v) {
   const Bits<V> sign = bits_of(v) & 0x80000000, bits = bits_of(v) ^ sign;

@@ -347,9 +347,6 @@ HOOKS = {
     "generator's forward pre": lambda layer, hook: layer.generator.register_forward_pre_hook(hook),
     "span's forward": lambda layer, hook: layer.generator.span.register_forward_hook(hook),
     "span's forward pre": lambda layer, hook: layer.generator.span.register_forward_pre_hook(hook),
-    "every module's": lambda layer, hook: nn.modules.module.register_module_forward_pre_hook(
-        lambda module, inputs: hook(module) if module is layer.generator.span else None
-    ),
 }
 
 

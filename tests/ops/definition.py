@@ -1,5 +1,6 @@
 """The definition of OPERATOR.md as a float64 loop, gradients included, and random geometries to hold it against."""
 
+import os
 from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
@@ -10,11 +11,17 @@ from hypothesis import strategies as st
 
 from involution.ops import cpu, selection
 
-BACKENDS = ["cpu", "reference"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then this process tests Triton's kernels, on CPU tensors
+BACKENDS = ["triton"] if INTERPRETED else ["cpu", "reference"]
 LIBRARY = cpu.library()
 assert LIBRARY is not None, cpu.why_not(None)
 INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "baseline") if LIBRARY.involution_use(name.encode())]
 LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
+
+
+def examples(count: int) -> int:
+    """How many random examples to try where `count` are usual: INVOLUTION_EXAMPLES says what part of them."""
+    return max(1, round(count * float(os.environ.get("INVOLUTION_EXAMPLES", "1"))))
 
 
 @contextmanager

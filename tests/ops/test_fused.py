@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from definition import BACKENDS, INSTRUCTION_SETS, backend
+from definition import BACKENDS, INSTRUCTION_SETS, backend, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -191,7 +191,7 @@ def assert_layer_agrees(layer: Layer, seed: int) -> None:
 def test_random_layers(dims: int) -> None:
     """300 a dimension, each on every backend: the output and the gradient of every tensor."""
 
-    @settings(max_examples=300)
+    @settings(max_examples=examples(300))
     @given(layer=layers(dims), seed=st.integers(0, 2**16))
     def check(layer: Layer, seed: int) -> None:
         assert_layer_agrees(layer, seed)
@@ -325,8 +325,8 @@ def blocks(draw: st.DrawFn, dims: int) -> Block:
 def assert_block_agrees(block: Block, seed: int, sets: tuple[str, ...] = ()) -> None:
     given = block.tensors(seed)
     want, bound = composed_block(block, named(given)), composed_block(block, named(given, absolute=True))
-    runs = [("reference", None), *(("cpu", isa) for isa in sets or (block.layer.instruction_set,))]
-    for name, isa in runs:
+    runs = {name: [None] for name in BACKENDS} | {"cpu": sets or (block.layer.instruction_set,)}
+    for name, isa in ((name, isa) for name in BACKENDS for isa in runs[name]):
         with backend(name, isa), threads(block.layer.threads):
             got = block.run(given)
         assert_within_rounding(got, want, bound, block.layer.dtype)
@@ -334,9 +334,9 @@ def assert_block_agrees(block: Block, seed: int, sets: tuple[str, ...] = ()) -> 
             assert (y.movedim(1, -1) if is_channels_last(given["input"]) else y).is_contiguous()
 
 
-@pytest.mark.parametrize(("dims", "examples"), [(1, 40), (2, 200), (3, 40)])
-def test_random_bottlenecks(dims: int, examples: int) -> None:
-    @settings(max_examples=examples)
+@pytest.mark.parametrize(("dims", "count"), [(1, 40), (2, 200), (3, 40)])
+def test_random_bottlenecks(dims: int, count: int) -> None:
+    @settings(max_examples=examples(count))
     @given(block=blocks(dims), seed=st.integers(0, 2**16))
     def check(block: Block, seed: int) -> None:
         assert_block_agrees(block, seed)
@@ -611,6 +611,7 @@ def arguments() -> dict[str, Any]:
         ({"hidden": torch.randn(2, 5, 9)}, ValueError, "hidden must be"),
         ({"hidden": torch.randn(2, 5, 3, 3).double()}, TypeError, "hidden must have input's .* got torch.float64"),
         ({"input": torch.randn(2, 8, 5, 6).int()}, TypeError, "input must have .*floating dtype"),
+        ({"input": torch.randn(2, 8)}, ValueError, r"input must be .* one to three spatial axes, got \[2, 8\]"),
         ({"input": torch.randn(2, 7, 5, 6)}, ValueError, "span_weight .* dividing input's 7 channels"),
         ({"span_weight": torch.randn(17, 5)}, ValueError, r"span_weight must have G \* 9 rows .* got 17"),
         (
@@ -743,7 +744,7 @@ def test_has_kernel() -> None:
         assert not has_kernel(x)
 
 
-RUNS = [("reference", None), *(("cpu", name) for name in INSTRUCTION_SETS)]
+RUNS = [(name, isa) for name in BACKENDS for isa in (INSTRUCTION_SETS if name == "cpu" else [None])]
 every_run = pytest.mark.parametrize(("name", "instruction_set"), RUNS)
 
 

@@ -32,22 +32,25 @@ def maps_of(case: Case, x: Tensor, k: Tensor, g: Tensor) -> dict[str, Callable[[
 def layers(
     cases: Sequence[Case], batches: Sequence[int], seconds: float, roof: Roof, prototype: baselines.Prototype | None
 ) -> list[Row]:
-    """Every map alone: its time, its fraction of the roof, and float32's time over that of the same in bfloat16; where
-    there is one, the prototype's time over ours.
+    """Every map alone: its time and its fraction of the roof; its time over that of the same on tensors stored in 16
+    bits; where there is one, the prototype's time over ours.
     """
     rows = []
     for batch in batches:
         for case in cases:
             x, k, g = (tensor.detach() for tensor in case.tensors(batch))
             ours = maps_of(case, x, k, g)
-            stored_in_16_bits = maps_of(case, *(tensor.bfloat16() for tensor in (x, k, g)))
+            narrow = {
+                name: maps_of(case, *(tensor.to(dtype) for tensor in (x, k, g)))
+                for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16))
+            }
             theirs = prototype.maps(case, x, k, g) if prototype else {}
             for name in _MAPS:
                 rivals = {"ours": ours[name]} | ({"prototype": theirs[name]} if theirs else {})
                 _check_equal({rival: run() for rival, run in rivals.items()})
-                times = in_turn(rivals | {"bfloat16": stored_in_16_bits[name]}, seconds)
+                times = in_turn(rivals | {dtype: maps[name] for dtype, maps in narrow.items()}, seconds)
                 row = _row(name, case, batch, times) | _under(roof, times, case.flops(batch), case.bytes(batch))
-                row["bfloat16"] = median(times["ours"]) / median(times["bfloat16"])
+                row |= {dtype: median(times["ours"]) / median(times[dtype]) for dtype in narrow}
                 if theirs:
                     row["prototype"] = median(times["prototype"]) / median(times["ours"])
                 rows.append(row)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ..ops.reference import average_windows
 
@@ -85,7 +84,7 @@ class BottleneckGenerator(nn.Module):
         """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = _has_any_global_hook() or any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
+        hooked = any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
         return plain and not hooked and _is_pointwise(self.span)
 
 

@@ -75,9 +75,12 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     """Brings both operands into the layout of the first, or a faster one, runs the kernel, and fills `out` (last)."""
     out = tensors[2]
     taps = math.prod(geometry.kernel)
-    dtype, result_dtype = _kernel_dtypes(name, out.dtype, taps, geometry.channels // geometry.groups)
-    large = name != "correlate" and taps >= _LARGE_KERNEL
-    channels_last = large or dtype in _16_BIT or is_channels_last(tensors[0])
+    channels_last = (name != "correlate" and taps >= _LARGE_KERNEL) or is_channels_last(tensors[0])
+    in_16_bits = channels_last and taps <= _MOST_16_BIT_TAPS
+    if name == "correlate":
+        in_16_bits = in_16_bits and geometry.channels // geometry.groups <= _MOST_16_BIT_WIDTH
+    dtype = torch.float32 if out.dtype in _16_BIT and not in_16_bits else out.dtype
+    result_dtype = torch.float32 if dtype in _16_BIT and name == "adjoint" else dtype
     if channels_last:
         dims = len(geometry.input)
         tensors = tuple(  # type: ignore[assignment]
@@ -95,15 +98,6 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     )
     if result is not tensors[2]:
         tensors[2].copy_(result)
-
-
-def _kernel_dtypes(name: str, dtype: torch.dtype, taps: int, width: int) -> tuple[torch.dtype, torch.dtype]:
-    """What a kernel takes and makes for tensors of `dtype`: float32 where 16 bits would round unfinished sums."""
-    if dtype not in _16_BIT:
-        return dtype, dtype
-    if taps > _MOST_16_BIT_TAPS or (name == "correlate" and width > _MOST_16_BIT_WIDTH):
-        return torch.float32, torch.float32
-    return dtype, torch.float32 if name == "adjoint" else dtype
 
 
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:

@@ -65,6 +65,8 @@ def fused_involution(
     if device != "meta" and torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         tensors = [None if t is None else t.to(dtype) for t in tensors]
+    if not 3 <= input.dim() <= 5:
+        raise ValueError(f"input must be [N, C, *S] with one to three spatial axes, got {list(input.shape)}")
     named = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     window = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:

@@ -249,8 +249,7 @@ def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
     if not is_channels_last(like):
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
     order = memory_order(role, like.dim() - 2)
-    in_memory = torch.empty([size[axis] for axis in order], dtype=like.dtype, device=like.device)
-    return in_memory.permute(logical_order(role, like.dim() - 2))
+    return torch.empty_permuted(tuple(size), order, dtype=like.dtype, device=like.device)
 
 
 @cache

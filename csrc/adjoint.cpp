@@ -136,35 +136,39 @@ void adjoint_channels_last(const Geometry& g, const S* grad, const S* k, Number<
 }
 
 // -------------------------------------------------------------------------------------------------- contiguous
-// One input row of every channel of a group at a time: the kernel map's row of each tap meets them all.
+// A block of input rows of every channel of a group at a time: the kernel map's rows of each tap meet them all.
 template <class T>
 void adjoint_contiguous(const Geometry& g, const T* grad, const T* k, T* dx) {
-  const Index width = g.channels / g.groups, rows = g.input[0] * g.input[1], row_length = g.input[2];
+  const Index width = g.channels / g.groups, row_length = g.input[2], inputs = volume(g.input);
   const Index positions = volume(g.output), taps = volume(g.kernel);
-  in_parallel(g, g.batch * g.groups * rows, [&](Index i) {
-    const Index group = i / rows, depth = i % rows / g.input[1], height = i % g.input[1];  // group of all images
-    T* out = dx + group * width * rows * row_length + i % rows * row_length;
+  const Blocks blocks(g, g.input);
+  in_parallel(g, blocks.count(), [&](Index i) {
+    const Index group = blocks.group(i), depth = blocks.depth(i);  // group of all images
+    const Range rows = blocks.rows(i);
+    T* out = dx + group * width * inputs + depth * g.input[1] * row_length;
     for (Index c = 0; !g.adds && c < width; ++c) {
-      for (Index j = 0; j < row_length; ++j) out[c * rows * row_length + j] = 0;
+      for (Index j = rows.first * row_length; j < rows.end * row_length; ++j) out[c * inputs + j] = 0;
     }
     for (Index a = 0; a < g.kernel[0]; ++a) {
       const Index od = output_at(g, 0, depth, a);
       if (od < 0) continue;
       for (Index b = 0; b < g.kernel[1]; ++b) {
-        const Index oh = output_at(g, 1, height, b);
-        if (oh < 0) continue;
-        const Index at = (od * g.output[1] + oh) * g.output[2];
         for (Index v = 0; v < g.kernel[2]; ++v) {
           const Range js = outputs_of_tap(g, 2, v);
-          const T* map = k + (group * taps + (a * g.kernel[1] + b) * g.kernel[2] + v) * positions + at;
-          for (Index c = 0; c < width; ++c) {
-            const T* in = grad + (group * width + c) * positions + at;
-            T* row = out + c * rows * row_length + v * g.dilation[2] - g.padding[2];
-            if (g.stride[2] == 1) {
+          const T* map = k + (group * taps + (a * g.kernel[1] + b) * g.kernel[2] + v) * positions;
+          for (Index height = rows.first; height < rows.end; ++height) {
+            const Index oh = output_at(g, 1, height, b);
+            if (oh < 0) continue;
+            const Index at = (od * g.output[1] + oh) * g.output[2];
+            for (Index c = 0; c < width; ++c) {
+              const T *in = grad + (group * width + c) * positions + at, *weights = map + at;
+              T* row = out + c * inputs + height * row_length + v * g.dilation[2] - g.padding[2];
+              if (g.stride[2] == 1) {
 #pragma omp simd
-              for (Index j = js.first; j < js.end; ++j) row[j] += map[j] * in[j];
-            } else {
-              for (Index j = js.first; j < js.end; ++j) row[j * g.stride[2]] += map[j] * in[j];
+                for (Index j = js.first; j < js.end; ++j) row[j] += weights[j] * in[j];
+              } else {
+                for (Index j = js.first; j < js.end; ++j) row[j * g.stride[2]] += weights[j] * in[j];
+              }
             }
           }
         }

@@ -115,35 +115,41 @@ void apply_channels_last(const Geometry& g, const S* x, const S* k, S* y) {
 }
 
 // -------------------------------------------------------------------------------------------------- contiguous
-// One output row of every channel of a group at a time: the kernel map's row of each tap meets them all.
+// A block of output rows of every channel of a group at a time: the kernel map's rows of each tap meet them all.
 template <class T>
 void apply_contiguous(const Geometry& g, const T* x, const T* k, T* y) {
-  const Index width = g.channels / g.groups, rows = g.output[0] * g.output[1], row_length = g.output[2];
-  in_parallel(g, g.batch * g.groups * rows, [&](Index i) {
-    const Index group = i / rows, depth = i % rows / g.output[1], height = i % g.output[1];  // group of all images
+  const Index width = g.channels / g.groups, row_length = g.output[2], positions = volume(g.output);
+  const Blocks blocks(g, g.output);
+  in_parallel(g, blocks.count(), [&](Index i) {
+    const Index group = blocks.group(i), depth = blocks.depth(i);  // group of all images
+    const Range rows = blocks.rows(i);
     const T* images = x + group * width * volume(g.input);
-    const T* maps = k + group * volume(g.kernel) * rows * row_length + i % rows * row_length;
-    T* out = y + group * width * rows * row_length + i % rows * row_length;
+    const T* maps = k + group * volume(g.kernel) * positions + depth * g.output[1] * row_length;
+    T* out = y + group * width * positions + depth * g.output[1] * row_length;
     for (Index c = 0; c < width; ++c) {
-      for (Index j = 0; j < row_length; ++j) out[c * rows * row_length + j] = 0;
+      for (Index j = rows.first * row_length; j < rows.end * row_length; ++j) out[c * positions + j] = 0;
     }
-    const Range a_range = taps_of_output(g, 0, depth), b_range = taps_of_output(g, 1, height);
+    const Range a_range = taps_of_output(g, 0, depth);
     for (Index a = a_range.first; a < a_range.end; ++a) {
-      for (Index b = b_range.first; b < b_range.end; ++b) {
-        const Index d = depth * g.stride[0] + a * g.dilation[0] - g.padding[0];
-        const Index h = height * g.stride[1] + b * g.dilation[1] - g.padding[1];
+      const Index d = depth * g.stride[0] + a * g.dilation[0] - g.padding[0];
+      for (Index b = 0; b < g.kernel[1]; ++b) {
+        const Range hs = both(rows, outputs_of_tap(g, 1, b));
         for (Index v = 0; v < g.kernel[2]; ++v) {
           const Range js = outputs_of_tap(g, 2, v);
-          const T* map = maps + ((a * g.kernel[1] + b) * g.kernel[2] + v) * rows * row_length;
+          const T* map = maps + ((a * g.kernel[1] + b) * g.kernel[2] + v) * positions;
           const Index shift = v * g.dilation[2] - g.padding[2];
-          for (Index c = 0; c < width; ++c) {
-            const T* in = images + c * volume(g.input) + (d * g.input[1] + h) * g.input[2] + shift;
-            T* row = out + c * rows * row_length;
-            if (g.stride[2] == 1) {
+          for (Index o = hs.first; o < hs.end; ++o) {
+            const Index h = o * g.stride[1] + b * g.dilation[1] - g.padding[1];
+            for (Index c = 0; c < width; ++c) {
+              const T* in = images + c * volume(g.input) + (d * g.input[1] + h) * g.input[2] + shift;
+              T* row = out + c * positions + o * row_length;
+              const T* weights = map + o * row_length;
+              if (g.stride[2] == 1) {
 #pragma omp simd
-              for (Index j = js.first; j < js.end; ++j) row[j] += map[j] * in[j];
-            } else {
-              for (Index j = js.first; j < js.end; ++j) row[j] += map[j] * in[j * g.stride[2]];
+                for (Index j = js.first; j < js.end; ++j) row[j] += weights[j] * in[j];
+              } else {
+                for (Index j = js.first; j < js.end; ++j) row[j] += weights[j] * in[j * g.stride[2]];
+              }
             }
           }
         }

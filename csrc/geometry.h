@@ -34,6 +34,9 @@ struct Range {
 // Part i of `parts` nearly equal parts of a range [0, size).
 INVOLUTION_INLINE Range part(Index i, Index parts, Index size) { return {i * size / parts, (i + 1) * size / parts}; }
 
+// What two ranges share; empty (and perhaps with its end before its first) where they share nothing.
+INVOLUTION_INLINE Range both(Range a, Range b) { return {most(a.first, b.first), least(a.end, b.end)}; }
+
 // The taps u of one axis that meet the input from output position o.
 INVOLUTION_INLINE Range taps_of_output(const Geometry& g, int axis, Index o) {
   const Index start = o * g.stride[axis] - g.padding[axis], step = g.dilation[axis];
@@ -151,6 +154,22 @@ struct Items {
     const Index first = item % blocks * groups_per_block;
     return {first, least(g.groups, first + groups_per_block)};
   }
+};
+
+// Contiguous images in blocks of rows: one group's rows of all its channels, so many that the first cache holds them.
+struct Blocks {
+  Index groups, depths, heights, down;
+
+  INVOLUTION_INLINE Blocks(const Geometry& g, const int64_t (&sizes)[3])
+      : groups(g.batch * g.groups), depths(sizes[0]), heights(sizes[1]) {
+    const Index row = g.channels / g.groups * sizes[2], kept = most(1, 4096 / row);
+    const Index wanted = ceil_divide(4 * g.threads, groups * depths);  // for the threads
+    down = least(heights, most(wanted, ceil_divide(heights, kept)));
+  }
+  INVOLUTION_INLINE Index count() const { return groups * depths * down; }
+  INVOLUTION_INLINE Index group(Index item) const { return item / down / depths; }
+  INVOLUTION_INLINE Index depth(Index item) const { return item / down % depths; }
+  INVOLUTION_INLINE Range rows(Index item) const { return part(item % down, down, heights); }
 };
 
 }  // namespace INVOLUTION_ISA

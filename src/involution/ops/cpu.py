@@ -68,17 +68,18 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
     _call("correlate", (grad, input, out), geometry)
 
 
-_LARGE_KERNEL = 25  # taps from which contiguous tensors are faster converted to channels last, and back
+_LARGE_KERNEL, _WIDE_GROUP = 25, 16  # from which on contiguous tensors are faster converted to channels last, and back
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
     """Brings both operands into the layout of the first, or a faster one, runs the kernel, and fills `out` (last)."""
     out = tensors[2]
-    taps = math.prod(geometry.kernel)
-    channels_last = (name != "correlate" and taps >= _LARGE_KERNEL) or is_channels_last(tensors[0])
+    taps, width = math.prod(geometry.kernel), geometry.channels // geometry.groups
+    large = name != "correlate" and taps >= _LARGE_KERNEL and width >= _WIDE_GROUP
+    channels_last = large or is_channels_last(tensors[0])
     in_16_bits = channels_last and taps <= _MOST_16_BIT_TAPS
     if name == "correlate":
-        in_16_bits = in_16_bits and geometry.channels // geometry.groups <= _MOST_16_BIT_WIDTH
+        in_16_bits = in_16_bits and width <= _MOST_16_BIT_WIDTH
     dtype = torch.float32 if out.dtype in _16_BIT and not in_16_bits else out.dtype
     result_dtype = torch.float32 if dtype in _16_BIT and name == "adjoint" else dtype
     if channels_last:

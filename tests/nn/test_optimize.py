@@ -472,7 +472,7 @@ def test_reasons_tell_another_backend_and_hooks_from_another_generator(
     with monkeypatch.context() as patch:
         patch.setattr(selection, "forced", "reference")
         (said,) = optimize(model, x).unfused
-    assert said == "middle runs unfused: the CPU kernels do not serve: INVOLUTION_BACKEND=reference forbids it"
+    assert said == "middle runs unfused: no kernel of the fused layer serves: INVOLUTION_BACKEND=reference forbids it"
     model.middle.generator.span.register_forward_hook(lambda *_: None)
     (said,) = optimize(model, x).unfused
     assert "with hooks" in said

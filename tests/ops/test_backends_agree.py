@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from definition import BACKENDS, INSTRUCTION_SETS, Call, backend, calls, loop
+from definition import BACKENDS, INSTRUCTION_SETS, INTERPRETED, Call, backend, calls, examples, loop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -10,7 +10,8 @@ import involution
 from involution.ops.geometry import is_channels_last
 
 OPERATOR = {1: involution.involution1d, 2: involution.involution2d, 3: involution.involution3d}
-# In units of the largest value: the rounding of the result, and of sums of a few hundred products.
+# In units of the largest value: the rounding of the result, and of sums of a few hundred products. Triton's interpreter
+# may round a bfloat16 the wrong way, by one unit in the last place more.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -33,7 +34,7 @@ def assert_agrees(name: str, call: Call, seed: int) -> None:
 def test_random_geometries(dims: int) -> None:
     """700 geometries a dimension; each one on every backend."""
 
-    @settings(max_examples=700)
+    @settings(max_examples=examples(700))
     @given(call=calls(dims), seed=st.integers(0, 2**16))
     def check(call: Call, seed: int) -> None:
         for name in BACKENDS:
@@ -105,15 +106,17 @@ def test_half_precision_error_is_at_most_twice_that_of_conv2d(
 ) -> None:
     """A depthwise convolution is the involution whose kernel is the same everywhere."""
     torch.manual_seed(0)
-    x, w = torch.randn(4, 32, 20, 20).to(dtype), torch.randn(32, 1, 7, 7).to(dtype)
-    k = w.view(1, 32, 7, 7, 1, 1).expand(4, 32, 7, 7, 20, 20)
+    n, c = (1, 16) if INTERPRETED else (4, 32)
+    x, w = torch.randn(n, c, 20, 20).to(dtype), torch.randn(c, 1, 7, 7).to(dtype)
+    k = w.view(1, c, 7, 7, 1, 1).expand(n, c, 7, 7, 20, 20)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=3, groups=32)
-    theirs = (torch.nn.functional.conv2d(x, w, padding=3, groups=32).double() - exact).abs().max()
+    exact = torch.nn.functional.conv2d(x.double(), w.double(), padding=3, groups=c)
+    theirs = (torch.nn.functional.conv2d(x, w, padding=3, groups=c).double() - exact).abs().max()
     with backend(name):
         ours = (involution.involution2d(x, k, padding=3).double() - exact).abs().max()
-    assert ours <= 2 * theirs
+    last_place = exact.abs().max() * torch.finfo(dtype).eps
+    assert ours <= 2 * theirs + (last_place if INTERPRETED and dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("name", BACKENDS)

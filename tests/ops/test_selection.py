@@ -25,24 +25,29 @@ def call() -> tuple[torch.Tensor, torch.Tensor, int, int]:
 
 def test_records_for_a_call_name_the_one_that_serves() -> None:
     records = involution.backends(*call())
-    assert [(r.name, r.available, r.serves) for r in records] == [("cpu", True, True), ("reference", True, False)]
+    assert [(r.name, r.serves) for r in records] == [("cpu", True), ("triton", False), ("reference", False)]
+    assert records[0].available
     assert records[0].reason == ""
-    assert "preferred" in records[1].reason
+    assert "tensors are on cpu" in records[1].reason
+    assert "preferred" in records[2].reason
     with backend("reference"):
         records = involution.backends(*call())
-        assert [r.serves for r in records] == [False, True]
+        assert [r.serves for r in records] == [False, False, True]
         assert "INVOLUTION_BACKEND=reference" in records[0].reason
 
 
 def test_records_in_general() -> None:
-    assert all(r.available and r.serves and not r.reason for r in involution.backends())
+    cpu_kernels, triton, reference = involution.backends()
+    assert all(r.available and r.serves and not r.reason for r in (cpu_kernels, reference))
+    if not torch.accelerator.is_available():
+        assert (triton.available, triton.serves, triton.reason) == (False, False, "torch finds no GPU")
 
 
 def test_records_for_tensors_elsewhere() -> None:
     x, k, *window = call()
     records = involution.backends(x.to("meta"), k.to("meta"), *window)
-    assert [r.serves for r in records] == [False, True]
-    assert "meta" in records[0].reason
+    assert [r.serves for r in records] == [False, False, True]
+    assert all("meta" in record.reason for record in records[:2])
 
 
 def test_a_bad_call_gets_the_front_doors_error() -> None:
@@ -79,7 +84,7 @@ def test_environment_variables_are_checked() -> None:
     assert run(code, INVOLUTION_BACKEND="reference").returncode == 0
     wrong = run(code, INVOLUTION_BACKEND="cuda")
     assert wrong.returncode != 0
-    assert "INVOLUTION_BACKEND must be one of cpu, reference, got 'cuda'" in wrong.stderr
+    assert "INVOLUTION_BACKEND must be one of cpu, triton, reference, got 'cuda'" in wrong.stderr
     wrong = run(code, INVOLUTION_ISA="sse9")
     assert "INVOLUTION_ISA='sse9': wanted avx512, avx2 or baseline" in wrong.stderr
     for name in INSTRUCTION_SETS:
@@ -96,12 +101,31 @@ def test_without_kernels_the_reference_serves_and_says_so_once(monkeypatch: pyte
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         involution.involution2d(*call())
-    assert [(r.name, r.available, r.serves) for r in involution.backends(*call())] == [
-        ("cpu", False, False),
-        ("reference", True, True),
-    ]
+    records = involution.backends(*call())
+    assert [(r.name, r.serves) for r in records] == [("cpu", False), ("triton", False), ("reference", True)]
+    assert not records[0].available
     with backend("cpu"), pytest.raises(RuntimeError, match=r"INVOLUTION_BACKEND=cpu cannot serve.*not installed"):
         involution.involution2d(*call())
+
+
+def test_asked_for_triton_without_a_gpu_its_kernels_are_interpreted() -> None:
+    code = """
+import torch, involution
+x, k = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(1, 2, 3, 3, 5, 5, requires_grad=True)
+print([b.name for b in involution.backends(x, k, 1, 1) if b.serves])
+y = involution.involution2d(x, k, 1, 1)
+y.sum().backward()
+from involution.ops import reference, selection
+selection.forced = "reference"
+want = involution.involution2d(x, k, 1, 1)
+torch.testing.assert_close(y, want)
+torch.testing.assert_close(torch.autograd.grad(want.sum(), (x, k)), (x.grad, k.grad))
+"""
+    if torch.accelerator.is_available():
+        pytest.skip("there is a GPU, which compiles them")
+    done = run(code, INVOLUTION_BACKEND="triton")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['triton']"
 
 
 def test_asked_for_the_reference_there_is_no_warning() -> None:

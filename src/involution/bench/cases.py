@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """One layer's call, channels_last, float32, group width 16, padding K // 2."""
+    """One layer's call, channels_last, group width 16, padding K // 2; bytes are float32's."""
 
     name: str
     channels: int
@@ -31,13 +31,15 @@ class Case(NamedTuple):
         """Stride, padding and dilation, as the operators take them."""
         return [self.stride] * 2, [self.kernel_size // 2] * 2, [1, 1]
 
-    def tensors(self, batch: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(
+        self, batch: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """input, kernel map and output gradient, in channels_last memory; the first two require gradients."""
         torch.manual_seed(0)
-        k, last = self.kernel_size, torch.channels_last
-        x = torch.randn(batch, self.channels, self.height, self.width, device=device).to(memory_format=last)
-        flat = torch.randn(batch, self.groups * k * k, *self.output, device=device).to(memory_format=last)
-        g = torch.randn(batch, self.channels, *self.output, device=device).to(memory_format=last)
+        k, like = self.kernel_size, {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
+        x = torch.randn(batch, self.channels, self.height, self.width).to(**like)  # type: ignore[call-overload]
+        flat = torch.randn(batch, self.groups * k * k, *self.output).to(**like)  # type: ignore[call-overload]
+        g = torch.randn(batch, self.channels, *self.output).to(**like)  # type: ignore[call-overload]
         return x.requires_grad_(), flat.unflatten(1, (self.groups, k, k)).requires_grad_(), g
 
     def flops(self, batch: int) -> float:

@@ -17,11 +17,12 @@ from .baselines import Prototype
 from .cases import CASES, NECK, Case
 from .memory import memory
 from .models import models, training
+from .paper import paper
 from .report import print_tables, write
 from .roof import measure_roof
 from .timer import Row
 
-SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead")
+SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,9 +53,10 @@ def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Pro
     seconds, device = options.seconds, options.device
     per_case: dict[str, Callable[[list[Case], list[int]], list[Row]]] = {
         "layers": lambda some, batches: kernels.layers(some, batches, seconds, roof, prototype),
-        "against": lambda some, batches: kernels.against(some, batches, seconds, device),
+        "against": lambda some, batches: kernels.against(some, batches, seconds, device, options.dtype),
         "fused": lambda some, batches: kernels.fused(some, batches, seconds, roof),
         "threads": lambda some, batches: kernels.threads(some, batches, seconds),
+        "paper": paper,
     }
     if subject in per_case:
         return [row for some, batches in usual for row in per_case[subject](some, batches)]
@@ -76,7 +78,10 @@ def parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and pictures")
     parser.add_argument("--prototype", type=Path, help="a C++ study to compare with, for layers (inv.cpp)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda for against, models and training")
+    dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="for against")
     options = parser.parse_args(arguments)
+    options.dtype = dtypes[options.dtype]
     problem = ""
     if unknown := [name for name in options.what if name not in (*SUBJECTS, "all")]:
         problem = f"what must be of {what} or all, got {', '.join(unknown)}"
@@ -98,6 +103,7 @@ def describe(flops: float, bandwidth: float) -> dict[str, Any]:
     """The machine, as the report and the JSON have it."""
     return {
         "cpu": cpu_name(),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
         "instruction set": cpu.instruction_set(),
         "torch": torch.__version__,

@@ -158,7 +158,7 @@ def _why_not(apply: Node) -> str:
     if value is not None and value.dtype not in (torch.float32, torch.float64):
         return f"the fused layer takes float32 and float64, not {value.dtype}"
     if value is not None and not fused.has_kernel(value):
-        return f"the CPU kernels do not serve: {fused.why_no_kernel(value)}"
+        return f"no kernel of the fused layer serves: {fused.why_no_kernel(value)}"
     return "its kernels come from a generator other than the default one, or one with hooks"
 
 

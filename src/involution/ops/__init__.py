@@ -4,5 +4,12 @@ Importing this registers torch.ops.involution.apply, .adjoint, .correlate, .fuse
 loading an exported program needs that.
 """
 
+import os
+
+import torch
+
+if os.environ.get("INVOLUTION_BACKEND") == "triton" and not torch.accelerator.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels on CPU tensors; Triton reads this when it is imported
+
 from . import fused as fused
 from . import registration as registration

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, selection
+from . import cpu, gpu, selection
 from .functional import Ints, per_axis
 from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
 from .reference import finish, generate, per_channel
@@ -77,13 +77,14 @@ def fused_involution(
 
 def has_kernel(input: Tensor) -> bool:
     """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
-    plain = input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
-    return plain and _CPU_RUNS and selection.forced in (None, "cpu")
+    if input.device.type != "cpu":
+        return gpu.fuses(input) and selection.forced in (None, "triton")
+    return input.dtype in (torch.float32, torch.float64) and _CPU_RUNS and selection.forced in (None, "cpu")
 
 
 def why_no_kernel(input: Tensor) -> str:
-    """Why the CPU kernels do not run the fused layer on such a tensor."""
-    return selection.refusal("cpu", input)
+    """Why such a tensor's fused layer has no kernel of its own."""
+    return selection.refusal("cpu" if input.device.type == "cpu" else "triton", input)
 
 
 _CPU_RUNS = not cpu.why_not(None)  # asked once, here: torch.compile could not trace the answer

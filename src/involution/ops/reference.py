@@ -5,7 +5,7 @@ is overwritten. Half precision accumulates in float32. Taps outside the input ar
 there has no effect.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,41 +39,74 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
         out[at_map] = (g[at_output] * x[at_input]).sum(2)
 
 
-def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
-    """A fused layer, step by step; `outs` are its output and, where one is asked for, the following convolution's."""
+def in_steps(
+    parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry, apply: Callable[..., None] = apply
+) -> Tensor:
+    """A fused layer's own output, from its hidden features: the kernel map, the aggregation, and what follows it."""
+    weight = unpack(parts.span_weight, parts.span_bias)
+    apply(parts.input, generate(hidden, weight, parts.span_bias, geometry), y, geometry)
+    return finish(y, parts)
+
+
+def layer(
+    parts: LayerParts,
+    outs: Sequence[Tensor],
+    geometry: Geometry,
+    aggregate: Callable[[LayerParts, Tensor, Tensor, Geometry], Tensor] = in_steps,
+) -> None:
+    """A fused layer, step by step; `outs` are its output and, where one is asked for, the following convolution's.
+
+    `aggregate` makes the layer's own output, in the memory that it is given or elsewhere.
+    """
     hidden = parts.hidden
     if hidden is None:
         pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
         hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
-    y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
-    span_weight = unpack(parts.span_weight, parts.span_bias)
-    apply(parts.input, generate(hidden, span_weight, parts.span_bias, geometry), y, geometry)
-    y = finish(y, parts)
+    y = outs[0]
+    if parts.next_weight is not None:
+        y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
+    y = aggregate(parts, hidden, y, geometry)
     if parts.next_weight is not None:
         y = _pointwise(y, parts.next_weight, parts.next_bias)
         if parts.shortcut is not None:
             y = y + parts.shortcut
         if parts.next_relu:
             y = y.relu()
-    outs[0].copy_(y)
+    if y is not outs[0]:
+        outs[0].copy_(y)
     if parts.following_weight is not None:
         outs[1].copy_(_pointwise(y, parts.following_weight, parts.following_bias).relu())
 
 
-def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
-    """Gradients of a fused layer with respect to input, hidden features, span weight and bias; makes the map again."""
-    input, hidden, weight = parts.input, parts.hidden, parts.span_weight
-    assert hidden is not None
-    kernel_map = generate(hidden, weight, parts.span_bias, geometry)
-    dx, dhidden, dweight, dbias = results
-    adjoint(grad, kernel_map, dx, geometry)
-    dmap = torch.empty_like(kernel_map)
-    correlate(grad, input, dmap, geometry)
-    flat = dmap.permute(memory_order("kernel_map", len(geometry.kernel))).flatten(0, -2 - len(geometry.kernel))
-    flat = flat.flatten(1)  # [N * prod(O), G * prod(K)]
-    dhidden.copy_((flat @ weight).view(geometry.batch, *geometry.output, -1).movedim(-1, 1))
-    dweight.copy_(flat.t() @ hidden.movedim(1, -1).flatten(0, -2))
-    dbias.copy_(flat.sum(0))
+def layer_backward(
+    grad: Tensor,
+    parts: LayerParts,
+    results: Sequence[Tensor],
+    geometry: Geometry,
+    maps: tuple[Callable[..., None], Callable[..., None]] = (adjoint, correlate),
+    images: int | None = None,
+) -> None:
+    """Gradients of a fused layer with respect to input, hidden features, span weight and bias; makes the map again.
+
+    `maps` are the two to use, on `images` at a time, or on all.
+    """
+    weight, (dx, dhidden, dweight, dbias) = parts.span_weight, results
+    assert parts.hidden is not None
+    order = memory_order("kernel_map", len(geometry.kernel))
+    totals = [torch.zeros_like(total, dtype=_widened(total[:0]).dtype) for total in (dweight, dbias)]
+    for n in range(0, geometry.batch, images or geometry.batch):
+        some = slice(n, n + (images or geometry.batch))
+        hidden = parts.hidden[some]
+        part = geometry._replace(batch=len(hidden))
+        kernel_map = generate(hidden, weight, parts.span_bias, part)
+        maps[0](grad[some], kernel_map, dx[some], part)
+        maps[1](grad[some], parts.input[some], kernel_map, part)  # the map becomes its own gradient
+        flat = kernel_map.permute(order).flatten(0, len(geometry.kernel)).flatten(1)  # [N * prod(O), G * prod(K)]
+        dhidden[some].copy_((flat @ weight).view(len(hidden), *geometry.output, -1).movedim(-1, 1))
+        totals[0] += flat.t() @ hidden.movedim(1, -1).flatten(0, -2)
+        totals[1] += flat.sum(0, dtype=totals[1].dtype)
+    dweight.copy_(totals[0])
+    dbias.copy_(totals[1])
 
 
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu, gpu, reference
 
-_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in order of preference
+_BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": gpu, "reference": reference}  # in order of preference
 
 
 def _forced_backend() -> str | None:

@@ -1,0 +1,239 @@
+"""The GPU backend: launches the Triton kernels of gpu_kernels.py, on the tensors' device and its current stream.
+
+With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, interpreted: slow, and for tests.
+"""
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order, unpack
+
+DEVICES = ("cuda", "xpu")  # "cuda" is AMD's too
+_OLDEST = (7, 0)  # NVIDIA's compute capability that Triton compiles for
+_ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
+_MOST_HIDDEN = 512  # features whose tile fits the registers; beyond, the kernel map is stored
+_MAP_AT_ONCE = 1 << 24  # numbers of the kernel map in a fused layer's backward pass
+
+
+class Tile(NamedTuple):
+    """What one program makes, and with how many warps; all powers of two."""
+
+    positions: int
+    groups: int
+    width: int  # channels of a group
+    warps: int
+
+
+def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.apply."""
+    _call("apply", (input, kernel_map, out), geometry)
+
+
+def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.adjoint."""
+    _call("adjoint", (grad, kernel_map, out), geometry)
+
+
+def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.correlate."""
+    _call("correlate", (grad, input, out), geometry)
+
+
+def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
+    """Brings both operands into the layout of the first, runs the kernel, and fills `out`, which has it already."""
+    channels_last = is_channels_last(tensors[0])
+    if channels_last:
+        orders = (memory_order(role, len(geometry.input)) for role in _ROLES[name])
+        tensors = tuple(t.permute(order) for t, order in zip(tensors, orders, strict=True))  # type: ignore[assignment]
+    first, second, result = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
+    assert result.is_contiguous()
+    distances = _distances(geometry, channels_last)
+    sizes = (*_sizes(geometry), *(distances[role] for role in ("x", "k", "y")))
+    made = geometry.input if name == "adjoint" else geometry.output
+    choice = tiles(name, geometry, channels_last, result.dtype)
+    _launch(f"{name}_kernel", (first, second, result), sizes, geometry, made, choice)
+
+
+def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
+    """See reference.layer. The kernel map stays on the chip, unless the sums are float64 or the features too many."""
+    fits = parts.span_weight.shape[1] <= _MOST_HIDDEN and outs[0].dtype != torch.float64
+    reference.layer(parts, outs, geometry, _fused if fits else _in_steps)
+
+
+def _in_steps(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
+    return reference.in_steps(parts, hidden, y, geometry, apply)
+
+
+def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
+    """Runs the fused kernel, which is for channels_last."""
+    x, features = (image.movedim(1, -1).contiguous() for image in (parts.input, hidden))
+    in_memory = y.movedim(1, -1)
+    result = in_memory if in_memory.is_contiguous() else torch.empty(in_memory.shape, dtype=y.dtype, device=y.device)
+    weight = unpack(parts.span_weight, parts.span_bias).contiguous()
+    vectors = (None if t is None else t.contiguous() for t in (parts.span_bias, parts.scale, parts.shift))
+    distances = _distances(geometry, True)
+    sizes = (*_sizes(geometry), distances["x"], distances["y"], (features.shape[-1],))
+    options = {
+        "HIDDEN": max(16, _power_of_two(features.shape[-1])),
+        "RELU": parts.relu,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "UPCAST": interpreted(),
+    }
+    tensors = (x, features, weight, *vectors, result)
+    _launch("fused_kernel", tensors, sizes, geometry, geometry.output, tiles("fused", geometry, True, y.dtype), options)
+    return y if result is in_memory else result.movedim(-1, 1)
+
+
+def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
+    """See reference.layer_backward. The map is made again for some images at a time."""
+    image = geometry.groups * math.prod(geometry.kernel) * math.prod(geometry.output)
+    reference.layer_backward(grad, parts, results, geometry, (adjoint, correlate), max(1, _MAP_AT_ONCE // image))
+
+
+def _sizes(geometry: Geometry) -> tuple[tuple[int, ...], ...]:
+    """Groups and their width, the three axes of the input and of the output, and the kernel's rows of taps."""
+    width, rows = geometry.channels // geometry.groups, math.prod(geometry.kernel[:-1])
+    return (geometry.groups, width), _three(geometry.input, 1), _three(geometry.output, 1), (rows,)
+
+
+def _distances(geometry: Geometry, channels_last: bool) -> dict[str, tuple[int, ...]]:
+    """From one image, channel (or group, tap) and position to the next, in numbers, for all three roles."""
+    inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
+    channels, groups = geometry.channels, geometry.groups
+    if channels_last:
+        x, k, y = (1, channels), (taps, 1, groups * taps), (1, channels)
+    else:
+        x, k, y = (inputs, 1), (taps * outputs, outputs, 1), (outputs, 1)
+    return {"x": (channels * inputs, *x), "k": (groups * taps * outputs, *k), "y": (channels * outputs, *y)}
+
+
+def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> list[Tile]:
+    """The tiles to choose from for a kernel, the first being the default; none depends on an image's size.
+
+    Small ones: what a thread keeps must fit its registers, and a warp alone needs no barriers.
+    """
+    width, groups = _power_of_two(geometry.channels // geometry.groups), _power_of_two(geometry.groups)
+    numbers = 256 if dtype == torch.float64 else 512
+    if name == "fused":
+        groups, width = min(16, groups), min(16, width)
+        return [Tile(positions, groups, width, 8 if groups * width > 64 else 4) for positions in (32, 16)]
+    if name == "correlate":  # has all channels of a group, as many numbers a thread as they need
+        groups = min(groups, max(1, 64 // width)) if channels_last else 1
+        warps = min(8, max(1 if channels_last else 4, width // 128))
+        return [Tile(max(1, count // (groups * width)), groups, width, warps) for count in (numbers, 2 * numbers)]
+    if channels_last:  # neighbours in memory are channels: 64 of them fill a line
+        width = min(16, width)
+        groups = min(groups, 64 // width)
+        return [Tile(warps * numbers // (groups * width), groups, width, warps) for warps in (1, 2, 4)]
+    return [Tile(numbers // 8, 1, min(4, width), 4), Tile(numbers // 4, 1, min(4, width), 4)]
+
+
+def _launch(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[Sequence[int]],
+    geometry: Geometry,
+    made: Sequence[int],
+    choice: Sequence[Tile],
+    options: dict[str, Any] | None = None,
+) -> None:
+    """Runs a kernel: one program for every tile of the `made` positions, of every block of channels, of every image."""
+    groups, width = sizes[0]
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        blocks = -(-groups // meta["GROUPS"]) * -(-width // meta["WIDTH"])
+        return (-(-math.prod(made) // meta["POSITIONS"]) * blocks * geometry.batch,)
+
+    numbers = [number for some in sizes for number in some]
+    window = {axes.upper(): _three(getattr(geometry, axes), int(axes != "padding")) for axes in _WINDOW}
+    constants = window | {"WIDE": _is_wide(geometry)} | (options or {})
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    with _current(device):
+        if os.environ.get("INVOLUTION_AUTOTUNE") == "1" and not interpreted():
+            _tuned(name, tuple(choice))[grid](*tensors, *numbers, **constants)
+        else:
+            tile = choice[0]
+            blocks = {"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width}
+            _kernel(name)[grid](*tensors, *numbers, **constants, **blocks, num_warps=tile.warps)
+
+
+def _is_wide(geometry: Geometry) -> bool:
+    """Whether one image's distances leave 32 bits."""
+    inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
+    return max(geometry.channels * max(inputs, outputs), geometry.groups * taps * outputs) >= 2**31
+
+
+_WINDOW = ("kernel", "stride", "padding", "dilation")
+
+
+def _three(axes: Sequence[int], missing: int) -> tuple[int, ...]:
+    return (*(missing,) * (3 - len(axes)), *axes)
+
+
+def _power_of_two(number: int) -> int:
+    """The least one that is not below."""
+    return 1 << (number - 1).bit_length()
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
+
+
+@cache
+def _kernel(name: str) -> Any:
+    from . import gpu_kernels  # loads Triton
+
+    return getattr(gpu_kernels, name)
+
+
+@cache
+def _tuned(name: str, choice: tuple[Tile, ...]) -> Any:
+    """The kernel with the fastest of the tiles, found at the first call with such groups, layout and window."""
+    import triton
+
+    configs = [
+        triton.Config({"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width}, num_warps=tile.warps)
+        for tile in choice
+    ]
+    key = ["groups", "width", "x_position", "KERNEL", "STRIDE", "DILATION"]
+    return triton.autotune(configs, key=key, cache_results=True)(_kernel(name))
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets its kernels, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def fuses(tensor: Tensor) -> bool:
+    """Whether the fused layer has a kernel for tensors like this one."""
+    return _TRITON and tensor.device.type in DEVICES and tensor.dtype != torch.float64
+
+
+def why_not(tensor: Tensor | None) -> str:
+    """Why the kernels cannot run on tensors like this one, or (None) at all; empty if they can."""
+    if not _TRITON:
+        return "triton is not installed"
+    if tensor is None:
+        found = interpreted() or any(torch.get_device_module(device).is_available() for device in DEVICES)
+        return "" if found else "torch finds no GPU"
+    if tensor.device.type == "cpu" and interpreted():
+        return ""
+    if tensor.device.type not in DEVICES:
+        return f"the tensors are on {tensor.device}"
+    if tensor.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < _OLDEST:
+            return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton wants 7.0"
+    return ""
+
+
+_TRITON = importlib.util.find_spec("triton") is not None

@@ -1,0 +1,59 @@
+"""What the property tests do not reach of the GPU backend, interpreted: TRITON_INTERPRET=1 pytest."""
+
+import pytest
+import torch
+from definition import INTERPRETED, backend
+
+from involution import involution2d
+from involution.ops import gpu
+from involution.ops.fused import fused_involution
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="wants TRITON_INTERPRET=1")
+both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+
+
+def results(channels_last: bool, name: str = "triton") -> list[torch.Tensor]:
+    """y, dx and dk of a call with three groups of five channels, none of which fills its tile."""
+    torch.manual_seed(0)
+    x, k, g = torch.randn(2, 15, 6, 7), torch.randn(2, 3, 3, 9, 3, 7), torch.randn(2, 15, 3, 7)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    k.requires_grad_()
+    with backend(name):
+        y = involution2d(x, k, (2, 1), (1, 4))
+        return [y.detach(), *torch.autograd.grad(y, (x, k), g)]
+
+
+@both_layouts
+def test_distances_beyond_32_bits(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    want = results(channels_last)
+    monkeypatch.setattr(gpu, "_is_wide", lambda geometry: True)
+    for got, wanted in zip(results(channels_last), want, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+@both_layouts
+@pytest.mark.parametrize("choice", range(3))
+def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = gpu.tiles
+    monkeypatch.setattr(gpu, "tiles", lambda *call: [(tiles(*call) * 3)[choice]])
+    for got, wanted in zip(results(channels_last), results(channels_last, "reference"), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("hidden", [3, 600])
+def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 512, and in float64, the map is stored."""
+    launched = []
+    kernel = gpu._kernel
+    monkeypatch.setattr(gpu, "_kernel", lambda name: launched.append(name) or kernel(name))
+    torch.manual_seed(0)
+    x, h = torch.randn(1, 6, 4, 4, dtype=dtype), torch.randn(1, hidden, 4, 4, dtype=dtype)
+    weight, bias = torch.randn(18, hidden, dtype=dtype), torch.randn(18, dtype=dtype)
+    with backend("triton"):
+        y = fused_involution(x, h, weight, bias, 3)
+    assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_kernel"]
+    with backend("reference"):
+        torch.testing.assert_close(y, fused_involution(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)

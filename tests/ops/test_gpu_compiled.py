@@ -17,6 +17,7 @@ from torch import Tensor
 
 from involution.ops import gpu
 from involution.ops.geometry import Geometry, LayerParts, allocate, geometry
+from involution.ops.gpu import Tile
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
@@ -63,6 +64,7 @@ class Launch(NamedTuple):
     name: str
     arguments: tuple[Any, ...]
     constants: dict[str, Any]
+    tile: Tile
 
 
 def launches(call: Callable[[], object]) -> list[Launch]:
@@ -74,10 +76,11 @@ def launches(call: Callable[[], object]) -> list[Launch]:
             self.name = name
 
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *arguments, **constants: seen.append(Launch(self.name, arguments, constants))
+            return lambda *arguments, tile, **constants: seen.append(Launch(self.name, arguments, constants, tile))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_kernel", Recorder)
+        patch.setattr(gpu, "compiler_options", lambda tile, nvidia: {"tile": tile})
         call()
     return seen
 
@@ -132,9 +135,8 @@ def compile_for(target: int | str, launch: Launch, folder: Path) -> Compiled:
     from involution.ops import gpu_kernels
 
     kernel = getattr(gpu_kernels, launch.name)
-    constants = dict(launch.constants)
-    warps = constants.pop("num_warps")
-    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | constants
+    compiler_options = gpu.compiler_options(launch.tile, isinstance(target, int))
+    given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
     fixed = {name for name in kernel.arg_names if name in gpu_kernels._SIZES}
     signature: dict[str, str] = {}
     values, aligned = {}, {}
@@ -142,7 +144,7 @@ def compile_for(target: int | str, launch: Launch, folder: Path) -> Compiled:
         value = given[name]
         if isinstance(value, Tensor):
             signature[name] = f"*{TYPES[value.dtype]}"
-        elif name in constants or value is None or (value == 1 and name not in fixed):
+        elif name in launch.constants or value is None or (value == 1 and name not in fixed):
             signature[name] = "constexpr"
             values[(index,)] = value
             continue
@@ -154,7 +156,7 @@ def compile_for(target: int | str, launch: Launch, folder: Path) -> Compiled:
     made = triton.compile(
         ASTSource(kernel, signature, values, aligned),
         target=GPUTarget("cuda", target, 32) if nvidia else GPUTarget("hip", target, 64),
-        options={"num_warps": warps},
+        options=compiler_options,
     )
     code = made.asm["ptx" if nvidia else "amdgcn"]
     spilled = spilled_by_ptxas(code, target, folder) if nvidia else spilled_by_llvm(code)

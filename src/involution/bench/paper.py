@@ -58,7 +58,7 @@ def asked_of_l2(what: str, case: Case) -> float:
     k, s, columns = case.kernel_size, case.stride, case.output[1]
     window = (k, k), case.output, (s, s), (k // 2, k // 2), (1, 1)
     geometry = Geometry(1, case.channels, case.groups, (case.height, case.width), *window)
-    tile = gpu.tiles(what, geometry, True, torch.float16)[0]
+    tile = gpu.tiles(what, geometry, True, torch.float16, case.channels // 4)[0]
     block = tile.groups * tile.width  # channels of a program
     blocks = math.ceil(case.channels / block)
     made = case.height * case.width if what == "adjoint" else math.prod(case.output)

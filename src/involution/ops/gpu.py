@@ -31,6 +31,7 @@ class Tile(NamedTuple):
     groups: int
     width: int  # channels of a group
     warps: int
+    registers: int | None = None  # a thread may have, where NVIDIA's assembler by itself spills some to use fewer
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -57,10 +58,13 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     first, second, result = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
     assert result.is_contiguous()
     distances = _distances(geometry, channels_last)
-    sizes = (*_sizes(geometry), *(distances[role] for role in ("x", "k", "y")))
+    *axes, (rows,) = _sizes(geometry)
+    chunks = -(-geometry.kernel[-1] // 8)
+    sizes = (*axes, (rows * chunks,), *(distances[role] for role in ("x", "k", "y")))
     made = geometry.input if name == "adjoint" else geometry.output
     choice = tiles(name, geometry, channels_last, result.dtype)
-    _launch(f"{name}_kernel", (first, second, result), sizes, geometry, made, choice)
+    tensors = first, second, result
+    _launch(f"{name}_kernel", tensors, sizes, geometry, made, choice, {"CHUNKS": chunks})
 
 
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
@@ -89,7 +93,8 @@ def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> 
         "UPCAST": interpreted(),
     }
     tensors = (x, features, weight, *vectors, result)
-    _launch("fused_kernel", tensors, sizes, geometry, geometry.output, tiles("fused", geometry, True, y.dtype), options)
+    choice = tiles("fused", geometry, True, y.dtype, features.shape[-1])
+    _launch("fused_kernel", tensors, sizes, geometry, geometry.output, choice, options)
     return y if result is in_memory else result.movedim(-1, 1)
 
 
@@ -116,25 +121,30 @@ def _distances(geometry: Geometry, channels_last: bool) -> dict[str, tuple[int, 
     return {"x": (channels * inputs, *x), "k": (groups * taps * outputs, *k), "y": (channels * outputs, *y)}
 
 
-def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> list[Tile]:
+def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype, hidden: int = 0) -> list[Tile]:
     """The tiles to choose from for a kernel, the first being the default; none depends on an image's size.
 
-    Small ones: what a thread keeps must fit its registers, and a warp alone needs no barriers.
+    Small ones: what a thread keeps must fit its registers, and a warp alone needs no barriers. `hidden` are the fused
+    layer's features.
     """
     width, groups = _power_of_two(geometry.channels // geometry.groups), _power_of_two(geometry.groups)
-    numbers = 256 if dtype == torch.float64 else 512
     if name == "fused":
-        groups, width = min(16, groups), min(16, width)
-        return [Tile(positions, groups, width, 8 if groups * width > 64 else 4) for positions in (32, 16)]
+        groups, width = min(16 if dtype.itemsize == 2 else 8, groups), min(16, width)
+        widest, some = max(groups * width, _power_of_two(hidden)), (16,) if geometry.channels % 16 else (32, 16)
+        return [Tile(number, groups, width, _between(1, number * widest // 512, 8)) for number in some]
+    numbers = 128 if dtype == torch.float64 else 256 if geometry.channels % 16 else 512
+    registers = None if numbers == 512 and channels_last else 255
     if name == "correlate":  # has all channels of a group, as many numbers a thread as they need
         groups = min(groups, max(1, 64 // width)) if channels_last else 1
-        warps = min(8, max(1 if channels_last else 4, width // 128))
-        return [Tile(max(1, count // (groups * width)), groups, width, warps) for count in (numbers, 2 * numbers)]
+        warps = _between(1 if channels_last else 4, width // 128, 8)
+        return [
+            Tile(max(1, count // (groups * width)), groups, width, warps, registers) for count in (numbers, 2 * numbers)
+        ]
     if channels_last:  # neighbours in memory are channels: 64 of them fill a line
         width = min(16, width)
         groups = min(groups, 64 // width)
-        return [Tile(warps * numbers // (groups * width), groups, width, warps) for warps in (1, 2, 4)]
-    return [Tile(numbers // 8, 1, min(4, width), 4), Tile(numbers // 4, 1, min(4, width), 4)]
+        return [Tile(warps * numbers // (groups * width), groups, width, warps, registers) for warps in (1, 2, 4)]
+    return [Tile(number, 1, min(4, width), 4, registers) for number in (numbers // 8, numbers // 4)]
 
 
 def _launch(
@@ -163,7 +173,13 @@ def _launch(
         else:
             tile = choice[0]
             blocks = {"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width}
-            _kernel(name)[grid](*tensors, *numbers, **constants, **blocks, num_warps=tile.warps)
+            compiler = compiler_options(tile, device.type == "cuda" and torch.version.hip is None)
+            _kernel(name)[grid](*tensors, *numbers, **constants, **blocks, **compiler)
+
+
+def compiler_options(tile: Tile, nvidia: bool) -> dict[str, int]:
+    """What a tile says of warps and registers, as Triton's compiler takes it."""
+    return {"num_warps": tile.warps} | ({"maxnreg": tile.registers} if nvidia and tile.registers else {})
 
 
 def _is_wide(geometry: Geometry) -> bool:
@@ -184,6 +200,10 @@ def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def _between(least: int, number: int, most: int) -> int:
+    return max(least, min(number, most))
+
+
 def _current(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
@@ -201,7 +221,10 @@ def _tuned(name: str, choice: tuple[Tile, ...]) -> Any:
     import triton
 
     configs = [
-        triton.Config({"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width}, num_warps=tile.warps)
+        triton.Config(
+            {"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width},
+            **compiler_options(tile, torch.version.hip is None and torch.cuda.is_available()),
+        )
         for tile in choice
     ]
     key = ["groups", "width", "x_position", "KERNEL", "STRIDE", "DILATION"]

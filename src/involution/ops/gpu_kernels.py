@@ -57,7 +57,7 @@ def apply_kernel(
     x, k, y, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
     n, o, g, c = _tile(out_depth * out_height * out_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
@@ -71,21 +71,21 @@ def apply_kernel(
     height = o // out_width % out_height * STRIDE[1] - PADDING[1]
     column = o % out_width * STRIDE[2] - PADDING[2]
     total = tl.zeros([POSITIONS, GROUPS, WIDTH], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
-    for r in range(rows.to(tl.int64) if WIDE else rows):
-        a, b = r // KERNEL[1], r % KERNEL[1]
+    for r in range(rows.to(tl.int64) if WIDE else rows):  # of taps, eight of a row at a time
+        a, b, first = r // CHUNKS // KERNEL[1], r // CHUNKS % KERNEL[1], r % CHUNKS * 8
         i, j = depth + a * DILATION[0], height + b * DILATION[1]
         is_row = is_output & (i >= 0) & (i < in_depth) & (j >= 0) & (j < in_height)
         row = (i * in_height + j) * in_width + column
-        for first in tl.static_range(0, KERNEL[2], 8):
-            v = first + tl.arange(0, 8)[None, None, :]
-            tap = (a * KERNEL[1] + b) * KERNEL[2] + v
-            weights = _split8(tl.load(k + tap * k_tap, is_kernel & (v < KERNEL[2]), 0.0))
-            for u in tl.static_range(first, min(first + 8, KERNEL[2])):
-                h = column + u * DILATION[2]
-                here = (is_row & (h >= 0) & (h < in_width))[:, None, None]
-                value = tl.load(x + (row + u * DILATION[2])[:, None, None] * x_position, here & is_channel, 0.0)
-                weight = tl.where(here, weights[u - first][:, :, None].to(total.dtype), 0.0)
-                total += weight * value.to(total.dtype)
+        v = first + tl.arange(0, 8)[None, None, :]
+        tap = (a * KERNEL[1] + b) * KERNEL[2] + v
+        weights = _split8(tl.load(k + tap * k_tap, is_kernel & (v < KERNEL[2]), 0.0))
+        for u in tl.static_range(min(8, KERNEL[2])):
+            shift = (first + u) * DILATION[2]
+            here = is_row & (column + shift >= 0) & (column + shift < in_width) & (first + u < KERNEL[2])
+            here = here[:, None, None]
+            value = tl.load(x + (row + shift)[:, None, None] * x_position, here & is_channel, 0.0)
+            weight = tl.where(here, weights[u][:, :, None].to(total.dtype), 0.0)
+            total += weight * value.to(total.dtype)
     y += n * y_image + channel * y_channel + o[:, None, None] * y_position
     tl.store(y, total.to(y.dtype.element_ty), is_output[:, None, None] & is_channel)
 
@@ -95,7 +95,7 @@ def adjoint_kernel(
     grad, k, dx, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dx[n, c, i] = sum over (u, o) with o*stride + u*dilation - padding = i of k[n, g(c), u, o] * grad[n, c, o]."""
     n, i, g, c = _tile(in_depth * in_height * in_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
@@ -108,18 +108,18 @@ def adjoint_kernel(
     height = i // in_width % in_height + PADDING[1]
     column = i % in_width + PADDING[2]
     total = tl.zeros([POSITIONS, GROUPS, WIDTH], tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32)
-    for r in range(rows.to(tl.int64) if WIDE else rows):
-        a, b = r // KERNEL[1], r % KERNEL[1]
+    for r in range(rows.to(tl.int64) if WIDE else rows):  # of taps, eight of a row at a time
+        a, b, first = r // CHUNKS // KERNEL[1], r // CHUNKS % KERNEL[1], r % CHUNKS * 8
         # Output positions times the stride; what is no multiple, or negative, has no output.
         d, h = depth - a * DILATION[0], height - b * DILATION[1]
         is_row = is_input & (d >= 0) & (d % STRIDE[0] == 0) & (d < out_depth * STRIDE[0])
         is_row = is_row & (h >= 0) & (h % STRIDE[1] == 0) & (h < out_height * STRIDE[1])
         row = (d // STRIDE[0] * out_height + h // STRIDE[1]) * out_width
-        for u in tl.static_range(KERNEL[2]):
-            w = column - u * DILATION[2]
-            here = is_row & (w >= 0) & (w % STRIDE[2] == 0) & (w < out_width * STRIDE[2])
+        for u in tl.static_range(min(8, KERNEL[2])):
+            w = column - (first + u) * DILATION[2]
+            here = is_row & (w >= 0) & (w % STRIDE[2] == 0) & (w < out_width * STRIDE[2]) & (first + u < KERNEL[2])
             o = row + w // STRIDE[2]
-            tap = (a * KERNEL[1] + b) * KERNEL[2] + u
+            tap = (a * KERNEL[1] + b) * KERNEL[2] + first + u
             weight = tl.load(k + tap * k_tap + o[:, None] * k_position, here[:, None] & (g < groups)[None, :], 0.0)
             value = tl.load(grad + o[:, None, None] * y_position, here[:, None, None] & is_channel, 0.0)
             total += weight[:, :, None].to(total.dtype) * value.to(total.dtype)
@@ -132,7 +132,7 @@ def correlate_kernel(
     grad, x, dk, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dk[n, g, u, o] = sum over the channels c of group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding].
 
@@ -151,25 +151,23 @@ def correlate_kernel(
     column = o % out_width * STRIDE[2] - PADDING[2]
     dtype = tl.float64 if dk.dtype.element_ty == tl.float64 else tl.float32
     here = tl.load(grad, is_output[:, None, None] & is_channel, 0.0).to(dtype)
-    for r in range(rows.to(tl.int64) if WIDE else rows):
-        a, b = r // KERNEL[1], r % KERNEL[1]
+    for r in range(rows.to(tl.int64) if WIDE else rows):  # of taps, eight of a row at a time
+        a, b, first = r // CHUNKS // KERNEL[1], r // CHUNKS % KERNEL[1], r % CHUNKS * 8
         i, j = depth + a * DILATION[0], height + b * DILATION[1]
         is_row = is_output & (i >= 0) & (i < in_depth) & (j >= 0) & (j < in_height)
         row = (i * in_height + j) * in_width + column
-        for first in tl.static_range(0, KERNEL[2], 8):
-            totals = ()
-            for u in tl.static_range(first, first + 8):
-                if u < KERNEL[2]:
-                    w = column + u * DILATION[2]
-                    inside = (is_row & (w >= 0) & (w < in_width))[:, None, None]
-                    at = x + (row + u * DILATION[2])[:, None, None] * x_position
-                    there = tl.load(at, inside & is_channel, 0.0).to(dtype)
-                    totals += (tl.sum(tl.where(inside, here * there, 0.0), 2),)
-                else:
-                    totals += (tl.zeros([POSITIONS, GROUPS], dtype),)
-            v = first + tl.arange(0, 8)[None, None, :]
-            tap = (a * KERNEL[1] + b) * KERNEL[2] + v
-            tl.store(dk + tap * k_tap, _join8(totals).to(dk.dtype.element_ty), is_kernel & (v < KERNEL[2]))
+        totals = ()
+        for u in tl.static_range(8):
+            if u < KERNEL[2]:
+                shift = (first + u) * DILATION[2]
+                inside = (is_row & (column + shift >= 0) & (column + shift < in_width))[:, None, None]
+                there = tl.load(x + (row + shift)[:, None, None] * x_position, inside & is_channel, 0.0).to(dtype)
+                totals += (tl.sum(tl.where(inside, here * there, 0.0), 2),)
+            else:
+                totals += (tl.zeros([POSITIONS, GROUPS], dtype),)
+        v = first + tl.arange(0, 8)[None, None, :]
+        tap = (a * KERNEL[1] + b) * KERNEL[2] + v
+        tl.store(dk + tap * k_tap, _join8(totals).to(dk.dtype.element_ty), is_kernel & (v < KERNEL[2]))
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -200,13 +198,13 @@ def fused_kernel(
     if UPCAST:
         features = features.to(tl.float32)
     total = tl.zeros([POSITIONS, GROUPS, WIDTH], tl.float32)
-    for r in range(rows.to(tl.int64) if WIDE else rows):
+    for r in range(rows):  # of taps
         a, b = r // KERNEL[1], r % KERNEL[1]
         i, j = depth + a * DILATION[0], height + b * DILATION[1]
         is_row = is_output & (i >= 0) & (i < in_depth) & (j >= 0) & (j < in_height)
         row = (i * in_height + j) * in_width + column
         for u in range(KERNEL[2]):
-            span = ((g * KERNEL[0] + a) * KERNEL[1] + b) * KERNEL[2] + u
+            span = (g * rows + r) * KERNEL[2] + u
             of_tap = weight + span[:, None] * hidden_channels + f
             matrix = tl.load(of_tap, (g < groups)[:, None] & (f < hidden_channels), 0.0).to(features.dtype)
             kernels = tl.dot(features, tl.trans(matrix), input_precision=PRECISION)

@@ -11,6 +11,7 @@ _TRAINING = {
     "test": "evaluate on the test set",
     "predict": "run the model over images",
 }
+_COST_EXTRA = ("timm", "rich")
 _BENCH_EXTRA = ("timm", "matplotlib", "rich")
 _TASKS_EXTRA = ("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn")
 
@@ -31,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"involution {version('involution')}")
         return 0
-    verbs: dict[str, Callable[[list[str]], int]] = {"doctor": _doctor, "bench": _bench}
+    verbs: dict[str, Callable[[list[str]], int]] = {"cost": _cost, "bench": _bench, "doctor": _doctor}
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
         print(
-            f"involution: verb must be one of {', '.join([*_TRAINING, 'bench', 'doctor'])}, got {verb!r}",
+            f"involution: verb must be one of {', '.join([*_TRAINING, 'cost', 'bench', 'doctor'])}, got {verb!r}",
             file=sys.stderr,
         )
         return 2
@@ -47,6 +48,7 @@ def _help() -> str:
     return f"""usage: involution VERB [options]
 
 {training}
+  cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time the kernels and networks on this machine
   doctor    show what runs here: backends, versions, instruction set, threads
 
@@ -66,6 +68,14 @@ def _lacks(verb: str, modules: Sequence[str], extra: str) -> bool:
             file=sys.stderr,
         )
     return bool(missing)
+
+
+def _cost(rest: list[str]) -> int:
+    if _lacks("cost", _COST_EXTRA, "zoo"):
+        return 1
+    from .cost.command import main as cost
+
+    return cost(rest)
 
 
 def _bench(rest: list[str]) -> int:

@@ -1,5 +1,5 @@
 """What a network costs: parameters and multiply-adds."""
 
-from .count import multiply_adds, parameters
+from .count import Cost, Operation, cost, multiply_adds, parameters
 
-__all__ = ["multiply_adds", "parameters"]
+__all__ = ["Cost", "Operation", "cost", "multiply_adds", "parameters"]

@@ -1,11 +1,51 @@
 """Counting on the meta device: no weights are read and nothing is computed."""
 
 import copy
+import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+
+from ..nn.involution import Involution1d, Involution2d, Involution3d
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_INVOLUTIONS = (Involution1d, Involution2d, Involution3d)
+_POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+
+
+class Operation(NamedTuple):
+    """What one call of a module costs, for one image.
+
+    `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
+    count besides: one for every number that a bias is added to in a convolution, that a ReLU makes or that a pooling
+    reads, and two for every number that a batch norm reads.
+    """
+
+    module: str  # as named_modules() calls it
+    kind: str
+    parameters: int
+    multiply_adds: int
+    others: int
+
+
+class Cost(NamedTuple):
+    """A network's cost: parameters, and multiply-adds as ``MAC`` alone or, ``honest``, with everything else."""
+
+    operations: list[Operation]
+    parameters: int
+    trainable: int
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of convolutions, linears and the aggregation of involutions: the column "MAC"."""
+        return sum(operation.multiply_adds for operation in self.operations)
+
+    @property
+    def honest(self) -> int:
+        """All that the paper's rules count, of all modules: the column "honest"."""
+        return self.multiply_adds + sum(operation.others for operation in self.operations)
 
 
 def parameters(model: nn.Module) -> int:
@@ -14,16 +54,51 @@ def parameters(model: nn.Module) -> int:
 
 
 def multiply_adds(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> int:
-    """Multiply-adds of one image in evaluation mode: convolutions, linears and the aggregation of involutions.
+    """Multiply-adds of one image: see :func:`cost`."""
+    return cost(model, input_size).multiply_adds
 
-    This is the column "MAC" of the published tables: norms, activations and pooling count nothing, biases neither.
+
+@torch.no_grad()
+def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
+    """Counts a network in evaluation mode, call by call, by the rules of the paper's tables.
+
+    A convolution costs prod(K) * C_in / groups * numel(out), a linear layer numel(in) * out, an involution what its
+    generator costs and prod(K) * numel(out), padding included. Functions that are no modules count nothing.
 
     Args:
         model: takes one tensor; it is copied, not changed.
         input_size: of one image, [C, H, W].
     """
     shadow = copy.deepcopy(model).to("meta").eval()
-    image = torch.empty(1, *input_size, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(image)
-    return int(counter.get_total_flops()) // 2  # torch counts a multiply-add as two
+    operations: list[Operation] = []
+
+    def listen(name: str, module: nn.Module) -> None:
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            counted = _count(module, inputs[0], output)
+            if counted is not None:
+                operations.append(Operation(name, type(module).__name__, own, *counted))
+
+        module.register_forward_hook(note)
+
+    for name, module in shadow.named_modules():
+        listen(name, module)
+    shadow(torch.empty(1, *input_size, device="meta"))
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Cost(operations, parameters(model), trainable)
+
+
+def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | None:
+    """Multiply-adds and other operations of one call, or None for a module that counts nothing of its own."""
+    if isinstance(module, _CONVOLUTIONS):
+        return module.weight[0].numel() * output.numel(), 0 if module.bias is None else output.numel()
+    if isinstance(module, nn.Linear):
+        return input.numel() * module.out_features, 0
+    if isinstance(module, _INVOLUTIONS):
+        return math.prod(module.kernel_size) * output.numel(), 0
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return 0, 2 * input.numel()
+    if isinstance(module, nn.ReLU):
+        return 0, output.numel()
+    return (0, input.numel()) if isinstance(module, _POOLS) else None

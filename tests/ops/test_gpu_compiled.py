@@ -54,7 +54,7 @@ OTHERS = {
     "3d": Shape(32, 16, (9, 30, 31), (3, 3, 3), (1, 2, 2), (1, 1, 1)),
     "narrow": Shape(21, 3, (17, 19), (5, 5), (1, 1), (2, 2)),
     "wide": Shape(512, 256, (28, 28), (9, 9), (1, 1), (1, 1)),
-    "one group": Shape(2048, 2048, (7, 7), (3, 3), (1, 1), (1, 1)),
+    "one group": Shape(1024, 1024, (7, 7), (3, 3), (1, 1), (1, 1)),
 }
 MANY = [pytest.param(shape, id=name) for name, shape in FIRST.items()]
 MANY += [pytest.param(shape, id=name, marks=pytest.mark.slow) for name, shape in OTHERS.items()]
@@ -207,6 +207,9 @@ def test_maps(shape: Shape, dtype: torch.dtype, channels_last: bool, target: int
 @pytest.mark.parametrize("shape", MANY)
 def test_layer(shape: Shape, dtype: torch.dtype, options: bool, target: int | str, tmp_path: Path) -> None:
     (launch,) = of_layer(shape, dtype, options)
+    if shape.width > 64:  # four features a channel, and more than sixteen a group: the map is stored
+        assert launch.name == "apply_kernel"
+        return
     assert launch.name == "fused_kernel"
     compiled = compile_for(target, launch, tmp_path)
     assert compiled.spilled == 0

@@ -45,7 +45,7 @@ def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("hidden", [3, 600])
 def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond 512, and in float64, the map is stored."""
+    """Beyond 256, and in float64, the map is stored."""
     launched = []
     kernel = gpu._kernel
     monkeypatch.setattr(gpu, "_kernel", lambda name: launched.append(name) or kernel(name))

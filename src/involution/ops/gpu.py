@@ -20,7 +20,7 @@ from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order
 DEVICES = ("cuda", "xpu")  # "cuda" is AMD's too
 _OLDEST = (7, 0)  # NVIDIA's compute capability that Triton compiles for
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
-_MOST_HIDDEN = 512  # features whose tile fits the registers; beyond, the kernel map is stored
+_MOST_HIDDEN = 256  # features whose tile fits the registers; beyond, or with few groups, the kernel map is stored
 _MAP_AT_ONCE = 1 << 24  # numbers of the kernel map in a fused layer's backward pass
 
 
@@ -50,13 +50,13 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
-    """Brings both operands into the layout of the first, runs the kernel, and fills `out`, which has it already."""
+    """Brings both operands into the layout of the first, runs the kernel, and fills `out` (last)."""
     channels_last = is_channels_last(tensors[0])
     if channels_last:
         orders = (memory_order(role, len(geometry.input)) for role in _ROLES[name])
         tensors = tuple(t.permute(order) for t, order in zip(tensors, orders, strict=True))  # type: ignore[assignment]
-    first, second, result = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
-    assert result.is_contiguous()
+    first, second, out = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
+    result = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     distances = _distances(geometry, channels_last)
     *axes, (rows,) = _sizes(geometry)
     chunks = -(-geometry.kernel[-1] // 8)
@@ -65,11 +65,13 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     choice = tiles(name, geometry, channels_last, result.dtype)
     tensors = first, second, result
     _launch(f"{name}_kernel", tensors, sizes, geometry, made, choice, {"CHUNKS": chunks})
+    if result is not out:
+        out.copy_(result)
 
 
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer. The kernel map stays on the chip, unless the sums are float64 or the features too many."""
-    fits = parts.span_weight.shape[1] <= _MOST_HIDDEN and outs[0].dtype != torch.float64
+    fits = parts.span_weight.shape[1] <= min(_MOST_HIDDEN, 16 * geometry.groups) and outs[0].dtype != torch.float64
     reference.layer(parts, outs, geometry, _fused if fits else _in_steps)
 
 
@@ -128,23 +130,26 @@ def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype
     layer's features.
     """
     width, groups = _power_of_two(geometry.channels // geometry.groups), _power_of_two(geometry.groups)
+    aligned = geometry.channels % 16 == 0
+    numbers = 512 if aligned and dtype != torch.float64 else 128  # of a warp
     if name == "fused":
-        groups, width = min(16 if dtype.itemsize == 2 else 8, groups), min(16, width)
-        widest, some = max(groups * width, _power_of_two(hidden)), (16,) if geometry.channels % 16 else (32, 16)
-        return [Tile(number, groups, width, _between(1, number * widest // 512, 8)) for number in some]
-    numbers = 128 if dtype == torch.float64 else 256 if geometry.channels % 16 else 512
+        half = dtype.itemsize == 2
+        groups, width = min(16 if half else 8, groups), min(16, width)
+        some = (
+            (p, p * max(groups * width, _power_of_two(hidden)) // numbers) for p in ((32, 16) if aligned else (16,))
+        )
+        return [Tile(positions, groups, width, _between(1, warps, 8 if half else 4)) for positions, warps in some]
     registers = None if numbers == 512 and channels_last else 255
-    if name == "correlate":  # has all channels of a group, as many numbers a thread as they need
+    if name == "correlate":  # has all channels of a group
         groups = min(groups, max(1, 64 // width)) if channels_last else 1
-        warps = _between(1 if channels_last else 4, width // 128, 8)
-        return [
-            Tile(max(1, count // (groups * width)), groups, width, warps, registers) for count in (numbers, 2 * numbers)
-        ]
+        warps = _between(1 if channels_last else 4, groups * width // numbers, 8)
+        some = ((_between(1, count // (groups * width), count), warps) for count in (numbers, 2 * numbers))
+        return [Tile(positions, groups, width, warps, registers) for positions, warps in some]
     if channels_last:  # neighbours in memory are channels: 64 of them fill a line
         width = min(16, width)
         groups = min(groups, 64 // width)
         return [Tile(warps * numbers // (groups * width), groups, width, warps, registers) for warps in (1, 2, 4)]
-    return [Tile(number, 1, min(4, width), 4, registers) for number in (numbers // 8, numbers // 4)]
+    return [Tile(positions, 1, min(4, width), 4, registers) for positions in (numbers // 8, numbers // 4)]
 
 
 def _launch(

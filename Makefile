@@ -19,7 +19,7 @@ demo: $(INSTALLED)
 # Threads that spin while they wait make small tests crawl where another job has a core: let them sleep.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow and not gpu"
-	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.01 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
+	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.005 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
 
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled
 # ahead of time for four targets. About ten minutes each.

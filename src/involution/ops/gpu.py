@@ -133,12 +133,13 @@ def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype
     aligned = geometry.channels % 16 == 0
     numbers = 512 if aligned and dtype != torch.float64 else 128  # of a warp
     if name == "fused":
-        half = dtype.itemsize == 2
+        half = dtype.itemsize == 2  # else its products take more registers
         groups, width = min(16 if half else 8, groups), min(16, width)
+        widest = max(groups * width, _power_of_two(hidden))
         some = (
-            (p, p * max(groups * width, _power_of_two(hidden)) // numbers) for p in ((32, 16) if aligned else (16,))
+            (p, _between(1, p * widest // numbers, 8 if half else 4)) for p in ((32, 16) if aligned and half else (16,))
         )
-        return [Tile(positions, groups, width, _between(1, warps, 8 if half else 4)) for positions, warps in some]
+        return [Tile(positions, groups, width, warps, None if half else 255) for positions, warps in some]
     registers = None if numbers == 512 and channels_last else 255
     if name == "correlate":  # has all channels of a group
         groups = min(groups, max(1, 64 // width)) if channels_last else 1

@@ -10,15 +10,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from .recipes import resolve_configs
+from .recovery import RandomStates, WholeCheckpoints, last_checkpoint
 
 
 class TaskCLI(LightningCLI):
     """LightningCLI with this project's defaults.
 
-    Beside LightningCLI's own arguments there is `checkpoint`, the ModelCheckpoint that keeps best.ckpt (by
-    `checkpoint.monitor`; without one the latest); last.ckpt is that of the last complete epoch. The model's
-    num_classes comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir:
-    config.yaml, metrics.csv, TensorBoard's events, checkpoints.
+    Beside LightningCLI's own arguments there are `checkpoint`, the ModelCheckpoint that keeps best.ckpt (by
+    `checkpoint.monitor`; without one the latest), and `recovery`, the one that writes last.ckpt every
+    `recovery.every_n_train_steps` steps, besides the end of every epoch. `--ckpt_path last` goes on from the newest
+    last.ckpt of the runs in `trainer.default_root_dir`, with the same data and random numbers. The model's num_classes
+    comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir: config.yaml,
+    metrics.csv, TensorBoard's events, checkpoints.
     """
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -26,17 +29,29 @@ class TaskCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `checkpoint` and takes the number of classes from the data."""
+        """Adds `checkpoint` and `recovery`, and takes the number of classes from the data."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.filename": "best"})
+        parser.add_lightning_class_args(ModelCheckpoint, "recovery")
+        recovery = {"filename": "last", "every_n_train_steps": 500, "enable_version_counter": False}
+        parser.set_defaults({f"recovery.{name}": value for name, value in recovery.items()})
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Logs to CSV and TensorBoard unless `trainer.logger` says otherwise."""
+        """Logs to CSV and TensorBoard unless `trainer.logger` says otherwise; checkpoints are written whole."""
         trainer = self.config[self.subcommand]["trainer"]
+        plugins = trainer["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, WholeCheckpoints()]
         if trainer["logger"] in (None, True):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         return super().instantiate_trainer(**kwargs)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if arguments.get("ckpt_path") == "last":
+            arguments["ckpt_path"] = str(last_checkpoint(Path(self.trainer.default_root_dir)))
+        return arguments
 
     def predict(self, **arguments: Any) -> None:
         """What the verb runs: predicts, and has the model write predictions.csv into the run's folder.
@@ -79,6 +94,8 @@ def run(arguments: list[str]) -> TaskCLI:
     for argument in resolved:
         if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):
             raise ValueError(f"num_classes comes from the data, got {argument}")
+    # Ours is: the sampler skips what was seen.
+    warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     return TaskCLI(
@@ -89,7 +106,7 @@ def run(arguments: list[str]) -> TaskCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": last},
+        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": [last, RandomStates()]},
         parser_kwargs={"prog": "involution"},
         args=resolved,
     )

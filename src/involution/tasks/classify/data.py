@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
+from ..recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -50,6 +52,16 @@ class ClassificationData(LightningDataModule):
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
         self.batch_size, self.num_workers = batch_size, num_workers
+        self._place = 0, 0  # epoch and batch that training begins with
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""
+        epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Has the next training loader begin there."""
+        self._place = state_dict["epoch"], state_dict["batch"]
 
     @property
     def num_classes(self) -> int:
@@ -61,8 +73,13 @@ class ClassificationData(LightningDataModule):
         return map(str, itertools.count())
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of the training set."""
-        return self._loader(self.train_set, shuffle=True)
+        """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
+        seed, trainer = global_seed(), self.trainer
+        shares = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        sampler = ResumableSampler(self.train_set, seed, *shares)
+        sampler.resume(self._place[0], self._place[1] * self.batch_size)
+        self._place = 0, 0
+        return self._loader(Seeded(self.train_set, seed), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Batches of the validation set."""
@@ -76,11 +93,12 @@ class ClassificationData(LightningDataModule):
         """Batches of the test set."""
         return self._loader(self.test_set)
 
-    def _loader(self, dataset: Dataset[Sample], shuffle: bool = False) -> DataLoader[Sample]:
+    def _loader(self, dataset: Dataset[Sample], sampler: ResumableSampler | None = None) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            shuffle=shuffle,  # by keyword: Lightning makes the loader again for prediction, with its own sampler
+            sampler=sampler,
+            generator=torch.Generator(),  # or making an iterator would draw from the global one
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -135,6 +135,10 @@ class Classifier(LightningModule):
             for name, index, probability in zip(data.image_names(), likeliest.indices, likeliest.values, strict=False):
                 writer.writerow([name, data.classes[int(index)], f"{float(probability):.4f}"])
 
+    def on_train_start(self) -> None:
+        """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""
+        self._started = time.perf_counter()
+
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
         self._started = time.perf_counter()

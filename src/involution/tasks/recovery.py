@@ -1,0 +1,173 @@
+"""Runs that survive: the same data and random numbers after a resume, checkpoints that are whole or not there.
+
+What a training step sees depends on (seed, epoch, index) alone, never on how the run came there: the sampler skips the
+batches that a checkpoint has seen, every sample draws its augmentation from a generator of its own, and the states of
+the global generators travel in the checkpoint.
+"""
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils.data import Dataset, DistributedSampler
+
+Key = int | tuple[int, int]  # of a sample: its index, or its epoch and index
+
+
+def global_seed() -> int:
+    """What seed_everything was given, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """Every index once an epoch, in an order that (seed, epoch) decide, as (epoch, index); parts for several processes.
+
+    Args:
+        dataset: what the indices are of.
+        seed: of the order.
+        replicas: how many processes share an epoch; the last ones may get a few indices twice.
+        rank: which of them this is.
+    """
+
+    def __init__(self, dataset: Dataset[Any], seed: int, replicas: int = 1, rank: int = 0) -> None:
+        super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
+        self._resumed = (0, 0)  # epoch, and how many of its indices have been seen
+
+    def resume(self, epoch: int, seen: int) -> None:
+        """Starts in the midst of an epoch, after this process's first `seen` indices; other epochs are whole."""
+        self.set_epoch(epoch)
+        self._resumed = epoch, seen
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, seen = self._resumed
+        indices = list(super().__iter__())
+        for index in indices[seen if self.epoch == epoch else 0 :]:
+            yield self.epoch, index
+
+
+class Seeded(Dataset[Any]):
+    """A data set whose sample (epoch, index) draws the same random numbers whenever and in whatever process it is read.
+
+    A plain index is a sample of epoch 0.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self.seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        with _random_numbers_of(self.seed, epoch, index):
+            return self.dataset[index]
+
+
+@contextmanager
+def _random_numbers_of(*key: int) -> Iterator[None]:
+    """torch, NumPy and Python draw from generators that `key` seeds; afterwards from where they were."""
+    before = _states()
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's alone: workers must not touch a GPU
+    np.random.seed(seeds[1])
+    random.seed(int(seeds[2]))
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _states() -> dict[str, Any]:
+    name, numbers, *rest = np.random.get_state()  # as a list: a checkpoint loads tensors and plain values only
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": (name, np.asarray(numbers).tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def _restore(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(states["numpy"])
+    random.setstate(states["python"])
+
+
+class RandomStates(Callback):
+    """Keeps the states of all generators of random numbers in the checkpoint, and goes on from them."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of torch, its GPUs, NumPy and Python."""
+        return _states() | {"cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps them until training starts: making models and loaders draws numbers too."""
+        self._loaded = state_dict
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restores what the checkpoint holds."""
+        if self._loaded is not None:
+            _restore(self._loaded)
+            if len(self._loaded["cuda"]) == torch.cuda.device_count() > 0:
+                torch.cuda.set_rng_state_all(self._loaded["cuda"])
+            self._loaded = None
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints beside their place and moves them there when they are on disk: never half of one.
+
+    A write that fails raises its error and leaves what was there before.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes, flushes to the disk, renames."""
+        if "://" in str(path):  # not a file of this machine: as Lightning does it
+            return super().save_checkpoint(checkpoint, path, storage_options)
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        try:
+            with part.open("wb") as stream:
+                torch.save(checkpoint, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename too
+        finally:
+            os.close(folder)
+        return None
+
+
+def place_in_epoch(trainer: Trainer) -> tuple[int, int]:
+    """The epoch that training would go on with now, and how many of its batches it has seen."""
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    if epochs.ready == 0:
+        return 0, 0
+    finished = epochs.processed == epochs.ready or batches.is_last_batch
+    return (epochs.ready, 0) if finished else (epochs.ready - 1, batches.current.ready)
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest last.ckpt of the runs in a folder (version_N/checkpoints).
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise FileNotFoundError(f"ckpt_path last: no version_*/checkpoints/last.ckpt in {folder}")
+    return found[-1]

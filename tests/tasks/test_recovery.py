@@ -1,0 +1,157 @@
+"""Runs that are killed, and go on as if they had not been; checkpoints on a disk that is full."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from involution.tasks.recovery import RandomStates, ResumableSampler, Seeded, WholeCheckpoints, last_checkpoint
+
+FIT = """
+import os, signal, sys
+import torch
+from lightning.pytorch import Callback
+
+class Killed(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+import involution.tasks.command as command
+states = command.RandomStates
+command.RandomStates = type("Both", (states,), {
+    "on_train_batch_start": lambda self, trainer, *rest: Killed().on_train_batch_start(trainer),
+    "state_key": states.__qualname__,
+})
+torch.set_num_threads(1)
+from involution import zoo
+cli = command.run(sys.argv[1:])
+torch.save({name: value.clone() for name, value in cli.model.state_dict().items()}, os.environ["WEIGHTS"])
+"""
+OPTIONS = [
+    *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "1"),
+    *("--trainer.deterministic", "true", "--data.batch_size", "4", "--recovery.every_n_train_steps", "2"),
+    *("--model.model_kwargs", "{drop_rate: 0.5}", "--trainer.num_sanity_val_steps", "0"),
+]
+
+
+def fit(folder: Path, *options: str, kill_at: int = -1) -> dict[str, torch.Tensor] | None:
+    """Trains in a process of its own; the weights at the end, or None if it was killed."""
+    weights = folder / "weights.pt"
+    environment = {**os.environ, "KILL_AT": str(kill_at), "WEIGHTS": str(weights)}
+    command = [sys.executable, "-c", FIT, *OPTIONS, *options]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    if kill_at >= 0:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        return None
+    assert done.returncode == 0, done.stderr
+    return torch.load(weights)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int) -> None:
+    """Ten steps: killed in the midst of an epoch, after a checkpoint's step, and in the next epoch."""
+    loading = ["--data.num_workers", str(workers)]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    want = fit(whole, *loading)
+    assert want is not None
+    assert fit(broken, *loading, kill_at=3) is None  # last.ckpt is that of step 2
+    assert fit(broken, *loading, "--ckpt_path", "last", kill_at=7) is None  # and of step 6, in the second epoch
+    got = fit(broken, *loading, "--ckpt_path", "last")
+    assert got is not None
+    assert want.keys() == got.keys()
+    assert [name for name in want if not torch.equal(want[name], got[name])] == []
+
+
+def test_last_without_a_run_names_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path last: no version_.* in .*nothing"):
+        last_checkpoint(tmp_path / "nothing")
+
+
+class Indices(Dataset[Any]):
+    """Each sample is its index and a number that it draws."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
+        return index, v2.RandomCrop(2)(torch.arange(36.0).view(1, 6, 6)).sum() + torch.rand(())
+
+
+def read(sampler: ResumableSampler, epoch: int, workers: int = 0) -> list[tuple[int, float]]:
+    sampler.set_epoch(epoch)
+    loader = DataLoader(Seeded(Indices(), 5), batch_size=3, sampler=sampler, num_workers=workers)
+    return [(int(i), float(number)) for indices, numbers in loader for i, number in zip(indices, numbers, strict=True)]
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone() -> None:
+    first, second = (read(ResumableSampler(Indices(), 5), epoch) for epoch in (0, 1))
+    assert sorted(index for index, _ in first) == list(range(10))
+    assert [index for index, _ in first] != [index for index, _ in second]
+    assert not set(first) & set(second)
+    assert read(ResumableSampler(Indices(), 5), 1, workers=2) == second
+    resumed = ResumableSampler(Indices(), 5)
+    resumed.resume(1, 6)
+    assert read(resumed, 1) == second[6:]
+    assert read(resumed, 0) == first
+    state = torch.get_rng_state()
+    Seeded(Indices(), 5)[0, 3]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_processes_cover_every_index_once() -> None:
+    parts = [[index for _, index in ResumableSampler(Indices(), 5, 2, rank)] for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(10))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: Any) -> None:
+    file = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"step": 1}, file)
+
+    def full(checkpoint: Any, stream: Any) -> None:
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        WholeCheckpoints().save_checkpoint({"step": 2}, file)
+    monkeypatch.undo()
+    assert torch.load(file) == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
+    file = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"step": 1}, file)
+    monkeypatch.setattr(Path, "open", lambda self, mode: io.FileIO("/dev/full", "w"))
+    with pytest.raises((OSError, RuntimeError)):
+        WholeCheckpoints().save_checkpoint({"weights": torch.zeros(1 << 20)}, file)
+    monkeypatch.undo()
+    assert torch.load(file) == {"step": 1}
+
+
+def test_all_generators_go_on_from_the_checkpoint() -> None:
+    import random
+
+    import numpy as np
+
+    callback = RandomStates()
+    saved = callback.state_dict()
+    want = torch.rand(3), np.random.rand(3), random.random()
+    callback.load_state_dict(saved)
+    callback.on_train_start(None, None)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), want[0])
+    assert (np.random.rand(3) == want[1]).all()
+    assert random.random() == want[2]

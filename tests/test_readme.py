@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import involution
-from involution.ops import cpu
+from involution.ops import cpu, gpu
 from involution.tasks.recipes import resolve_configs
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -53,10 +53,13 @@ def test_table_of_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [devices for devices, _ in table] == [
         "`cpu`",
         "`cpu`, installed without kernels",
-        "`cuda`, `mps`, `xpu`, all else",
+        "`cuda` (NVIDIA, AMD), `xpu`",
+        "`mps`, all else",
     ]
     assert serving("cpu") == table[0][1]
-    assert serving("meta") == table[2][1]  # a device without kernels of its own
+    assert table[2][1] == "triton"  # tests marked gpu try it
+    assert all(f"`{device}`" in table[2][0] for device in gpu.DEVICES)
+    assert serving("meta") == table[3][1]  # a device without kernels of its own
     monkeypatch.setattr(cpu, "_load", lambda: (None, "not installed"))
     with pytest.warns(RuntimeWarning, match="reference path"):
         assert serving("cpu") == table[1][1]

@@ -14,6 +14,7 @@ from involution.tasks.recipes import recipes
 QUICK = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 SHORT = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "4"]
 FIT = ["fit", "-c", "digits_resnet", *QUICK, *SHORT]
+IMAGENET = [f"imagenet_{family}{depth}" for family in ("rednet", "resnet") for depth in (26, 38, 50, 101, 152)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +40,7 @@ def test_every_recipe_is_tried_below():
         "digits_rednet",
         "digits_resnet",
         "imagefolder_rednet50",
+        *IMAGENET,
     }
 
 
@@ -60,6 +62,38 @@ def test_imagefolder_recipe(tmp_path):
     root = write_tree(tmp_path / "images")
     cli = run(["fit", "-c", "imagefolder_rednet50", *QUICK, "--data.root", str(root), "--trainer.fast_dev_run", "true"])
     assert cli.model.num_classes == 2  # taken from the folders
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_imagenet_recipes(name, tmp_path):
+    """As published: 130 epochs, nesterov SGD, 0.8 for 2048 images, warm-up from a quarter, label smoothing."""
+    root = write_tree(tmp_path / "images")
+    small = ["--data.image_size", "64", "--data.batch_size", "4", "--data.num_workers", "0"]
+    quick = ["--trainer.fast_dev_run", "true", "--trainer.accumulate_grad_batches", "2"]
+    cli = run(["fit", "-c", name, *QUICK, *small, *quick, "--data.root", str(root)])
+    given, group = cli.model.hparams, cli.trainer.optimizers[0].param_groups[0]
+    assert given["model_name"].removesuffix("_paper") == name.removeprefix("imagenet_")
+    recipe = (
+        given["lr"],
+        given["lr_batch_size"],
+        given["warmup_steps"],
+        given["warmup_ratio"],
+        given["label_smoothing"],
+    )
+    assert recipe == (0.8, 2048, 3130, 0.25, 0.1)
+    assert (group["momentum"], group["nesterov"], group["weight_decay"]) == (0.9, True, 1e-4)
+    assert group["initial_lr"] == pytest.approx(0.8 * 8 / 2048)  # four images, accumulated twice
+    assert recipes()[name].read_text().count("max_epochs: 130") == 1
+
+
+def test_warm_up_takes_as_many_images_whatever_the_batch(tmp_path):
+    root = write_tree(tmp_path / "images")
+    small = ["--data.image_size", "32", "--data.batch_size", "4", "--data.num_workers", "0"]
+    cli = run(
+        ["fit", "-c", "imagenet_resnet26", *QUICK, *small, "--data.root", str(root), "--trainer.fast_dev_run", "true"]
+    )
+    scheduler = cli.trainer.lr_scheduler_configs[0].scheduler
+    assert scheduler.lr_lambdas[0].keywords["warmup"] == round(3130 * 2048 / 4)
 
 
 def test_imagefolder_error_names_the_folder(tmp_path):

@@ -43,6 +43,9 @@ class Classifier(LightningModule):
         num_classes: length of the model's output; `involution fit` fills it in from the data.
         model_kwargs: further arguments of timm.create_model.
         lr: peak learning rate.
+        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
+            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
+            nothing scales.
         momentum: of SGD.
         weight_decay: of weights; norms and biases have none.
         warmup_steps: optimizer steps of linear warm-up.
@@ -61,6 +64,7 @@ class Classifier(LightningModule):
         num_classes: int,
         model_kwargs: dict[str, Any] | None = None,
         lr: float = 0.1,
+        lr_batch_size: int | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
         warmup_steps: int = 0,
@@ -147,6 +151,10 @@ class Classifier(LightningModule):
         """Logs train/seconds."""
         self.log("train/seconds", time.perf_counter() - self._started)
 
+    def _images_per_step(self) -> int:
+        trainer: Any = self.trainer
+        return int(trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""
         given = self.hparams
@@ -155,11 +163,12 @@ class Classifier(LightningModule):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": given["weight_decay"]},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.SGD(groups, lr=given["lr"], momentum=given["momentum"], nesterov=True)
+        scale = self._images_per_step() / given["lr_batch_size"] if given["lr_batch_size"] else 1.0
+        optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)
         factor = partial(
             warmup_cosine,
             total=int(self.trainer.estimated_stepping_batches),
-            warmup=given["warmup_steps"],
+            warmup=round(given["warmup_steps"] / scale),
             warmup_ratio=given["warmup_ratio"],
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,84 @@
+"""Image files as they are found: turned, grey, 16 bits deep, broken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from involution.tasks.classify import ImageFolder
+from involution.tasks.classify.images import read_image
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    wide = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    wide.save(tmp_path / "turned.png", exif=exif)
+    got = read_image(tmp_path / "turned.png")
+    assert got.size == (2, 3)
+    assert (pixels(got)[..., 0] == np.rot90(pixels(wide)[..., 0], -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (5, 4), (200, 200, 200)).convert(mode)
+    file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(file)
+    got = read_image(file)
+    assert got.mode == "RGB"
+    assert got.size == (5, 4)
+    assert abs(pixels(got) - pixels(image.convert("RGB"))).max() == 0
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    deep = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert pixels(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_a_broken_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jpg"
+    if content is None:  # cut off in the midst
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+        content = file.read_bytes()[:1500]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
+        read_image(file)
+
+
+def tree(root: Path) -> Path:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 40), (index * 50, 0, 0)).save(root / split / name / f"{index}.png")
+    (root / "train" / "cat" / "1.png").write_bytes(b"broken")
+    return root
+
+
+def test_broken_files_raise_or_are_skipped_and_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    data = ImageFolder(str(root), batch_size=2, num_workers=0, image_size=32)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"cat.1\.png cannot be read"):
+        list(data.train_dataloader())
+    for workers in (0, 2):
+        data = ImageFolder(str(root), batch_size=2, num_workers=workers, image_size=32, on_error="skip")
+        data.setup("fit")
+        with pytest.warns(RuntimeWarning, match=r"skipped: .*1\.png") if workers == 0 else pytest.MonkeyPatch.context():
+            labels = torch.cat([batch[1] for batch in data.train_dataloader()])
+        assert len(labels) == 6
+        with pytest.warns(UserWarning, match=r"fit skipped 1 samples"):
+            data.teardown("fit")
+
+
+def test_on_error_is_checked() -> None:
+    with pytest.raises(ValueError, match="on_error must be raise or skip, got 'ignore'"):
+        ImageFolder("photos", on_error="ignore")

@@ -19,13 +19,13 @@ demo: $(INSTALLED)
 # Threads that spin while they wait make small tests crawl where another job has a core: let them sleep.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow and not gpu"
-	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.005 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
+	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.02 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
 
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled
 # ahead of time for four targets. About ten minutes each.
 INTERPRETED := $(addprefix tests/ops/test_,gpu_interpreted.py backends_agree.py registration.py fused.py)
 test-gpu-interpreted: $(INSTALLED)
-	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.1 $(BIN)/pytest $(INTERPRETED) -k "triton or random or interpreted"
+	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.2 $(BIN)/pytest $(INTERPRETED) -k "triton or random or interpreted"
 	$(BIN)/pytest tests/ops/test_gpu_compiled.py
 
 lint: $(INSTALLED)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from definition import INTERPRETED, backend
+from definition import INTERPRETED, TILES, backend
 
 from involution import involution2d
 from involution.ops import gpu
@@ -27,6 +27,7 @@ def results(channels_last: bool, name: str = "triton") -> list[torch.Tensor]:
 
 @both_layouts
 def test_distances_beyond_32_bits(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "tiles", TILES)
     want = results(channels_last)
     monkeypatch.setattr(gpu, "_is_wide", lambda geometry: True)
     for got, wanted in zip(results(channels_last), want, strict=True):
@@ -36,8 +37,7 @@ def test_distances_beyond_32_bits(channels_last: bool, monkeypatch: pytest.Monke
 @both_layouts
 @pytest.mark.parametrize("choice", range(3))
 def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = gpu.tiles
-    monkeypatch.setattr(gpu, "tiles", lambda *call: [(tiles(*call) * 3)[choice]])
+    monkeypatch.setattr(gpu, "tiles", lambda *call: [(TILES(*call) * 3)[choice]])
     for got, wanted in zip(results(channels_last), results(channels_last, "reference"), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -46,7 +46,8 @@ def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("hidden", [3, 600])
 def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 256, and in float64, the map is stored."""
-    launched = []
+    launched: list[str] = []
+    monkeypatch.setattr(gpu, "tiles", TILES)
     kernel = gpu._kernel
     monkeypatch.setattr(gpu, "_kernel", lambda name: launched.append(name) or kernel(name))
     torch.manual_seed(0)

@@ -49,6 +49,7 @@ OTHERS = {
     "C256@14": square(256, 14, 7),
     "C512@14/2": square(512, 14, 7, 2),
     "C512@7": square(512, 7, 7),
+    "C16@32": square(16, 32, 7),
     "neck": Shape(256, 16, (200, 304), (7, 7), (1, 1), (1, 1)),
     "1d": Shape(64, 16, (1001,), (31,), (1,), (2,)),
     "3d": Shape(32, 16, (9, 30, 31), (3, 3, 3), (1, 2, 2), (1, 1, 1)),
@@ -214,7 +215,9 @@ def test_layer(shape: Shape, dtype: torch.dtype, options: bool, target: int | st
     compiled = compile_for(target, launch, tmp_path)
     assert compiled.spilled == 0
     assert compiled.shared <= SHARED[target]
-    if shape.width % 16 == 0:
+    if (
+        shape.channels >= 32 and shape.width % 16 == 0
+    ):  # a single group's tile has fewer numbers than AMD's lanes could take
         assert_loads_are_wide(compiled.code, target, launch.name)
 
 

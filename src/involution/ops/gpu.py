@@ -137,9 +137,11 @@ def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype
         groups, width = min(16 if half else 8, groups), min(16, width)
         widest = max(groups * width, _power_of_two(hidden))
         some = (
-            (p, _between(1, p * widest // numbers, 8 if half else 4)) for p in ((32, 16) if aligned and half else (16,))
+            (p, _between(2, p * widest // numbers, 8 if half else 4)) for p in ((32, 16) if aligned and half else (16,))
         )
-        return [Tile(positions, groups, width, warps, None if half else 255) for positions, warps in some]
+        return [
+            Tile(positions, groups, width, warps, None if half and groups > 2 else 255) for positions, warps in some
+        ]
     registers = None if numbers == 512 and channels_last else 255
     if name == "correlate":  # has all channels of a group
         groups = min(groups, max(1, 64 // width)) if channels_last else 1

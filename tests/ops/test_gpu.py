@@ -115,13 +115,25 @@ def test_compiled_and_under_autocast(channels_last: bool) -> None:
     assert_close(y, want, torch.float16)
 
 
-def test_all_tiles_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@both_layouts
+@pytest.mark.parametrize("choice", range(3))
+def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles = gpu.tiles
+    monkeypatch.setattr(gpu, "tiles", lambda *call: [(tiles(*call) * 3)[choice]])
+    for case in CALLS:
+        x, k, window = tensors(case, torch.float32, channels_last)
+        y = OPERATOR[x.dim() - 2](x, k, **window)
+        with backend("reference"):
+            assert_close(y, OPERATOR[x.dim() - 2](x, k, **window), torch.float32)
+
+
+def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVOLUTION_AUTOTUNE", "1")
     for case in CALLS:
         x, k, window = tensors(case, torch.float32, True)
-        tuned = OPERATOR[x.dim() - 2](x, k, **window)
+        y = OPERATOR[x.dim() - 2](x, k, **window)
         with backend("reference"):
-            assert_close(tuned, OPERATOR[x.dim() - 2](x, k, **window), torch.float32)
+            assert_close(y, OPERATOR[x.dim() - 2](x, k, **window), torch.float32)
 
 
 def test_numbers_beyond_32_bits() -> None:

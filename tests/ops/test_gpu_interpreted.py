@@ -35,6 +35,23 @@ def test_distances_beyond_32_bits(channels_last: bool, monkeypatch: pytest.Monke
 
 
 @both_layouts
+def test_windows_that_reach_beyond_32_bits(channels_last: bool) -> None:
+    far = 2**30
+    x, k = torch.randn(1, 2, 3, 5), torch.randn(1, 1, 1, 2, 3, 3)
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    x.requires_grad_()
+    k.requires_grad_()
+    found = []
+    for name in ("triton", "reference"):
+        with backend(name):
+            y = involution2d(x, k, (1, far), (0, far), (1, 2))
+            found.append([y, *torch.autograd.grad(y.square().sum(), (x, k))])
+    assert found[1][0].count_nonzero() == 6  # the middle column alone meets the image
+    for got, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@both_layouts
 @pytest.mark.parametrize("choice", range(3))
 def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "tiles", lambda *call: [(TILES(*call) * 3)[choice]])
@@ -58,3 +75,21 @@ def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypat
     assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_kernel"]
     with backend("reference"):
         torch.testing.assert_close(y, fused_involution(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("set_newer", [True, False])
+def test_torchs_switches_of_precision(set_newer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking must not fail whichever of torch's two switches a user has set."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if set_newer:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.set_float32_matmul_precision("high")
+    try:
+        assert gpu._tf32()
+    finally:
+        if set_newer:
+            torch.backends.cuda.matmul.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision("highest")
+    assert not gpu._tf32()

@@ -20,7 +20,6 @@ from .geometry import MAPS, Geometry, LayerParts, is_channels_last, memory_order
 DEVICES = ("cuda", "xpu")  # "cuda" is AMD's too
 _OLDEST = (7, 0)  # NVIDIA's compute capability that Triton compiles for
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
-_MOST_HIDDEN = 256  # features whose tile fits the registers; beyond, or with few groups, the kernel map is stored
 _MAP_AT_ONCE = 1 << 24  # numbers of the kernel map in a fused layer's backward pass
 
 
@@ -57,21 +56,23 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
         tensors = tuple(t.permute(order) for t, order in zip(tensors, orders, strict=True))  # type: ignore[assignment]
     first, second, out = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
     result = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    distances = _distances(geometry, channels_last)
     *axes, (rows,) = _sizes(geometry)
     chunks = -(-geometry.kernel[-1] // 8)
-    sizes = (*axes, (rows * chunks,), *(distances[role] for role in ("x", "k", "y")))
+    sizes = (*axes, (rows * chunks,))
     made = geometry.input if name == "adjoint" else geometry.output
     choice = tiles(name, geometry, channels_last, result.dtype)
     tensors = first, second, result
-    _launch(f"{name}_kernel", tensors, sizes, geometry, made, choice, {"CHUNKS": chunks})
+    _launch(
+        f"{name}_kernel", tensors, sizes, geometry, made, choice, {"CHANNELS_LAST": channels_last, "CHUNKS": chunks}
+    )
     if result is not out:
         out.copy_(result)
 
 
 def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.layer. The kernel map stays on the chip, unless the sums are float64 or the features too many."""
-    fits = parts.span_weight.shape[1] <= min(_MOST_HIDDEN, 16 * geometry.groups) and outs[0].dtype != torch.float64
+    most = {2: 256, 4: 128}.get(outs[0].dtype.itemsize, 0)  # features whose tile fits the registers
+    fits = parts.input.dtype != torch.float64 and parts.span_weight.shape[1] <= min(most, 16 * geometry.groups)
     reference.layer(parts, outs, geometry, _fused if fits else _in_steps)
 
 
@@ -86,18 +87,23 @@ def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> 
     result = in_memory if in_memory.is_contiguous() else torch.empty(in_memory.shape, dtype=y.dtype, device=y.device)
     weight = unpack(parts.span_weight, parts.span_bias).contiguous()
     vectors = (None if t is None else t.contiguous() for t in (parts.span_bias, parts.scale, parts.shift))
-    distances = _distances(geometry, True)
-    sizes = (*_sizes(geometry), distances["x"], distances["y"], (features.shape[-1],))
+    sizes = (*_sizes(geometry), (features.shape[-1],))
     options = {
         "HIDDEN": max(16, _power_of_two(features.shape[-1])),
         "RELU": parts.relu,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if x.device.type == "cuda" and torch.version.hip is None and _tf32() else "ieee",
         "UPCAST": interpreted(),
     }
     tensors = (x, features, weight, *vectors, result)
     choice = tiles("fused", geometry, True, y.dtype, features.shape[-1])
     _launch("fused_kernel", tensors, sizes, geometry, geometry.output, choice, options)
     return y if result is in_memory else result.movedim(-1, 1)
+
+
+def _tf32() -> bool:
+    """Whether products of float32 matrices may be rounded, by torch's newer switch or its older one."""
+    switch: str = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    return switch == "tf32" or (switch == "none" and torch.get_float32_matmul_precision() != "highest")
 
 
 def layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
@@ -110,17 +116,6 @@ def _sizes(geometry: Geometry) -> tuple[tuple[int, ...], ...]:
     """Groups and their width, the three axes of the input and of the output, and the kernel's rows of taps."""
     width, rows = geometry.channels // geometry.groups, math.prod(geometry.kernel[:-1])
     return (geometry.groups, width), _three(geometry.input, 1), _three(geometry.output, 1), (rows,)
-
-
-def _distances(geometry: Geometry, channels_last: bool) -> dict[str, tuple[int, ...]]:
-    """From one image, channel (or group, tap) and position to the next, in numbers, for all three roles."""
-    inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
-    channels, groups = geometry.channels, geometry.groups
-    if channels_last:
-        x, k, y = (1, channels), (taps, 1, groups * taps), (1, channels)
-    else:
-        x, k, y = (inputs, 1), (taps * outputs, outputs, 1), (outputs, 1)
-    return {"x": (channels * inputs, *x), "k": (groups * taps * outputs, *k), "y": (channels * outputs, *y)}
 
 
 def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype, hidden: int = 0) -> list[Tile]:
@@ -144,14 +139,15 @@ def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype
         ]
     registers = None if numbers == 512 and channels_last else 255
     if name == "correlate":  # has all channels of a group
-        groups = min(groups, max(1, 64 // width)) if channels_last else 1
-        warps = _between(1 if channels_last else 4, groups * width // numbers, 8)
-        some = ((_between(1, count // (groups * width), count), warps) for count in (numbers, 2 * numbers))
+        taken = max(8, width)  # a row of eight sums, or weights, takes as much as eight channels
+        groups = min(groups, max(1, 64 // taken)) if channels_last else 1
+        warps = _between(1 if channels_last else 4, groups * taken // numbers, 8)
+        some = ((_between(1, count // (groups * taken), count), warps) for count in (numbers, 2 * numbers))
         return [Tile(positions, groups, width, warps, registers) for positions, warps in some]
     if channels_last:  # neighbours in memory are channels: 64 of them fill a line
-        width = min(16, width)
-        groups = min(groups, 64 // width)
-        return [Tile(warps * numbers // (groups * width), groups, width, warps, registers) for warps in (1, 2, 4)]
+        width, taken = min(16, width), max(8, min(16, width))
+        groups = min(groups, 64 // taken)
+        return [Tile(warps * numbers // (groups * taken), groups, width, warps, registers) for warps in (1, 2, 4)]
     return [Tile(positions, 1, min(4, width), 4, registers) for positions in (numbers // 8, numbers // 4)]
 
 
@@ -191,9 +187,15 @@ def compiler_options(tile: Tile, nvidia: bool) -> dict[str, int]:
 
 
 def _is_wide(geometry: Geometry) -> bool:
-    """Whether one image's distances leave 32 bits."""
+    """Whether one image's distances, or positions that a window reaches outside of it, leave 32 bits."""
     inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
-    return max(geometry.channels * max(inputs, outputs), geometry.groups * taps * outputs) >= 2**31
+    reach = math.prod(
+        output * stride + (kernel - 1) * dilation + padding
+        for output, stride, kernel, dilation, padding in zip(
+            geometry.output, geometry.stride, geometry.kernel, geometry.dilation, geometry.padding, strict=True
+        )
+    )
+    return max(geometry.channels * max(inputs, outputs), geometry.groups * taps * outputs, 2 * reach) >= 2**31
 
 
 _WINDOW = ("kernel", "stride", "padding", "dilation")
@@ -235,7 +237,7 @@ def _tuned(name: str, choice: tuple[Tile, ...]) -> Any:
         )
         for tile in choice
     ]
-    key = ["groups", "width", "x_position", "KERNEL", "STRIDE", "DILATION"]
+    key = ["groups", "width", "KERNEL", "STRIDE", "DILATION", "CHANNELS_LAST"]
     return triton.autotune(configs, key=key, cache_results=True)(_kernel(name))
 
 
@@ -258,6 +260,8 @@ def why_not(tensor: Tensor | None) -> str:
         return "" if found else "torch finds no GPU"
     if tensor.device.type == "cpu" and interpreted():
         return ""
+    if tensor.device.type == "cpu":
+        return "the tensors are on cpu, where TRITON_INTERPRET=1 alone runs these kernels"
     if tensor.device.type not in DEVICES:
         return f"the tensors are on {tensor.device}"
     if tensor.device.type == "cuda" and torch.version.hip is None:

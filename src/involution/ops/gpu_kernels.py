@@ -1,9 +1,9 @@
 """The GPU kernels, in Triton: one program makes a tile of a result, positions x groups x channels of a group.
 
 Spatial axes are always three, the missing leading ones of size 1. Tensors lie in memory as [N, C, *S] and
-[N, G, *K, *O], or as [N, *S, C] and [N, *O, G, *K]; the kernels know only the distances, in numbers, from one image,
-channel, group, tap or position to the next. Sums are float32 (float64 for float64); every result has one writer, so
-results are the same in every run. Taps outside the input are skipped.
+[N, G, *K, *O], with CHANNELS_LAST as [N, *S, C] and [N, *O, G, *K]; `_distances` says how far it is, in numbers, from one
+image, channel or position to the next. WIDE is for images whose distances leave 32 bits. Sums are float32 (float64
+for float64); every result has one writer, so results are the same in every run. Taps outside the input are skipped.
 """
 
 import triton
@@ -21,14 +21,38 @@ def _tile(
     """Which image, positions, groups and channels of a group this program makes; numbers beyond the end are masked."""
     tiles, blocks = tl.cdiv(positions, POSITIONS), tl.cdiv(width, WIDTH)
     program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
     p = program % tiles * POSITIONS + tl.arange(0, POSITIONS)
     c = program // tiles % blocks * WIDTH + tl.arange(0, WIDTH)
     rest = program // tiles // blocks
     g = rest % tl.cdiv(groups, GROUPS) * GROUPS + tl.arange(0, GROUPS)
     n = (rest // tl.cdiv(groups, GROUPS)).to(tl.int64)
-    if WIDE:  # distances inside an image that leave 32 bits
-        p, g, c = p.to(tl.int64), g.to(tl.int64), c.to(tl.int64)
     return n, p, g, c
+
+
+@triton.jit
+def _axes(depth, height, width, WIDE: tl.constexpr):
+    """Three sizes, in as many bits as are needed."""
+    if WIDE:
+        return depth.to(tl.int64), height.to(tl.int64), width.to(tl.int64)
+    return depth, height, width
+
+
+@triton.jit
+def _distances(channels, positions, CHANNELS_LAST: tl.constexpr):
+    """Of an image: from it to the next one, and from one channel and position to the next."""
+    if CHANNELS_LAST:
+        return channels * positions.to(tl.int64), 1, channels
+    return channels * positions.to(tl.int64), positions, 1
+
+
+@triton.jit
+def _map_distances(groups, taps, positions, CHANNELS_LAST: tl.constexpr):
+    """Of a kernel map: from an image to the next, and from one group, tap and position to the next."""
+    if CHANNELS_LAST:
+        return groups * taps * positions.to(tl.int64), taps, 1, groups * taps
+    return groups * taps * positions.to(tl.int64), taps * positions, positions, 1
 
 
 @triton.jit
@@ -54,16 +78,24 @@ def _join8(t):
 
 @triton.jit(do_not_specialize=_SIZES)
 def apply_kernel(
-    x, k, y, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
-    x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
+    x, k, y, groups, width: tl.constexpr, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
-    n, o, g, c = _tile(out_depth * out_height * out_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
+    in_depth, in_height, in_width = _axes(in_depth, in_height, in_width, WIDE)
+    out_depth, out_height, out_width = _axes(out_depth, out_height, out_width, WIDE)
+    inputs, outputs = in_depth * in_height * in_width, out_depth * out_height * out_width
+    x_image, x_channel, x_position = _distances(groups * width, inputs, CHANNELS_LAST)
+    y_image, y_channel, y_position = _distances(groups * width, outputs, CHANNELS_LAST)
+    k_image, k_group, k_tap, k_position = _map_distances(
+        groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
+    )
+    n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
     channel = (g[:, None] * width + c[None, :])[None, :, :]
     is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
-    is_output = o < out_depth * out_height * out_width
+    is_output = o < outputs
     is_kernel = is_output[:, None, None] & (g < groups)[None, :, None]
     x += n * x_image + channel * x_channel
     k += n * k_image + o[:, None, None] * k_position + g[None, :, None] * k_group
@@ -92,16 +124,24 @@ def apply_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def adjoint_kernel(
-    grad, k, dx, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
-    x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
+    grad, k, dx, groups, width: tl.constexpr, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dx[n, c, i] = sum over (u, o) with o*stride + u*dilation - padding = i of k[n, g(c), u, o] * grad[n, c, o]."""
-    n, i, g, c = _tile(in_depth * in_height * in_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
+    in_depth, in_height, in_width = _axes(in_depth, in_height, in_width, WIDE)
+    out_depth, out_height, out_width = _axes(out_depth, out_height, out_width, WIDE)
+    inputs, outputs = in_depth * in_height * in_width, out_depth * out_height * out_width
+    x_image, x_channel, x_position = _distances(groups * width, inputs, CHANNELS_LAST)
+    y_image, y_channel, y_position = _distances(groups * width, outputs, CHANNELS_LAST)
+    k_image, k_group, k_tap, k_position = _map_distances(
+        groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
+    )
+    n, i, g, c = _tile(inputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
     channel = (g[:, None] * width + c[None, :])[None, :, :]
     is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
-    is_input = i < in_depth * in_height * in_width
+    is_input = i < inputs
     grad += n * y_image + channel * y_channel
     k += n * k_image + g[None, :] * k_group
     depth = i // (in_height * in_width) + PADDING[0]
@@ -112,12 +152,12 @@ def adjoint_kernel(
         a, b, first = r // CHUNKS // KERNEL[1], r // CHUNKS % KERNEL[1], r % CHUNKS * 8
         # Output positions times the stride; what is no multiple, or negative, has no output.
         d, h = depth - a * DILATION[0], height - b * DILATION[1]
-        is_row = is_input & (d >= 0) & (d % STRIDE[0] == 0) & (d < out_depth * STRIDE[0])
-        is_row = is_row & (h >= 0) & (h % STRIDE[1] == 0) & (h < out_height * STRIDE[1])
+        is_row = is_input & (d >= 0) & (d % STRIDE[0] == 0) & (d // STRIDE[0] < out_depth)
+        is_row = is_row & (h >= 0) & (h % STRIDE[1] == 0) & (h // STRIDE[1] < out_height)
         row = (d // STRIDE[0] * out_height + h // STRIDE[1]) * out_width
         for u in tl.static_range(min(8, KERNEL[2])):
             w = column - (first + u) * DILATION[2]
-            here = is_row & (w >= 0) & (w % STRIDE[2] == 0) & (w < out_width * STRIDE[2]) & (first + u < KERNEL[2])
+            here = is_row & (w >= 0) & (w % STRIDE[2] == 0) & (w // STRIDE[2] < out_width) & (first + u < KERNEL[2])
             o = row + w // STRIDE[2]
             tap = (a * KERNEL[1] + b) * KERNEL[2] + first + u
             weight = tl.load(k + tap * k_tap + o[:, None] * k_position, here[:, None] & (g < groups)[None, :], 0.0)
@@ -129,19 +169,27 @@ def adjoint_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def correlate_kernel(
-    grad, x, dk, groups, width, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
-    x_image, x_channel, x_position, k_image, k_group, k_tap, k_position, y_image, y_channel, y_position,
+    grad, x, dk, groups, width: tl.constexpr, in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
-    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
+    POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, WIDE: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dk[n, g, u, o] = sum over the channels c of group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding].
 
     A tile has all channels of its groups: WIDTH is at least the width.
     """
-    n, o, g, c = _tile(out_depth * out_height * out_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
+    in_depth, in_height, in_width = _axes(in_depth, in_height, in_width, WIDE)
+    out_depth, out_height, out_width = _axes(out_depth, out_height, out_width, WIDE)
+    inputs, outputs = in_depth * in_height * in_width, out_depth * out_height * out_width
+    x_image, x_channel, x_position = _distances(groups * width, inputs, CHANNELS_LAST)
+    y_image, y_channel, y_position = _distances(groups * width, outputs, CHANNELS_LAST)
+    k_image, k_group, k_tap, k_position = _map_distances(
+        groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
+    )
+    n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
     channel = (g[:, None] * width + c[None, :])[None, :, :]
     is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
-    is_output = o < out_depth * out_height * out_width
+    is_output = o < outputs
     is_kernel = is_output[:, None, None] & (g < groups)[None, :, None]
     grad += n * y_image + channel * y_channel + o[:, None, None] * y_position
     x += n * x_image + channel * x_channel
@@ -172,9 +220,9 @@ def correlate_kernel(
 
 @triton.jit(do_not_specialize=_SIZES)
 def fused_kernel(
-    x, hidden, weight, bias, scale, shift, y, groups, width,
+    x, hidden, weight, bias, scale, shift, y, groups, width: tl.constexpr,
     in_depth, in_height, in_width, out_depth, out_height, out_width, rows,
-    x_image, x_channel, x_position, y_image, y_channel, y_position, hidden_channels,
+    hidden_channels,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     POSITIONS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
     HIDDEN: tl.constexpr, RELU: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -184,16 +232,21 @@ def fused_kernel(
     The kernels of one tap, for a tile's positions and groups, are a matrix product. bias, scale and RELU may be absent.
     HIDDEN is at least R. UPCAST is for Triton's interpreter, which multiplies bfloat16 matrices wrongly.
     """
-    n, o, g, c = _tile(out_depth * out_height * out_width, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
+    in_depth, in_height, in_width = _axes(in_depth, in_height, in_width, WIDE)
+    out_depth, out_height, out_width = _axes(out_depth, out_height, out_width, WIDE)
+    inputs, outputs = in_depth * in_height * in_width, out_depth * out_height * out_width
+    x_image, x_channel, x_position = _distances(groups * width, inputs, True)
+    y_image, y_channel, y_position = _distances(groups * width, outputs, True)
+    n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
     channel = (g[:, None] * width + c[None, :])[None, :, :]
     is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
-    is_output = o < out_depth * out_height * out_width
+    is_output = o < outputs
     x += n * x_image + channel * x_channel
     depth = o // (out_height * out_width) * STRIDE[0] - PADDING[0]
     height = o // out_width % out_height * STRIDE[1] - PADDING[1]
     column = o % out_width * STRIDE[2] - PADDING[2]
     f = tl.arange(0, HIDDEN)[None, :]
-    position = n * out_depth * out_height * out_width + o[:, None]
+    position = n * outputs + o[:, None]
     features = tl.load(hidden + position * hidden_channels + f, is_output[:, None] & (f < hidden_channels), 0.0)
     if UPCAST:
         features = features.to(tl.float32)

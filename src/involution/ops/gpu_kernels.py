@@ -1,9 +1,9 @@
 """The GPU kernels, in Triton: one program makes a tile of a result, positions x groups x channels of a group.
 
 Spatial axes are always three, the missing leading ones of size 1. Tensors lie in memory as [N, C, *S] and
-[N, G, *K, *O], with CHANNELS_LAST as [N, *S, C] and [N, *O, G, *K]; `_distances` says how far it is, in numbers, from one
-image, channel or position to the next. WIDE is for images whose distances leave 32 bits. Sums are float32 (float64
-for float64); every result has one writer, so results are the same in every run. Taps outside the input are skipped.
+[N, G, *K, *O], with CHANNELS_LAST as [N, *S, C] and [N, *O, G, *K]; `_distances` says how many numbers lie between one
+image, channel or position and the next. WIDE is for images whose distances leave 32 bits. Sums are float32 (float64 for
+float64); every result has one writer, so results are the same in every run. Taps outside the input are skipped.
 """
 
 import triton

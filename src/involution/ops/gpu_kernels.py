@@ -35,7 +35,7 @@ def _tile(
 def _axes(depth, height, width, WIDE: tl.constexpr):
     """Three sizes, in as many bits as are needed."""
     if WIDE:
-        return depth.to(tl.int64), height.to(tl.int64), width.to(tl.int64)
+        depth, height, width = depth.to(tl.int64), height.to(tl.int64), width.to(tl.int64)
     return depth, height, width
 
 

@@ -43,16 +43,20 @@ def _axes(depth, height, width, WIDE: tl.constexpr):
 def _distances(channels, positions, CHANNELS_LAST: tl.constexpr):
     """Of an image: from it to the next one, and from one channel and position to the next."""
     if CHANNELS_LAST:
-        return channels * positions.to(tl.int64), 1, channels
-    return channels * positions.to(tl.int64), positions, 1
+        channel, position = 1, channels
+    else:
+        channel, position = positions, 1
+    return channels * positions.to(tl.int64), channel, position
 
 
 @triton.jit
 def _map_distances(groups, taps, positions, CHANNELS_LAST: tl.constexpr):
     """Of a kernel map: from an image to the next, and from one group, tap and position to the next."""
     if CHANNELS_LAST:
-        return groups * taps * positions.to(tl.int64), taps, 1, groups * taps
-    return groups * taps * positions.to(tl.int64), taps * positions, positions, 1
+        group, tap, position = taps, 1, groups * taps
+    else:
+        group, tap, position = taps * positions, positions, 1
+    return groups * taps * positions.to(tl.int64), group, tap, position
 
 
 @triton.jit

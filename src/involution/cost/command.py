@@ -60,8 +60,7 @@ def _print_rows(rows: list[tuple[Row, Counted]], form: str) -> None:
         table.add_column(column, justify="left" if column in ("row", "where the paper differs") else "right")
     for row, counted in rows:
         printed = [f"{value:.2f}" for value in row.printed] if row.printed else ["", ""]
-        figures = (counted.counted, counted.honest, counted.mac)
-        gigas = [f"{value / 1e9:.4f}" if value is counted.counted else f"{value / 1e9:.3f}" for value in figures]
+        gigas = [f"{counted.counted / 1e9:.4f}", *(f"{value / 1e9:.3f}" for value in (counted.honest, counted.mac))]
         table.add_row(row.name, *printed, f"{counted.params_trainable / 1e6:.4f}", *gigas, disagreement(row, counted))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 

@@ -60,6 +60,22 @@ def _map_distances(groups, taps, positions, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
+def _channels(g, c, groups, width):
+    """[1, G, C]: the image's channels that these groups and channels of a group are, and which of them there are."""
+    return (g[:, None] * width + c[None, :])[None, :, :], ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
+
+
+@triton.jit
+def _window(o, height, width, STRIDE: tl.constexpr, PADDING: tl.constexpr):
+    """The input position of tap (0, 0, 0) at output positions o, for each axis; outside the image too."""
+    return (
+        o // (height * width) * STRIDE[0] - PADDING[0],
+        o // width % height * STRIDE[1] - PADDING[1],
+        o % width * STRIDE[2] - PADDING[2],
+    )
+
+
+@triton.jit
 def _split8(t):
     """[P, G, 8] -> eight [P, G]: in registers, where indexing would go through memory."""
     even, odd = tl.split(t.reshape(t.shape[0], t.shape[1], 2, 2, 2))
@@ -97,15 +113,12 @@ def apply_kernel(
         groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
     )
     n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
-    channel = (g[:, None] * width + c[None, :])[None, :, :]
-    is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
+    channel, is_channel = _channels(g, c, groups, width)
     is_output = o < outputs
     is_kernel = is_output[:, None, None] & (g < groups)[None, :, None]
     x += n * x_image + channel * x_channel
     k += n * k_image + o[:, None, None] * k_position + g[None, :, None] * k_group
-    depth = o // (out_height * out_width) * STRIDE[0] - PADDING[0]
-    height = o // out_width % out_height * STRIDE[1] - PADDING[1]
-    column = o % out_width * STRIDE[2] - PADDING[2]
+    depth, height, column = _window(o, out_height, out_width, STRIDE, PADDING)
     total = tl.zeros([POSITIONS, GROUPS, WIDTH], tl.float64 if y.dtype.element_ty == tl.float64 else tl.float32)
     for r in range(rows.to(tl.int64) if WIDE else rows):  # of taps, eight of a row at a time
         a, b, first = r // CHUNKS // KERNEL[1], r // CHUNKS % KERNEL[1], r % CHUNKS * 8
@@ -143,8 +156,7 @@ def adjoint_kernel(
         groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
     )
     n, i, g, c = _tile(inputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
-    channel = (g[:, None] * width + c[None, :])[None, :, :]
-    is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
+    channel, is_channel = _channels(g, c, groups, width)
     is_input = i < inputs
     grad += n * y_image + channel * y_channel
     k += n * k_image + g[None, :] * k_group
@@ -191,16 +203,13 @@ def correlate_kernel(
         groups, KERNEL[0] * KERNEL[1] * KERNEL[2], outputs, CHANNELS_LAST
     )
     n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
-    channel = (g[:, None] * width + c[None, :])[None, :, :]
-    is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
+    channel, is_channel = _channels(g, c, groups, width)
     is_output = o < outputs
     is_kernel = is_output[:, None, None] & (g < groups)[None, :, None]
     grad += n * y_image + channel * y_channel + o[:, None, None] * y_position
     x += n * x_image + channel * x_channel
     dk += n * k_image + o[:, None, None] * k_position + g[None, :, None] * k_group
-    depth = o // (out_height * out_width) * STRIDE[0] - PADDING[0]
-    height = o // out_width % out_height * STRIDE[1] - PADDING[1]
-    column = o % out_width * STRIDE[2] - PADDING[2]
+    depth, height, column = _window(o, out_height, out_width, STRIDE, PADDING)
     dtype = tl.float64 if dk.dtype.element_ty == tl.float64 else tl.float32
     here = tl.load(grad, is_output[:, None, None] & is_channel, 0.0).to(dtype)
     for r in range(rows.to(tl.int64) if WIDE else rows):  # of taps, eight of a row at a time
@@ -242,13 +251,10 @@ def fused_kernel(
     x_image, x_channel, x_position = _distances(groups * width, inputs, True)
     y_image, y_channel, y_position = _distances(groups * width, outputs, True)
     n, o, g, c = _tile(outputs, groups, width, POSITIONS, GROUPS, WIDTH, WIDE)
-    channel = (g[:, None] * width + c[None, :])[None, :, :]
-    is_channel = ((g[:, None] < groups) & (c[None, :] < width))[None, :, :]
+    channel, is_channel = _channels(g, c, groups, width)
     is_output = o < outputs
     x += n * x_image + channel * x_channel
-    depth = o // (out_height * out_width) * STRIDE[0] - PADDING[0]
-    height = o // out_width % out_height * STRIDE[1] - PADDING[1]
-    column = o % out_width * STRIDE[2] - PADDING[2]
+    depth, height, column = _window(o, out_height, out_width, STRIDE, PADDING)
     f = tl.arange(0, HIDDEN)[None, :]
     position = n * outputs + o[:, None]
     features = tl.load(hidden + position * hidden_channels + f, is_output[:, None] & (f < hidden_channels), 0.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 import involution
 from involution import Involution1d, Involution2d, Involution3d
-from involution.nn import BottleneckGenerator
+from involution.nn import BottleneckGenerator, LinearGenerator
 from involution.ops import selection
 from involution.ops.geometry import is_channels_last
 
@@ -107,6 +107,20 @@ def test_a_generator_can_be_a_class_a_callable_or_a_module() -> None:
     again = Involution2d(8, 3, 2, dilation=2, group_channels=4, kernel_generator=layer.generator)
     assert again.generator is layer.generator
     torch.testing.assert_close(again(x), expected)
+
+
+@pytest.mark.parametrize(("dims", "stride"), [(1, 1), (2, 2), (3, 2)])
+def test_the_linear_generator_is_one_product(dims: int, stride: int) -> None:
+    layer = [Involution1d, Involution2d, Involution3d][dims - 1]
+    made = layer(8, 3, stride, group_channels=4, kernel_generator=LinearGenerator).double()
+    x = torch.randn(2, 8, *[5, 6, 7][:dims], dtype=torch.float64)
+    pooled = made.generator.pool(x)
+    span = made.generator.span
+    product = torch.einsum("oc,nc...->no...", span.weight.flatten(1), pooled)
+    product = product + span.bias.view(-1, *[1] * dims)
+    kernel_map = product.view(2, 2, *[3] * dims, *[-(-size // stride) for size in x.shape[2:]])
+    torch.testing.assert_close(made.generator(x), kernel_map)
+    assert made(x).shape[2:] == pooled.shape[2:]
 
 
 def test_a_generator_with_another_size_is_an_error_that_names_both() -> None:

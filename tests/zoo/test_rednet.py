@@ -17,7 +17,7 @@ from timm.models._features_fx import FeatureGraphNet, create_feature_extractor, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from involution.nn import Involution2d
+from involution.nn import Involution2d, LinearGenerator
 from involution.zoo import RedNet
 
 DEPTHS = {
@@ -584,6 +584,24 @@ def test_involution_options_reach_every_involution() -> None:
         assert layer.generator.reduce.out_channels == layer.channels // 2
 
 
+def test_all_channels_can_share_a_kernel() -> None:
+    model = create("rednet14_cifar", group_channels=None)
+    layers = [module for module in model.modules() if isinstance(module, Involution2d)]
+    assert [layer.groups for layer in layers] == [1] * 5
+    assert {layer.group_channels for layer in layers} == {16, 32, 64, 128}
+
+
+def test_generator_and_stem_can_be_compared() -> None:
+    model = create("rednet14_cifar", kernel_generator="linear", stem_layer="convolution")
+    assert isinstance(model.stem.conv2, nn.Conv2d)
+    layers = [module for module in model.modules() if isinstance(module, Involution2d)]
+    assert len(layers) == 4
+    assert all(isinstance(layer.generator, LinearGenerator) for layer in layers)
+    assert model(images("rednet14_cifar")).shape == (2, 10)
+    own = create("rednet14_cifar", kernel_generator=LinearGenerator)
+    assert isinstance(own.stem.conv2.generator, LinearGenerator)
+
+
 def test_norm_and_activation_layers() -> None:
     model = create("rednet14_cifar", norm_layer="layernorm2d", act_layer="gelu").eval()
     kinds = {type(module).__name__ for module in model.modules()}
@@ -607,6 +625,8 @@ def test_device_and_dtype_reach_every_parameter() -> None:
     ("argument", "value", "wanted"),
     [
         ("output_stride", 4, r"output_stride must be one of \(8, 16, 32\), got 4"),
+        ("stem_layer", "pool", r"stem_layer must be one of \('involution', 'convolution'\), got 'pool'"),
+        ("kernel_generator", "mlp", r"kernel_generator must be one of \('bottleneck', 'linear'\), got 'mlp'"),
         ("stem_kernel_size", 4, r"stem_kernel_size must be one of \(3, 7\), got 4"),
         ("stem_stride", 3, r"stem_stride must be one of \(1, 2, 4\), got 3"),
         ("layers", (1, 1, 1), r"layers must be four ints .* got \(1, 1, 1\)"),

@@ -110,3 +110,15 @@ def test_the_small_stem() -> None:
     assert all((block.bn3.weight == 1).all() for stage in stages(kept) for block in stage)
     with pytest.raises(ValueError, match=r"output_stride must be one of \(8, 16, 32\), got 4"):
         timm.create_model("resnet14_cifar", output_stride=4)
+    with pytest.raises(ValueError, match=r"output_stride must be one of \(16, 32\), got 8"):
+        timm.create_model("resnet14_cifar", output_stride=8, stem_stride=2)
+    with pytest.raises(ValueError, match=r"stem_stride must be 1 or 2, got 4"):
+        timm.create_model("resnet14_cifar", stem_stride=4)
+
+
+def test_a_stem_of_stride_two_halves_every_level() -> None:
+    twins = [timm.create_model(f"{kind}14_cifar", features_only=True, stem_stride=2) for kind in ("resnet", "rednet")]
+    shapes = [[level.shape[2:] for level in twin.eval()(torch.randn(1, 3, 32, 32))] for twin in twins]
+    assert shapes[0] == shapes[1]
+    for twin in twins:
+        assert [32 // shape[0] for shape in shapes[0]] == twin.feature_info.reduction() == [2, 2, 4, 8, 16]

@@ -3,6 +3,7 @@
 A generator gets the layer's input at full resolution, [N, C, *S], and returns [N, G, *K, *O] with O = ceil(S / stride).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -55,20 +56,12 @@ class BottleneckGenerator(nn.Module):
         super().__init__()
         dims = len(kernel_size)
         width = max(1, channels // reduction_ratio)
-        taps = 1
-        for size in kernel_size:
-            taps *= size
         self.map_shape = (groups, *kernel_size)
-        strides = tuple(stride)
-        self.pool: nn.Module = (
-            AVERAGE_POOL[dims](strides, strides, ceil_mode=True, count_include_pad=False)
-            if max(strides) > 1
-            else nn.Identity()
-        )
+        self.pool = _pool(stride)
         self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
         self.norm = (norm_layer or BATCH_NORM[dims])(width)
         self.act = act_layer()
-        self.span = CONVOLUTION[dims](width, groups * taps, 1)
+        self.span = CONVOLUTION[dims](width, groups * math.prod(kernel_size), 1)
 
     def hidden(self, input: Tensor) -> Tensor:
         """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
@@ -86,6 +79,49 @@ class BottleneckGenerator(nn.Module):
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
         return plain and not hooked and _is_pointwise(self.span)
+
+
+class LinearGenerator(nn.Module):
+    """One 1x1 convolution from the input to the kernels, without a bottleneck (compared in section 4.3 of the paper).
+
+    With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
+    border. Cost: ``C * G*prod(K) * prod(O)`` multiply-adds.
+
+    Args:
+        channels: C of the layer's input.
+        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        groups: G, the number of kernels per position.
+        stride: one number per spatial axis.
+        dilation: one number per spatial axis; makes no difference.
+
+    Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        dilation: Sequence[int] = (),
+    ) -> None:
+        super().__init__()
+        self.map_shape = (groups, *kernel_size)
+        self.pool = _pool(stride)
+        self.span = CONVOLUTION[len(kernel_size)](channels, math.prod(self.map_shape), 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, G, *K, *O]."""
+        span: Tensor = self.span(self.pool(input))
+        return span.unflatten(1, self.map_shape)
+
+
+def _pool(stride: Sequence[int]) -> nn.Module:
+    """Averages over windows of the stride's size, the last one cut off at the border."""
+    strides = tuple(stride)
+    if max(strides) == 1:
+        return nn.Identity()
+    return AVERAGE_POOL[len(strides)](strides, strides, ceil_mode=True, count_include_pad=False)
 
 
 def _is_pointwise(convolution: Any) -> bool:

@@ -17,7 +17,7 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models import register_model as _register_model
 from torch import Tensor, nn
 
-from ..nn import Involution2d
+from ..nn import Involution2d, LinearGenerator
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
@@ -27,6 +27,7 @@ register_notrace_module(Involution2d)
 Layer = str | Callable[..., nn.Module]
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 register_model: Callable[[EntryPoint], EntryPoint] = _register_model  # timm ships without types
+_GENERATORS = {"bottleneck": None, "linear": LinearGenerator}  # None is Involution2d's own
 EXPANSION = 4  # a bottleneck's output channels over its width
 
 
@@ -108,9 +109,11 @@ class RedNet(nn.Module):
         output_stride: 8, 16 or 32; stages that would exceed it dilate their involutions instead of striding.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
         kernel_size: of the bottlenecks' involutions.
-        group_channels: channels that share a kernel; must divide every width and stem_channels / 2.
-        reduction_ratio: of the kernel generators.
+        group_channels: channels that share a kernel; must divide every width and stem_channels / 2. None: all of them.
+        reduction_ratio: of the bottleneck kernel generators.
+        kernel_generator: "bottleneck", "linear", or a callable as `Involution2d` takes it.
         stem_channels: of the stem's output.
+        stem_layer: the layer in the stem's middle: "involution", or "convolution" (3x3, for comparison).
         stem_kernel_size: of the stem's involution: 3 (classification) or 7 (the paper's dense prediction).
         stem_stride: 4 (strided convolution and max pooling), 2 (strided convolution) or 1 (neither).
         norm_layer: a norm's name in timm or its class, for the network and its kernel generators.
@@ -137,9 +140,11 @@ class RedNet(nn.Module):
         output_stride: int = 32,
         global_pool: str = "avg",
         kernel_size: int = 7,
-        group_channels: int = 16,
+        group_channels: int | None = 16,
         reduction_ratio: int = 4,
+        kernel_generator: str | Callable[..., nn.Module] = "bottleneck",
         stem_channels: int = 64,
+        stem_layer: str = "involution",
         stem_kernel_size: int = 3,
         stem_stride: int = 4,
         norm_layer: Layer = nn.BatchNorm2d,
@@ -156,6 +161,9 @@ class RedNet(nn.Module):
         _check_least("num_classes", num_classes, 0)
         _check_least("in_chans", in_chans, 1)
         _check_choice("output_stride", output_stride, (8, 16, 32))
+        _check_choice("stem_layer", stem_layer, ("involution", "convolution"))
+        if not callable(kernel_generator):
+            _check_choice("kernel_generator", kernel_generator, tuple(_GENERATORS))
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))
         _check_choice("stem_stride", stem_stride, (1, 2, 4))
         self.num_classes = num_classes
@@ -164,9 +172,13 @@ class RedNet(nn.Module):
         self.grad_checkpointing = False
 
         where = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
-        generator = {"group_channels": group_channels, "reduction_ratio": reduction_ratio}
+        generator = {
+            "group_channels": group_channels,
+            "reduction_ratio": reduction_ratio,
+            "kernel_generator": kernel_generator if callable(kernel_generator) else _GENERATORS[kernel_generator],
+        }
         parts = _parts(norm_layer, generator_norm_layer or norm_layer, act_layer, generator, where)
-        self.stem = _stem(in_chans, stem_channels, stem_kernel_size, min(stem_stride, 2), parts)
+        self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), parts)
         self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
         stem_info = {"num_chs": stem_channels, "reduction": min(stem_stride, 2), "module": "stem"}
         stages, stage_info = _stages(
@@ -326,7 +338,7 @@ class RedNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def _check_choice(name: str, value: int, choices: tuple[int, ...]) -> None:
+def _check_choice(name: str, value: int | str, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
@@ -369,14 +381,17 @@ def _parts(
     )
 
 
-def _stem(in_chans: int, channels: int, kernel_size: int, stride: int, parts: _Parts) -> nn.Sequential:
+def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, parts: _Parts) -> nn.Sequential:
     """3x3 convolution, involution at half the width, 3x3 convolution: the deep stem with its middle replaced."""
     half = channels // 2
+    middle = (
+        parts.involution(half, kernel_size) if layer == "involution" else parts.convolution(half, half, 3, padding=1)
+    )
     modules = [
         ("conv1", parts.convolution(in_chans, half, 3, stride=stride, padding=1)),
         ("bn1", parts.norm(half)),
         ("act1", parts.act()),
-        ("conv2", parts.involution(half, kernel_size)),
+        ("conv2", middle),
         ("bn2", parts.norm(half)),
         ("act2", parts.act()),
         ("conv3", parts.convolution(half, channels, 3, padding=1)),

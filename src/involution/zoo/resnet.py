@@ -21,16 +21,17 @@ register_model: Callable[[EntryPoint], EntryPoint] = _register_model  # timm shi
 
 
 class CifarResNet(ResNet):
-    """timm's ResNet for images of 32x32: its stem is one 3x3 convolution of stride 1, without pooling.
+    """timm's ResNet for images of 32x32: its stem is one 3x3 convolution, without pooling.
 
     Args:
         in_chans: channels of the image.
-        output_stride: 8, 16 or 32, none of which the network exceeds: it never dilates.
+        output_stride: 8, 16 or 32, at least 8 * stem_stride: the network never dilates.
         stem_width: half of the stem's output channels, as in timm's deep stems.
+        stem_stride: 1 or 2.
         **kwargs: the other arguments of timm's ResNet.
 
     Raises:
-        ValueError: output_stride does not fit.
+        ValueError: output_stride or stem_stride does not fit.
     """
 
     def __init__(
@@ -39,18 +40,22 @@ class CifarResNet(ResNet):
         in_chans: int = 3,
         output_stride: int = 32,
         stem_width: int = 16,
+        stem_stride: int = 1,
         **kwargs: Any,
     ) -> None:
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f"output_stride must be one of (8, 16, 32), got {output_stride!r}")
+        if stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride must be 1 or 2, got {stem_stride!r}")
+        strides = (8, 16, 32)[stem_stride - 1 :]
+        if output_stride not in strides:
+            raise ValueError(f"output_stride must be one of {strides}, got {output_stride!r}")
         # Of timm's stems the deep one leaves the output's width free; only its norm and activation stay.
         super().__init__(*args, in_chans=in_chans, stem_width=stem_width, stem_type="deep", **kwargs)
         where: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
-        self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, padding=1, bias=False, **where)
+        self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, stride=stem_stride, padding=1, bias=False, **where)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws the others
         self.maxpool = nn.Identity()
         for info in self.feature_info:
-            info["reduction"] = max(1, info["reduction"] // 4)
+            info["reduction"] = max(stem_stride, stem_stride * info["reduction"] // 4)
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:

@@ -1,0 +1,188 @@
+"""The CIFAR-10 experiments of docs/results.md: RedNet against its convolution twin, and the paper's ablations.
+
+    python experiments/cifar10.py list                        what there is, and which of it is done
+    python experiments/cifar10.py run --root DATA             trains what is not done yet
+    python experiments/cifar10.py run --root DATA --only ablation/group_channels --commit
+    python experiments/cifar10.py report                      the tables of docs/results.md, and its pictures
+
+A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
+its last epoch. It appends a line to docs/results/cifar10.jsonl, and is not made again as long as that line is there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
+
+import torch
+
+FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
+RESULTS = FOLDER / "cifar10.jsonl"
+EPOCHS = {"twins": 8, "ablation": 4}
+SEEDS = {"twins": (0, 1, 2), "ablation": (0,)}
+# Half the image's resolution from the stem on: four times the images a second. So short a schedule wants every block
+# from the start, and no long warm-up.
+SHARED = {"stem_stride": 2, "zero_init_last": False}
+ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "baseline": {"K7, 16 channels a group, reduction 4": {}},
+    "kernel_size": {f"K{size}": {"kernel_size": size} for size in (3, 5, 9)},
+    "group_channels": {
+        "1 channel a group": {"group_channels": 1},
+        "4 channels a group": {"group_channels": 4},
+        "all channels in one group": {"group_channels": None},
+    },
+    "reduction_ratio": {f"reduction {ratio}": {"reduction_ratio": ratio} for ratio in (1, 16)},
+    "generator": {"single linear generator": {"kernel_generator": "linear"}},
+    "stem": {"convolution in the stem": {"stem_layer": "convolution"}},
+}
+
+
+class Run(NamedTuple):
+    """One training run: where it stands in the tables, and what is trained."""
+
+    name: str  # of the table, the comparison and the row, parted by slashes
+    model_name: str
+    model_kwargs: dict[str, Any]
+    epochs: int
+    seed: int
+
+    @property
+    def options(self) -> list[str]:
+        """Of `involution fit`, but for --data.root."""
+        recipe = "cifar10_rednet26" if self.model_name.startswith("rednet") else "cifar10_resnet26"
+        return [
+            *("-c", recipe, "--model.model_name", self.model_name),
+            *("--model.model_kwargs", json.dumps(self.model_kwargs)),
+            *("--trainer.max_epochs", str(self.epochs), "--seed_everything", str(self.seed)),
+        ]
+
+
+def runs() -> Iterator[Run]:
+    """All of them: twins seed by seed, so that an unfinished set compares equal numbers; then the ablations."""
+    for seed in SEEDS["twins"]:
+        for depth in (14, 26):
+            for family in ("rednet", "resnet"):
+                model = f"{family}{depth}_cifar"
+                yield Run(f"twins/{depth}/{family}", model, SHARED, EPOCHS["twins"], seed)
+    for part, rows in ABLATIONS.items():
+        for row, options in rows.items():
+            for seed in SEEDS["ablation"]:
+                yield Run(f"ablation/{part}/{row}", "rednet14_cifar", SHARED | options, EPOCHS["ablation"], seed)
+
+
+def finished() -> list[dict[str, Any]]:
+    """The lines of the results file."""
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+
+
+def is_done(run: Run, lines: list[dict[str, Any]]) -> bool:
+    """Whether a line holds this run, made with these very options."""
+    return any((line["name"], line["seed"], line["options"]) == (run.name, run.seed, run.options) for line in lines)
+
+
+def train(run: Run, root: str, threads: int, commit: str) -> dict[str, Any]:
+    """Trains, tests, and returns the line."""
+    from involution.cost import multiply_adds, parameters
+    from involution.show.curves import read_curve
+    from involution.tasks.command import run as involution
+
+    torch.set_num_threads(threads)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        options = [*run.options, "--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
+        cli = involution(["fit", *options, *quiet])
+        [test] = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
+        curves = {name: read_curve(log, name)[1] for name in ("train/loss", "val/accuracy", "train/seconds")}
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "options": run.options,
+        "test_accuracy": test["test/accuracy"],
+        "test_loss": test["test/loss"],
+        "val_accuracy": curves["val/accuracy"],
+        "train_loss": curves["train/loss"],
+        "parameters": parameters(cli.model.net),
+        "multiply_adds": multiply_adds(cli.model.net, (3, 32, 32)),
+        "seconds_per_epoch": statistics.median(curves["train/seconds"]),
+        "seconds": time.perf_counter() - started,
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def git(*arguments: str) -> str:
+    """What git says, in this repository; an error goes to stderr, and what was to be committed stays for the next time."""
+    return subprocess.run(["git", *arguments], cwd=FOLDER, check=False, stdout=subprocess.PIPE, text=True).stdout
+
+
+def append(line: dict[str, Any], commit: bool) -> None:
+    """One line more in the results file, on disk and, if asked for, in a commit of its own."""
+    rounded = {name: round_floats(value) for name, value in line.items()}
+    with RESULTS.open("a") as stream:
+        stream.write(json.dumps(rounded) + "\n")
+    if commit:
+        git("add", str(RESULTS))
+        message = f"CIFAR-10: {line['name']}, seed {line['seed']}: {line['test_accuracy']:.2%}"
+        git("commit", "--quiet", "--only", "-m", message, "--", str(RESULTS))
+
+
+def round_floats(value: Any) -> Any:
+    """Floats to four decimals, in lists too."""
+    if isinstance(value, list):
+        return [round_floats(one) for one in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main(arguments: list[str]) -> None:
+    """Lists, runs or reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["list", "run", "report"])
+    parser.add_argument("--root", help="folder of the data, as --data.root of the recipe cifar10_rednet26")
+    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
+    given = parser.parse_args(arguments)
+    if given.what == "report":
+        report(finished())
+        return
+    if given.what == "run" and given.root is None:
+        parser.error("run wants --root")
+    commit = git("rev-parse", "--short", "HEAD").strip()  # of the code that runs, whatever comes meanwhile
+    for run in runs():
+        if not run.name.startswith(given.only):
+            continue
+        done = is_done(run, finished())
+        if given.what == "list":
+            print(
+                "done" if done else "open", f"{run.name} (seed {run.seed}): involution fit", *map(quoted, run.options)
+            )
+        elif not done:
+            line = train(run, given.root, given.threads, commit)
+            append(line, given.commit)
+            print(f"{run.name}, seed {run.seed}: {line['test_accuracy']:.2%} in {line['seconds']:.0f} s", flush=True)
+
+
+def quoted(option: str) -> str:
+    """As a shell wants it."""
+    return f"'{option}'" if " " in option or "{" in option else option
+
+
+def report(lines: list[dict[str, Any]]) -> None:
+    """Placeholder."""
+    raise SystemExit("not yet")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

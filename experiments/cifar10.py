@@ -38,7 +38,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "group_channels": {
         "1 channel a group": {"group_channels": 1},
         "4 channels a group": {"group_channels": 4},
-        "all channels in one group": {"group_channels": None},
+        "all channels in one group": {"group_channels": "all"},
     },
     "reduction_ratio": {f"reduction {ratio}": {"reduction_ratio": ratio} for ratio in (1, 16)},
     "generator": {"single linear generator": {"kernel_generator": "linear"}},
@@ -123,7 +123,7 @@ def train(run: Run, root: str, threads: int, commit: str) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str:
-    """What git says, in this repository; an error goes to stderr, and what was to be committed stays for the next time."""
+    """What git says, in this repository; its errors go to stderr, and a commit that failed waits for the next."""
     return subprocess.run(["git", *arguments], cwd=FOLDER, check=False, stdout=subprocess.PIPE, text=True).stdout
 
 

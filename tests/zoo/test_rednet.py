@@ -585,7 +585,7 @@ def test_involution_options_reach_every_involution() -> None:
 
 
 def test_all_channels_can_share_a_kernel() -> None:
-    model = create("rednet14_cifar", group_channels=None)
+    model = create("rednet14_cifar", group_channels="all")
     layers = [module for module in model.modules() if isinstance(module, Involution2d)]
     assert [layer.groups for layer in layers] == [1] * 5
     assert {layer.group_channels for layer in layers} == {16, 32, 64, 128}

@@ -1,7 +1,7 @@
 """Involution1d, Involution2d and Involution3d: a kernel generator and the operator, from one body."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class _Involution(nn.Module):
         stride: Ints = 1,
         padding: Ints | None = None,
         dilation: Ints = 1,
-        group_channels: int | None = 16,
+        group_channels: int | Literal["all"] = 16,
         reduction_ratio: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
@@ -34,7 +34,7 @@ class _Involution(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        group_channels = channels if group_channels is None else group_channels
+        group_channels = channels if group_channels == "all" else group_channels
         for name, value in (
             ("channels", channels),
             ("group_channels", group_channels),
@@ -131,7 +131,7 @@ class Involution2d(_Involution):
         stride: an int or one per axis.
         padding: None, or the value that None stands for (the layer's output size is fixed).
         dilation: an int or one per axis.
-        group_channels: channels that share a kernel; must divide `channels`. None: all of them.
+        group_channels: channels that share a kernel; must divide `channels`; or "all".
         reduction_ratio: of the default generator.
         norm_layer: of the default generator: called with its width; None takes BatchNorm.
         act_layer: of the default generator: called without arguments.

@@ -109,7 +109,7 @@ class RedNet(nn.Module):
         output_stride: 8, 16 or 32; stages that would exceed it dilate their involutions instead of striding.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
         kernel_size: of the bottlenecks' involutions.
-        group_channels: channels that share a kernel; must divide every width and stem_channels / 2. None: all of them.
+        group_channels: channels that share a kernel; must divide every width and stem_channels / 2; or "all".
         reduction_ratio: of the bottleneck kernel generators.
         kernel_generator: "bottleneck", "linear", or a callable as `Involution2d` takes it.
         stem_channels: of the stem's output.
@@ -140,7 +140,7 @@ class RedNet(nn.Module):
         output_stride: int = 32,
         global_pool: str = "avg",
         kernel_size: int = 7,
-        group_channels: int | None = 16,
+        group_channels: int | Literal["all"] = 16,
         reduction_ratio: int = 4,
         kernel_generator: str | Callable[..., nn.Module] = "bottleneck",
         stem_channels: int = 64,

@@ -9,7 +9,7 @@ _TRAINING = {
     "fit": "train a model, validating after every epoch",
     "validate": "evaluate on the validation set",
     "test": "evaluate on the test set",
-    "predict": "run the model over images",
+    "predict": "run a checkpoint over images",
 }
 _COST_EXTRA = ("timm", "rich")
 _BENCH_EXTRA = ("timm", "matplotlib", "rich")
@@ -89,6 +89,8 @@ def _bench(rest: list[str]) -> int:
 def _train(verb: str, rest: list[str]) -> int:
     if _lacks(verb, _TASKS_EXTRA, "tasks"):
         return 1
+    if verb == "predict":
+        return _predict(rest)
     from .tasks.recipes import resolve_configs
 
     try:
@@ -103,6 +105,17 @@ def _train(verb: str, rest: list[str]) -> int:
         run([verb, *rest])
     except FileNotFoundError as error:  # data or a checkpoint that is not there
         print(f"involution {verb}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _predict(rest: list[str]) -> int:
+    from .tasks.predict import main as predict
+
+    try:
+        predict(rest)
+    except (FileNotFoundError, ValueError) as error:  # the checkpoint, an image or an option
+        print(f"involution predict: {error}", file=sys.stderr)
         return 1
     return 0
 

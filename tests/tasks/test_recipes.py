@@ -12,6 +12,7 @@ def test_packaged_recipes():
         "digits_rednet",
         "digits_resnet",
         "imagefolder_rednet50",
+        "imagenet_rednet50_modern",
         *(f"imagenet_{family}{depth}" for family in ("rednet", "resnet") for depth in (26, 38, 50, 101, 152)),
     }
     assert all(path.is_file() for path in recipes().values())

@@ -1,5 +1,6 @@
-"""The LightningCLI behind `involution fit | validate | test | predict`, the same for every task."""
+"""The LightningCLI behind `involution fit | validate | test`, the same for every task."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -53,20 +54,6 @@ class TaskCLI(LightningCLI):
             arguments["ckpt_path"] = str(last_checkpoint(Path(self.trainer.default_root_dir)))
         return arguments
 
-    def predict(self, **arguments: Any) -> None:
-        """What the verb runs: predicts, and has the model write predictions.csv into the run's folder.
-
-        Raises:
-            ValueError: several processes run, each of which would see a part of the images only.
-        """
-        if self.trainer.world_size > 1:
-            raise ValueError(f"predict wants one process, got {self.trainer.world_size}: --trainer.devices 1")
-        outputs = self.trainer.predict(**arguments)
-        file = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "predictions.csv"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self.model.write_predictions(outputs, self.datamodule, file)
-        print(f"wrote {file}")
-
 
 def _loggers(folder: Path) -> list[Logger]:
     """Both write into the same `version_N`; left alone, each would count its own."""
@@ -74,11 +61,21 @@ def _loggers(folder: Path) -> list[Logger]:
     return [csv, TensorBoardLogger(folder, name="", version=csv.version, default_hp_metric=False)]
 
 
+def quiet_lightning() -> None:
+    """Silences what Lightning says about its own use of torch, and its advertisements: nobody here can act on them."""
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
 def run(arguments: list[str]) -> TaskCLI:
     """Runs one verb.
 
     Args:
-        arguments: the verb (fit, validate, test, predict), then LightningCLI's arguments. `-c` also takes the name of
+        arguments: the verb (fit, validate, test), then LightningCLI's arguments. `-c` also takes the name of
             a packaged recipe, and runs/<that name> is then where the run writes.
 
     Returns:
@@ -88,8 +85,7 @@ def run(arguments: list[str]) -> TaskCLI:
         ValueError: a config is neither a file nor a recipe; num_classes is given, which the data say.
         SystemExit: an argument is wrong (jsonargparse's message is on stderr).
     """
-    # Lightning's own use of torch, which nobody here can act on.
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    quiet_lightning()
     resolved, name = resolve_configs(arguments)
     for argument in resolved:
         if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):

@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from involution.tasks.classify import CIFAR10, Digits, ImageFolder
-from involution.tasks.classify.cifar10 import read_npz
+from involution.tasks.classify.cifar import read_npz
 from involution.tasks.classify.data import stratified_split
 from involution.tasks.classify.digits import load_scans
 
@@ -159,7 +159,7 @@ def test_cifar10_from_torchvision(tmp_path, monkeypatch):
             self.data = pixels if train else pixels[:10]
             self.targets = [i % 10 for i in range(len(self.data))]
 
-    monkeypatch.setattr("involution.tasks.classify.cifar10.datasets.CIFAR10", Downloaded)
+    monkeypatch.setattr(CIFAR10, "dataset", Downloaded)
     data = CIFAR10(str(tmp_path), val_size=10)
     data.prepare_data()
     with pytest.raises(FileNotFoundError, match="root must hold"):

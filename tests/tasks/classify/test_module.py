@@ -86,8 +86,8 @@ def test_label_smoothing_acts_in_training_only():
 
 
 def test_predictions_are_probabilities(tmp_path):
-    predicted = trainer(tmp_path).predict(Classifier(**SMALL, num_classes=3), Blocks())
-    probabilities = torch.cat(predicted)
+    images = DataLoader(torch.randn(24, 3, 8, 8), batch_size=8)
+    probabilities = torch.cat(trainer(tmp_path).predict(Classifier(**SMALL, num_classes=3), images))
     assert probabilities.shape == (24, 3)
     torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(24))
 

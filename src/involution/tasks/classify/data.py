@@ -1,7 +1,6 @@
 """What the classification data modules share: loaders, a data set in memory, and a split that keeps class shares."""
 
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +8,9 @@ from lightning.pytorch import LightningDataModule
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from ..recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
+from .preprocessing import Preprocessing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,15 +35,16 @@ class TensorImages(Dataset[Sample]):
 class ClassificationData(LightningDataModule):
     """Loaders over `train_set`, `val_set` and `test_set`, which a subclass makes in `setup`.
 
-    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Only training is shuffled; prediction runs over the
-    test set.
+    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Only training is shuffled. A subclass has `classes`,
+    the names of the classes, and `preprocessing`, what evaluation does to an image; checkpoints carry both.
 
     Args:
         batch_size: images per batch (per process).
         num_workers: loading processes per loader.
     """
 
-    classes: list[str]
+    classes: Sequence[str]
+    preprocessing: Preprocessing
     train_set: Dataset[Sample]
     val_set: Dataset[Sample]
     test_set: Dataset[Sample]
@@ -68,10 +68,6 @@ class ClassificationData(LightningDataModule):
         """How many classes there are."""
         return len(self.classes)
 
-    def image_names(self) -> Iterable[str]:
-        """Names of the images that prediction runs over, in its order; here their places in the test set."""
-        return map(str, itertools.count())
-
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
         seed, trainer = global_seed(), self.trainer
@@ -89,10 +85,6 @@ class ClassificationData(LightningDataModule):
         """Batches of the test set."""
         return self._loader(self.test_set)
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test set."""
-        return self._loader(self.test_set)
-
     def _loader(self, dataset: Dataset[Sample], sampler: ResumableSampler | None = None) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
@@ -103,11 +95,6 @@ class ClassificationData(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
-
-
-def normalised(*steps: v2.Transform, mean: tuple[float, ...], std: tuple[float, ...]) -> v2.Transform:
-    """The steps, then float32 in 0..1, then (x - mean) / std per channel."""
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 def stratified_split(labels: Tensor, held_out: int | float) -> tuple[Tensor, Tensor]:

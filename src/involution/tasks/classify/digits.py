@@ -6,9 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-from .data import ClassificationData, TensorImages, normalised, stratified_split
-
-_MEAN, _STD = (0.172,) * 3, (0.283,) * 3  # of the upscaled training images
+from .data import ClassificationData, TensorImages, stratified_split
+from .preprocessing import Preprocessing
 
 
 class Digits(ClassificationData):
@@ -27,6 +26,9 @@ class Digits(ClassificationData):
         rotation: at most so many degrees.
     """
 
+    classes = tuple("0123456789")
+    preprocessing = Preprocessing(32, 32, (0.172,) * 3, (0.283,) * 3)  # of the upscaled training images
+
     def __init__(
         self,
         batch_size: int = 32,
@@ -37,18 +39,17 @@ class Digits(ClassificationData):
     ) -> None:
         super().__init__(batch_size, num_workers)
         self.val_fraction, self.shift, self.rotation = val_fraction, shift, rotation
-        self.classes = [str(digit) for digit in range(10)]
 
     def setup(self, stage: str) -> None:
         """Makes the three sets."""
         images, labels = load_scans()
         rest, test = stratified_split(labels, 0.2)
         train, val = (rest[part] for part in stratified_split(labels[rest], self.val_fraction))
-        plain = normalised(mean=_MEAN, std=_STD)
+        plain = self.preprocessing.evaluation()
         moved = v2.RandomAffine(
             self.rotation, (self.shift / 32,) * 2, scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR
         )
-        augmented = normalised(moved, mean=_MEAN, std=_STD)
+        augmented = self.preprocessing.after(moved)
         self.train_set = TensorImages(images[train], labels[train], augmented)
         self.val_set = TensorImages(images[val], labels[val], plain)
         self.test_set = TensorImages(images[test], labels[test], plain)

@@ -1,8 +1,5 @@
-"""Images sorted into folders: root/{train,val,test}/class/*.jpg."""
+"""Images of any size in files: a tree of class folders, and what its relatives share."""
 
-import multiprocessing
-import warnings
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,34 +8,74 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from .data import IMAGENET_MEAN, IMAGENET_STD, ClassificationData, normalised
-from .images import read_image
+from .data import IMAGENET_MEAN, IMAGENET_STD, ClassificationData
+from .images import Skipping, read_image
+from .preprocessing import Preprocessing, random_crops
 
 
-class _Skipping(datasets.ImageFolder):
-    """In the place of a file that cannot be read comes the next one that can; `skipped` counts, in all processes."""
+class Photographs(ClassificationData):
+    """Images of any size, cropped at random in training, at the centre otherwise.
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.skipped = multiprocessing.Value("l", 0)
+    Args:
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+        image_size: height and width that the model gets, in pixels.
+        resize: the shorter side before the centre crop, in pixels.
+        auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
+        random_erasing: probability that a rectangle of a training image becomes noise.
+        on_error: "raise" where a file cannot be read, or "skip": its place is taken by the next one that can be, and a
+            warning names it.
 
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        for number in range(len(self)):
-            try:
-                return super().__getitem__((index + number) % len(self))
-            except ValueError as error:
-                with self.skipped.get_lock():
-                    self.skipped.value += 1
-                warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=1)
-        raise ValueError(f"none of the {len(self)} files in {self.root} can be read as an image")
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        image_size: int,
+        resize: int,
+        auto_augment: str | None,
+        random_erasing: float,
+        on_error: str,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+        self.on_error = on_error
+        self.preprocessing = Preprocessing(image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
+        self._training = random_crops(self.preprocessing, auto_augment, random_erasing)
+
+    def setup(self, stage: str) -> None:
+        """Lists what the stage needs: training and validation, or test."""
+        if stage == "fit":
+            self.train_set = self._guarded(self._read("train", self._training))
+        if stage in ("fit", "validate"):
+            self.val_set = self._guarded(self._read("val", self.preprocessing.evaluation()))
+        if stage == "test":
+            self.test_set = self._guarded(self._read("test", self.preprocessing.evaluation()))
+
+    def teardown(self, stage: str) -> None:
+        """Says how often a file was skipped."""
+        sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
+        count = sum(part.skipped.value for part in sets if isinstance(part, Skipping))
+        if count:
+            rank_zero_warn(f"{stage} skipped {count} samples whose files cannot be read (on_error=skip)")
+
+    def _guarded(self, dataset: Any) -> Any:
+        return Skipping(dataset) if self.on_error == "skip" else dataset
+
+    def _read(self, split: str, transform: v2.Transform) -> Any:
+        """The images of "train", "val" or "test", with the transform, as a map-style data set."""
+        raise NotImplementedError
 
 
-class ImageFolder(ClassificationData):
+class ImageFolder(Photographs):
     """Any tree root/{train,val,test}/class/image; the classes are the folders of root/train, in alphabetical order.
 
     Training images are cropped at random (area 8 % to 100 %, resized to `image_size`) and flipped; the others are
-    resized so that the shorter side is `resize` and cropped at the centre. `test` is needed for testing and
-    predicting only.
+    resized so that the shorter side is `resize` and cropped at the centre. `test` is needed for testing only.
 
     Args:
         root: the tree.
@@ -46,16 +83,16 @@ class ImageFolder(ClassificationData):
         num_workers: loading processes per loader.
         image_size: height and width that the model gets, in pixels.
         resize: the shorter side before the centre crop, in pixels.
+        auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
+        random_erasing: probability that a rectangle of a training image becomes noise.
         on_error: "raise" where a file cannot be read, or "skip": its place is taken by the next one that can be, and a
             warning names it.
 
     Raises:
         FileNotFoundError: a folder is missing, or a class folder holds no image.
-        ValueError: root/train holds no class folder; the classes of val or test are not those of train; on_error is
-            neither; a file cannot be read (when it is needed).
+        ValueError: root/train holds no class folder; the classes of val or test are not those of train; another
+            argument does not fit; a file cannot be read (when it is needed).
     """
-
-    test_set: datasets.ImageFolder
 
     def __init__(
         self,
@@ -64,53 +101,33 @@ class ImageFolder(ClassificationData):
         num_workers: int = 2,
         image_size: int = 224,
         resize: int = 256,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
         on_error: str = "raise",
     ) -> None:
-        super().__init__(batch_size, num_workers)
-        if on_error not in ("raise", "skip"):
-            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
-        self.root, self.image_size, self.resize, self.on_error = Path(root), image_size, resize, on_error
+        super().__init__(batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
+        self.root = Path(root)
 
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]  # read when asked for, so that making the object is free
         """The folders of root/train."""
         return self._class_folders("train")
 
-    def setup(self, stage: str) -> None:
-        """Lists what the stage needs: training and validation, or test."""
-        centre = [v2.Resize(self.resize), v2.CenterCrop(self.image_size)]
-        if stage == "fit":
-            self.train_set = self._read("train", [v2.RandomResizedCrop(self.image_size), v2.RandomHorizontalFlip()])
-        if stage in ("fit", "validate"):
-            self.val_set = self._read("val", centre)
-        else:
-            self.test_set = self._read("test", centre)
+    def _folder(self, split: str) -> Path:
+        return self.root / split
 
-    def teardown(self, stage: str) -> None:
-        """Says how often a file was skipped."""
-        sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
-        count = sum(part.skipped.value for part in sets if isinstance(part, _Skipping))
-        if count:
-            rank_zero_warn(f"{stage} skipped {count} samples whose files cannot be read (on_error=skip)")
-
-    def image_names(self) -> list[str]:
-        """Paths of the test images below `root`."""
-        return [str(Path(path).relative_to(self.root)) for path, _ in self.test_set.samples]
-
-    def _read(self, split: str, steps: Sequence[v2.Transform]) -> datasets.ImageFolder:
-        found = self._class_folders(split)
-        if found != self.classes:
-            missing, extra = sorted(set(self.classes) - set(found)), sorted(set(found) - set(self.classes))
+    def _read(self, split: str, transform: v2.Transform) -> datasets.ImageFolder:
+        wanted, found = self._class_folders("train"), self._class_folders(split)
+        if found != wanted:
+            missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
             raise ValueError(
                 f"root must hold the same classes in {split} as in train, got {self.root}: "
                 f"{split} lacks {missing or 'none'} and has besides {extra or 'none'}"
             )
-        transform = normalised(v2.ToImage(), *steps, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        read: type[datasets.ImageFolder] = _Skipping if self.on_error == "skip" else datasets.ImageFolder
-        return read(self.root / split, transform, loader=read_image)
+        return datasets.ImageFolder(self._folder(split), transform, loader=read_image)
 
     def _class_folders(self, split: str) -> list[str]:
-        folder = self.root / split
+        folder = self._folder(split)
         if not folder.is_dir():
             raise FileNotFoundError(f"root must hold a folder {split!r} of class folders, got {self.root}: no {folder}")
         found = sorted(path.name for path in folder.iterdir() if path.is_dir())

@@ -1,10 +1,9 @@
 """Training and evaluating an image classifier."""
 
-import csv
 import math
 import time
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from .data import ClassificationData
+from .images import read_image
+from .predictions import print_table, ranked, write_csv, write_grid
+from .preprocessing import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
 
@@ -31,12 +33,24 @@ def warmup_cosine(step: int, total: int, warmup: int, warmup_ratio: float) -> fl
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def _mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
+    for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
+        if alpha < 0:
+            raise ValueError(f"{name} must be at least 0, got {alpha!r}")
+    kinds = [(v2.MixUp, mixup), (v2.CutMix, cutmix)]
+    made = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha > 0]
+    return v2.RandomChoice(made) if made else None
+
+
 class Classifier(LightningModule):
     """A timm model, trained with Nesterov SGD, linear warm-up, cosine decay and label smoothing (the paper's recipe).
 
     Batches are (images, labels): [N, 3, H, W] float and [N] int64. Logs loss, accuracy and, from five classes on,
     top5 under train/, val/ and test/ (accuracies as fractions of 1), the learning rate as lr, and the wall time of an
-    epoch, its validation included, as train/seconds. Label smoothing acts on the training loss only.
+    epoch, its validation included, as train/seconds. Label smoothing and mixing act in training only; training accuracy
+    under mixing is against the unmixed labels.
+
+    A checkpoint carries the model's arguments, class names and preprocessing, for `involution predict`.
 
     Args:
         model_name: any name that timm.create_model takes, ours included.
@@ -51,11 +65,13 @@ class Classifier(LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         label_smoothing: in [0, 1).
+        mixup: alpha of mixup's Beta distribution; 0 leaves mixup out.
+        cutmix: alpha of CutMix's; with both, every batch takes one of the two by chance.
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
 
     Raises:
         RuntimeError: timm does not know `model_name`.
-        ValueError: the data have another number of classes (once the trainer starts).
+        ValueError: mixup or cutmix is negative; the data have another number of classes (once the trainer starts).
     """
 
     def __init__(
@@ -70,11 +86,17 @@ class Classifier(LightningModule):
         warmup_steps: int = 0,
         warmup_ratio: float = 0.25,
         label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.num_classes = num_classes
+        self.classes = [str(index) for index in range(num_classes)]
+        self.preprocessing: Preprocessing | None = None
+        self._data_classes: list[str] | None = None
+        self._mixing = _mixing(mixup, cutmix, num_classes)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
         self.net: nn.Module = net.to(memory_format=self.memory_format)
@@ -86,8 +108,12 @@ class Classifier(LightningModule):
         )
 
     def setup(self, stage: str) -> None:
-        """Refuses data with another number of classes."""
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "classes"):
+            self.classes = self._data_classes = list(data.classes)
+            self.preprocessing = getattr(data, "preprocessing", None)
+        found = len(self.classes)
         if found != self.num_classes:
             raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
 
@@ -97,9 +123,9 @@ class Classifier(LightningModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss over the batch, with label smoothing."""
+        """The mean loss over the batch, with label smoothing; of mixed images, if asked for."""
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return self._step(batch, "train", self.train_metrics, self.hparams["label_smoothing"])
+        return self._step(batch, "train", self.train_metrics, self.hparams["label_smoothing"], self._mixing)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs val/loss and the accuracies."""
@@ -109,35 +135,93 @@ class Classifier(LightningModule):
         """Logs test/loss and the accuracies."""
         self._step(batch, "test", self.test_metrics)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities, [N, num_classes]."""
-        probabilities: Tensor = self(batch[0]).softmax(dim=1)
+    def predict_step(self, images: Tensor, batch_idx: int) -> Tensor:
+        """[N, 3, H, W] -> probabilities [N, num_classes]."""
+        probabilities: Tensor = self(images).softmax(dim=1)
         return probabilities
 
-    def _step(self, batch: Batch, stage: str, metrics: MetricCollection, label_smoothing: float = 0.0) -> Tensor:
+    def _step(
+        self,
+        batch: Batch,
+        stage: str,
+        metrics: MetricCollection,
+        label_smoothing: float = 0.0,
+        mixing: v2.Transform | None = None,
+    ) -> Tensor:
         images, labels = batch
-        logits = self(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        inputs, targets = (images, labels) if mixing is None else mixing(images, labels)
+        logits = self(inputs)
+        loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         metrics.update(logits, labels)
         when: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
         self.log(f"{stage}/loss", loss, prog_bar=stage == "train", **when)
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
 
-    def write_predictions(self, outputs: Sequence[Tensor], data: ClassificationData, file: Path) -> None:
-        """Writes a CSV file of image, class and probability, the likeliest class of each image.
+    def read(self, file: Path) -> Tensor:
+        """An image file as the network wants it, [3, H, W]."""
+        image: Tensor = self._evaluation(read_image(file))
+        return image
+
+    @cached_property
+    def _evaluation(self) -> v2.Transform:
+        if self.preprocessing is None:
+            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
+        return self.preprocessing.evaluation()
+
+    def write_predictions(
+        self,
+        outputs: Sequence[Tensor],
+        files: Sequence[Path],
+        folder: Path,
+        top_k: int = 5,
+        grid: bool = False,
+        grid_columns: int = 6,
+    ) -> None:
+        """Writes predictions.csv, and shows the first images' likeliest classes.
 
         Args:
             outputs: what `predict_step` returned, batch by batch.
-            data: what was predicted; gives the names of images and classes.
-            file: to write.
+            files: the images.
+            folder: where the results go.
+            top_k: classes per image.
+            grid: write predictions.png too, all images with their classes.
+            grid_columns: images in a row of it.
+
+        Raises:
+            ValueError: top_k or grid_columns is below 1.
         """
-        likeliest = torch.cat(list(outputs)).max(dim=1)
-        with file.open("w", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(["image", "class", "probability"])
-            for name, index, probability in zip(data.image_names(), likeliest.indices, likeliest.values, strict=False):
-                writer.writerow([name, data.classes[int(index)], f"{float(probability):.4f}"])
+        for name, value in (("top_k", top_k), ("grid_columns", grid_columns)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        names = [str(file) for file in files]
+        rows = ranked(torch.cat(list(outputs)).float(), self.classes, top_k)
+        write_csv(folder / "predictions.csv", names, rows)
+        print_table(names, rows)
+        print(f"wrote {folder / 'predictions.csv'}")
+        if grid:
+            write_grid(folder / "predictions.png", files, rows, grid_columns)
+            print(f"wrote {folder / 'predictions.png'}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
+        preprocessing = self.preprocessing._asdict() if self.preprocessing else None
+        checkpoint["involution"] = {"task": "classify", "classes": self.classes, "preprocessing": preprocessing}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them from there, unless the data have named theirs, which must then be the same classes."""
+        carried = checkpoint.get("involution")
+        if carried is None:
+            return
+        if self._data_classes is None:
+            self.classes = carried["classes"]
+            self.preprocessing = Preprocessing(**carried["preprocessing"]) if carried["preprocessing"] else None
+        elif self._data_classes != carried["classes"]:
+            pairs = zip(carried["classes"], self._data_classes, strict=False)
+            index, (theirs, ours) = next((index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
+            raise ValueError(
+                f"the checkpoint's classes must be the data's, but class {index} is {theirs!r} there and {ours!r} here"
+            )
 
     def on_train_start(self) -> None:
         """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""

@@ -1,0 +1,105 @@
+"""ImageNet and Imagenette as torchvision keeps them."""
+
+from functools import cached_property
+from pathlib import Path
+
+from torchvision import datasets
+
+from .image_folder import ImageFolder
+
+_IMAGENETTE = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
+
+
+class ImageNet(ImageFolder):
+    """ImageNet-1k (ILSVRC 2012) as torchvision's `datasets.ImageNet` keeps it; tested on its validation images.
+
+    `root` holds the archives that the ImageNet site gives to those who sign its terms, among them
+    ILSVRC2012_devkit_t12.tar.gz; they are unpacked once, to root/{train,val}/WNID. The classes have their English
+    names. A tree without the devkit is an `ImageFolder`.
+
+    Args:
+        root: folder of the archives, or of what became of them.
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+        image_size: height and width that the model gets, in pixels.
+        resize: the shorter side before the centre crop, in pixels.
+        auto_augment: as in `ImageFolder`.
+        random_erasing: as in `ImageFolder`.
+        on_error: as in `ImageFolder`.
+
+    Raises:
+        FileNotFoundError: neither archives nor folders are there.
+    """
+
+    def prepare_data(self) -> None:
+        """Unpacks the archives where that has not been done."""
+        for split in ("train", "val"):
+            try:
+                datasets.ImageNet(self.root, split)
+            except RuntimeError as error:  # torchvision's, for an archive that is missing or broken
+                raise FileNotFoundError(f"root must hold ImageNet's archives, got {self.root}: {error}") from error
+
+    @cached_property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        """Every class's first English name, in the order of WNIDs."""
+        meta = self.root / "meta.bin"
+        if not meta.is_file():
+            self.prepare_data()
+        return [names[0] for names in datasets.ImageNet(self.root, "val").classes]
+
+    def _folder(self, split: str) -> Path:
+        return self.root / ("train" if split == "train" else "val")
+
+
+class Imagenette(ImageFolder):
+    """Imagenette: ten classes of ImageNet that are easy to tell apart; tested on its validation images.
+
+    Args:
+        root: torchvision's download is in it, or goes there.
+        download: let torchvision fetch it (1.5 GB at full size, 100 MB at 160px) if it is not there.
+        size: "full", "320px" or "160px", of the shorter side.
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+        image_size: height and width that the model gets, in pixels.
+        resize: the shorter side before the centre crop, in pixels.
+        auto_augment: as in `ImageFolder`.
+        random_erasing: as in `ImageFolder`.
+        on_error: as in `ImageFolder`.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: size is none of the three.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        download: bool = False,
+        size: str = "full",
+        batch_size: int = 64,
+        num_workers: int = 2,
+        image_size: int = 224,
+        resize: int = 256,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        on_error: str = "raise",
+    ) -> None:
+        if size not in _IMAGENETTE:
+            raise ValueError(f"size must be one of {', '.join(_IMAGENETTE)}, got {size!r}")
+        super().__init__(root, batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
+        self.download, self.size = download, size
+
+    def prepare_data(self) -> None:
+        """Downloads, if asked to and not there."""
+        if self.download and not self._folder("train").is_dir():
+            datasets.Imagenette(self.root, "train", self.size, download=True)
+
+    @cached_property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        """Every class's first English name, in the order of WNIDs."""
+        self.prepare_data()
+        self._class_folders("train")  # its error names the folder
+        return [names[0] for names in datasets.Imagenette(self.root, "train", self.size).classes]
+
+    def _folder(self, split: str) -> Path:
+        return self.root / _IMAGENETTE[self.size] / ("train" if split == "train" else "val")

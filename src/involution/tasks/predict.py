@@ -1,0 +1,123 @@
+"""`involution predict`: a checkpoint, images, and a folder for the results; the same for every task.
+
+A checkpoint of `involution fit` says which task it is for. The task's Lightning module has, for this command:
+
+- `read(file)`: an image as its `predict_step` wants it, in batches;
+- `write_predictions(outputs, files, folder, ...)`: writes the results, and says so; its further arguments are options.
+"""
+
+import argparse
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .command import quiet_lightning
+
+TASKS = {"classify": "Classifier"}  # the room, and the Lightning module in it
+
+
+class ImageFiles(Dataset[Any]):
+    """Image files as a module reads them."""
+
+    def __init__(self, files: list[Path], read: Any) -> None:
+        self.files, self.read = files, read
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.read(self.files[index])
+
+
+def image_files(path: Path) -> list[Path]:
+    """The file itself, or all images below a folder, sorted.
+
+    Raises:
+        FileNotFoundError: there is neither, or the folder holds no image.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"data.predict_path must be an image or a folder of images, got {path}")
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    if not found:
+        raise FileNotFoundError(f"data.predict_path must hold images ({', '.join(IMG_EXTENSIONS)}), got {path}")
+    return found
+
+
+def task_of(checkpoint: Path) -> Any:
+    """The Lightning module's class that a checkpoint is for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no checkpoint of `involution fit`.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint, got {checkpoint}, which is no file")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        task = content["involution"]["task"]
+    except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
+        raise ValueError(f"ckpt_path must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+    if task not in TASKS:
+        raise ValueError(
+            f"ckpt_path must be of a task among {', '.join(TASKS)}, got {checkpoint}, which is of {task!r}"
+        )
+    return getattr(importlib.import_module(f".{task}", __package__), TASKS[task])
+
+
+def main(arguments: list[str]) -> None:
+    """Predicts.
+
+    Args:
+        arguments: of the verb.
+
+    Raises:
+        FileNotFoundError: the checkpoint or the images are not there.
+        ValueError: the checkpoint or an image cannot be read, or an option does not fit.
+        SystemExit: an argument is wrong or missing (the message is on stderr).
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--ckpt_path")  # it decides which options there are
+    checkpoint = first.parse_known_args(arguments)[0].ckpt_path
+    task: Any = task_of(Path(checkpoint)) if checkpoint else None
+    parser, own = _parser(task)
+    options = parser.parse_args(arguments)
+    quiet_lightning()
+    files = image_files(Path(options.data.predict_path))
+    model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
+    loader = DataLoader(
+        ImageFiles(files, model.read), batch_size=options.data.batch_size, num_workers=options.data.num_workers
+    )
+    trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
+    outputs = trainer.predict(model, loader)
+    folder = Path(options.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.write_predictions(outputs, files, folder, **{name: options[name] for name in own})
+
+
+def _parser(task: Any) -> tuple[ArgumentParser, list[str]]:
+    """The command's options, and the names of those that are the task's own."""
+    parser = ArgumentParser(
+        prog="involution predict",
+        description="Runs a checkpoint over images. The checkpoint knows its task, model, classes and preprocessing; "
+        "with --ckpt_path, --help shows the task's own options too.",
+    )
+    parser.add_argument("--ckpt_path", required=True, type=str, help="a checkpoint of involution fit")
+    parser.add_argument("--data.predict_path", required=True, type=str, help="an image, or a folder of images")
+    parser.add_argument("--data.batch_size", default=16, type=int, help="images per batch")
+    parser.add_argument("--data.num_workers", default=0, type=int, help="loading processes")
+    parser.add_argument("--output", required=True, type=str, help="the folder for the results")
+    parser.add_argument("--trainer.accelerator", default="auto", type=str, help="auto, cpu, gpu, ...")
+    parser.add_argument("--trainer.precision", default="32-true", type=str, help="32-true, bf16-mixed, ...")
+    parser.add_argument("--trainer.enable_progress_bar", default=True, type=bool)
+    if task is None:
+        return parser, []
+    own = parser.add_method_arguments(task, "write_predictions", skip={"outputs", "files", "folder"})
+    return parser, own

@@ -7,10 +7,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from involution.tasks.classify import CIFAR10, Digits, ImageFolder
+from involution.tasks.classify import CIFAR10, CIFAR100, Digits, ImageFolder, ImageNet, Imagenette
 from involution.tasks.classify.cifar import read_npz
 from involution.tasks.classify.data import stratified_split
 from involution.tasks.classify.digits import load_scans
+from involution.tasks.classify.preprocessing import Preprocessing, random_crops
 
 SIZE = (40, 48)
 
@@ -32,7 +33,7 @@ def write_npz(file, images: list[bytes], labels: list[int]) -> None:
     np.savez(file, header=header, data=np.concatenate(rest), offsets=offsets, labels=np.array(labels, np.uint8))
 
 
-def write_tree(root, counts: dict[str, dict[str, int]]) -> None:
+def write_tree(root, counts: dict[str, dict[str, int]], suffix: str = ".jpg") -> None:
     random = np.random.default_rng(0)
     for split, classes in counts.items():
         for name, count in classes.items():
@@ -40,7 +41,7 @@ def write_tree(root, counts: dict[str, dict[str, int]]) -> None:
             folder.mkdir(parents=True)
             for index in range(count):
                 pixels = random.integers(0, 255, (*SIZE, 3), dtype=np.uint8)
-                (folder / f"{index}.jpg").write_bytes(jpeg(pixels))
+                (folder / f"{index}{suffix}").write_bytes(jpeg(pixels))
 
 
 def test_stratified_split_keeps_shares_and_repeats_itself():
@@ -217,3 +218,96 @@ def test_image_folder_with_an_empty_split(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"a folder per class in 'train'"):
         ImageFolder(str(tmp_path)).setup("fit")
+
+
+def test_cifar100_has_torchvisions_classes(tmp_path):
+    assert len(CIFAR100.classes) == len(set(CIFAR100.classes)) == 100
+    assert list(CIFAR100.classes) == sorted(CIFAR100.classes)
+    with pytest.raises(FileNotFoundError, match=r"train.npz or cifar-100-python/"):
+        CIFAR100(str(tmp_path)).setup("fit")
+
+
+def test_npz_files_that_do_not_fit(tmp_path):
+    images = [jpeg(np.full((32, 32, 3), level, np.uint8)) for level in (0, 200)]
+    write_npz(tmp_path / "train.npz", images, [0, 10])
+    with pytest.raises(ValueError, match=r"labels of .*train\.npz must be from 0 to 9, got \[0, 10\]"):
+        CIFAR10(str(tmp_path)).setup("fit")
+    np.savez(tmp_path / "test.npz", data=np.zeros(3), labels=np.zeros(1))
+    with pytest.raises(ValueError, match=r"test\.npz must hold .* but lacks header, offsets"):
+        CIFAR10(str(tmp_path)).setup("test")
+    arrays = {"header": np.zeros(0, np.uint8), "data": np.zeros(9, np.uint8), "labels": np.zeros(1, np.uint8)}
+    np.savez(tmp_path / "test.npz", offsets=np.array([0, 9]), **arrays)
+    with pytest.raises(ValueError, match=r"test\.npz: image 0 cannot be read as an image"):
+        CIFAR10(str(tmp_path)).setup("test")
+    np.savez(tmp_path / "test.npz", offsets=np.array([0]), **arrays)
+    with pytest.raises(ValueError, match=r"offsets must be one more than labels, got 1 and 1"):
+        CIFAR10(str(tmp_path)).setup("test")
+
+
+WNIDS = {"n01440764": "tench", "n02102040": "English springer"}
+
+
+def test_imagenette_reads_torchvisions_folders(tmp_path):
+    write_tree(tmp_path / "imagenette2-160", {split: dict.fromkeys(WNIDS, 2) for split in ("train", "val")}, ".JPEG")
+    data = Imagenette(str(tmp_path), size="160px", image_size=32, resize=36, num_workers=0)
+    assert data.classes == ["tench", "English springer"]
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    assert [len(part) for part in (data.train_set, data.val_set, data.test_set)] == [4, 4, 4]
+    assert data.test_set[3][1] == 1
+    with pytest.raises(FileNotFoundError, match="root must hold a folder 'train'"):
+        _ = Imagenette(str(tmp_path)).classes
+    with pytest.raises(ValueError, match="size must be one of full, 320px, 160px, got 'small'"):
+        Imagenette(str(tmp_path), size="small")
+
+
+def test_imagenet_reads_torchvisions_folders(tmp_path):
+    write_tree(tmp_path, {split: dict.fromkeys(WNIDS, 2) for split in ("train", "val")})
+    data = ImageNet(str(tmp_path), image_size=32, resize=36, num_workers=0)
+    with pytest.raises(FileNotFoundError, match="root must hold ImageNet's archives"):
+        data.prepare_data()
+    names = {wnid: (name, f"{name}, by another name") for wnid, name in WNIDS.items()}
+    torch.save((names, ["n02102040"]), tmp_path / "meta.bin")  # as torchvision's parse_devkit_archive does
+    data.prepare_data()
+    assert data.classes == ["tench", "English springer"]
+    data.setup("fit")
+    data.setup("test")
+    assert len(data.test_set) == 4
+
+
+PLAIN = Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("policy", [None, "rand-m9-mstd0.5-inc1", "augmix-m5-w4", "original", "3a", "v0"])
+@pytest.mark.parametrize("erasing", [0.0, 1.0])
+def test_training_transforms(policy, erasing):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
+    transform = random_crops(PLAIN, policy, erasing)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        result = transform(image)
+        assert type(result) is torch.Tensor
+        assert (result.shape, result.dtype) == ((3, 24, 24), torch.float32)
+        assert (result.abs().max() > 1 + 1e-6) == bool(erasing)  # noise leaves the range of images
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"auto_augment": "magic"}, r"auto_augment must begin with one of rand, .*, got 'magic'"),
+        ({"auto_augment": "rand-m9-zzz1"}, r"auto_augment must be a policy in timm's notation, got 'rand-m9-zzz1'"),
+        ({"random_erasing": 1.5}, r"random_erasing must be a probability, got 1\.5"),
+        ({"on_error": "ignore"}, r"on_error must be raise or skip, got 'ignore'"),
+    ],
+)
+def test_bad_options_of_photographs(options, message):
+    with pytest.raises(ValueError, match=message):
+        ImageFolder("somewhere", **options)
+
+
+def test_evaluation_is_resize_and_centre_crop():
+    ramp = np.broadcast_to(np.arange(48, dtype=np.uint8)[None, :, None], (40, 48, 3))
+    result = Preprocessing(20, 40, (0.5,) * 3, (0.5,) * 3).evaluation()(Image.fromarray(ramp.copy()))
+    expected = torch.arange(14.0, 34.0) / 255 * 2 - 1  # the shorter side is 40 already
+    torch.testing.assert_close(result, expected.expand(3, 20, 20))

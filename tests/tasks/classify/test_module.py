@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 from involution.tasks.classify import ClassificationData, Classifier
 from involution.tasks.classify.data import TensorImages
 from involution.tasks.classify.module import warmup_cosine
+from involution.tasks.classify.preprocessing import Preprocessing
 
 SMALL = {"model_name": "rednet14_cifar"}
 
@@ -134,6 +135,56 @@ def test_checkpoint_carries_the_model(tmp_path):
 def test_other_number_of_classes_is_refused(tmp_path):
     with pytest.raises(ValueError, match="num_classes of the model is 4, but the data have 3"):
         trainer(tmp_path, fast_dev_run=True).fit(Classifier(**SMALL, num_classes=4), Blocks())
+
+
+def test_mixed_images_and_soft_labels():
+    torch.manual_seed(0)
+    model = Classifier(**SMALL, num_classes=3, mixup=0.4, label_smoothing=0.1)
+    model.log = model.log_dict = lambda *_, **__: None
+    model._trainer = type("Stub", (), {"optimizers": [torch.optim.SGD(model.parameters(), lr=0.1)]})()
+    images, labels = torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])
+    torch.manual_seed(1)
+    loss = model.training_step((images, labels), 0)
+    torch.manual_seed(1)
+    mixed, soft = model._mixing(images, labels)
+    assert not torch.equal(mixed, images)
+    torch.testing.assert_close(soft.sum(dim=1), torch.ones(4))
+    by_hand = -((0.9 * soft + 0.1 / 3) * model(mixed).log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(loss, by_hand)
+    plain = torch.nn.functional.cross_entropy(model(images), labels)
+    torch.testing.assert_close(model._step((images, labels), "val", model.val_metrics), plain)
+
+
+def test_mixup_and_cutmix_take_turns():
+    torch.manual_seed(0)
+    model = Classifier(**SMALL, num_classes=2, mixup=1.0, cutmix=1.0)
+    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    mixed = [model._mixing(images, torch.tensor([0, 1]))[0] for _ in range(20)]
+    pure = [bool(((one == 0) | (one == 1)).all()) for one in mixed]  # CutMix keeps every pixel as it was
+    assert {True, False} == set(pure)
+    with pytest.raises(ValueError, match=r"cutmix must be at least 0, got -1"):
+        Classifier(**SMALL, num_classes=2, cutmix=-1)
+
+
+def test_checkpoint_carries_classes_and_preprocessing(tmp_path):
+    fitted = trainer(tmp_path, max_epochs=1)
+    data = Blocks()
+    data.classes = ["red", "green", "blue"]
+    data.preprocessing = Preprocessing(8, 9, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    fitted.fit(Classifier(**SMALL, num_classes=3), data)
+    fitted.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Classifier.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert loaded.classes == ["red", "green", "blue"]
+    assert loaded.preprocessing == data.preprocessing
+    data.classes = ["red", "blue", "green"]
+    message = "checkpoint's classes must be the data's, but class 1 is 'green' there and 'blue' here"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path).test(Classifier(**SMALL, num_classes=3), data, ckpt_path=tmp_path / "a.ckpt")
+
+
+def test_a_network_trained_without_a_data_module_cannot_read_images(tmp_path):
+    with pytest.raises(ValueError, match="preprocessing is missing"):
+        Classifier(**SMALL, num_classes=3).read(tmp_path / "a.png")
 
 
 def test_unknown_model_is_named():

@@ -41,6 +41,8 @@ OPTIONS = [
     *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "1"),
     *("--trainer.deterministic", "true", "--data.batch_size", "4", "--recovery.every_n_train_steps", "2"),
     *("--model.model_kwargs", "{drop_rate: 0.5}", "--trainer.num_sanity_val_steps", "0"),
+    *("--trainer.callbacks", "lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.7"),
+    *("--model.mixup", "0.3", "--model.cutmix", "1.0"),
 ]
 
 
@@ -57,19 +59,23 @@ def fit(folder: Path, *options: str, kill_at: int = -1) -> dict[str, torch.Tenso
     return torch.load(weights)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Weights after ten steps: of the moving average, whose norms have statistics of their own."""
+    want = fit(tmp_path_factory.mktemp("whole"))
+    assert want is not None
+    return want
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int) -> None:
+def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int, uninterrupted: dict[str, torch.Tensor]) -> None:
     """Ten steps: killed in the midst of an epoch, after a checkpoint's step, and in the next epoch."""
     loading = ["--data.num_workers", str(workers)]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    want = fit(whole, *loading)
-    assert want is not None
-    assert fit(broken, *loading, kill_at=3) is None  # last.ckpt is that of step 2
-    assert fit(broken, *loading, "--ckpt_path", "last", kill_at=7) is None  # and of step 6, in the second epoch
-    got = fit(broken, *loading, "--ckpt_path", "last")
+    assert fit(tmp_path, *loading, kill_at=3) is None  # last.ckpt is that of step 2
+    assert fit(tmp_path, *loading, "--ckpt_path", "last", kill_at=7) is None  # and of step 6, in the second epoch
+    got = fit(tmp_path, *loading, "--ckpt_path", "last")
     assert got is not None
+    want = uninterrupted
     assert want.keys() == got.keys()
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
@@ -106,8 +112,15 @@ def test_samples_depend_on_seed_epoch_and_index_alone() -> None:
     assert read(resumed, 1) == second[6:]
     assert read(resumed, 0) == first
     state = torch.get_rng_state()
-    Seeded(Indices(), 5)[0, 3]
+    want = Seeded(Indices(), 5)[0, 3]
     assert torch.equal(torch.get_rng_state(), state)
+    torch.set_default_dtype(torch.float64)  # as Lightning does for precision 64-true
+    try:
+        got = Seeded(Indices(), 5)[0, 3]
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got == want
 
 
 def test_processes_cover_every_index_once() -> None:
@@ -140,6 +153,36 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
         WholeCheckpoints().save_checkpoint({"weights": torch.zeros(1 << 20)}, file)
     monkeypatch.undo()
     assert torch.load(file) == {"step": 1}
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    """From the third step on no file may be larger than 200 kB; the checkpoint of the second one leads on."""
+    import resource
+
+    from involution.tasks.classify import Classifier
+    from involution.tasks.command import run
+
+    monkeypatch.chdir(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    step = Classifier.training_step
+
+    def filling(self: Any, *batch: Any) -> torch.Tensor:
+        if self.trainer.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        return step(self, *batch)
+
+    monkeypatch.setattr(Classifier, "training_step", filling)
+    try:
+        with pytest.raises((OSError, RuntimeError)):  # torch's writer has errors of its own
+            run(OPTIONS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs/digits_resnet/version_0/checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
+    assert torch.load(folder / "last.ckpt")["global_step"] == 2
+    assert run([*OPTIONS, "--ckpt_path", "last"]).trainer.global_step == 10
 
 
 def test_all_generators_go_on_from_the_checkpoint() -> None:

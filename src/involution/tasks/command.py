@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from .recipes import resolve_configs
 from .recovery import RandomStates, WholeCheckpoints, last_checkpoint
+from .sync_batch_norm import SyncBatchNorms
 
 
 class TaskCLI(LightningCLI):
@@ -43,7 +44,11 @@ class TaskCLI(LightningCLI):
         trainer = self.config[self.subcommand]["trainer"]
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, WholeCheckpoints()]
+        plugins = [*plugins, WholeCheckpoints()]
+        if trainer["sync_batchnorm"]:
+            plugins.append(SyncBatchNorms())
+            kwargs["sync_batchnorm"] = False  # torch's own, which CPUs cannot run
+        kwargs["plugins"] = plugins
         if trainer["logger"] in (None, True):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         return super().instantiate_trainer(**kwargs)

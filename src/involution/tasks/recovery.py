@@ -72,8 +72,12 @@ class Seeded(Dataset[Any]):
 
 @contextmanager
 def _random_numbers_of(*key: int) -> Iterator[None]:
-    """torch, NumPy and Python draw from generators that `key` seeds; afterwards from where they were."""
-    before = _states()
+    """torch, NumPy and Python draw from generators that `key` seeds; afterwards from where they were.
+
+    torch draws float32: with precision 64-true, Lightning changes the default for some batches and not for others.
+    """
+    before, dtype = _states(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     seeds = np.random.SeedSequence(key).generate_state(3)
     torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's alone: workers must not touch a GPU
     np.random.seed(seeds[1])
@@ -82,6 +86,7 @@ def _random_numbers_of(*key: int) -> Iterator[None]:
         yield
     finally:
         _restore(before)
+        torch.set_default_dtype(dtype)
 
 
 def _states() -> dict[str, Any]:

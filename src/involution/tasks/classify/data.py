@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
 from .preprocessing import Preprocessing
@@ -78,14 +79,23 @@ class ClassificationData(LightningDataModule):
         return self._loader(Seeded(self.train_set, seed), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the validation set."""
-        return self._loader(self.val_set)
+        """Batches of the validation set, of this process's part."""
+        return self._loader(self.val_set, self._share(self.val_set))
 
     def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test set."""
-        return self._loader(self.test_set)
+        """Batches of the test set, of this process's part."""
+        return self._loader(self.test_set, self._share(self.test_set))
 
-    def _loader(self, dataset: Dataset[Sample], sampler: ResumableSampler | None = None) -> DataLoader[Sample]:
+    def _share(self, dataset: Any) -> UnrepeatedDistributedSampler | None:
+        """Every image once in all processes together; Lightning's own sampler would repeat some of them."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return None
+        world, rank = self.trainer.world_size, self.trainer.global_rank
+        if len(dataset) < world:
+            raise ValueError(f"every process wants an image to evaluate on, got {len(dataset)} for {world} processes")
+        return UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
+
+    def _loader(self, dataset: Dataset[Sample], sampler: Sampler[Any] | None = None) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,

@@ -39,12 +39,11 @@ class ImageNet(ImageFolder):
             except RuntimeError as error:  # torchvision's, for an archive that is missing or broken
                 raise FileNotFoundError(f"root must hold ImageNet's archives, got {self.root}: {error}") from error
 
+    num_classes = 1000  # known before the archives are unpacked, which one process does
+
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
-        meta = self.root / "meta.bin"
-        if not meta.is_file():
-            self.prepare_data()
         return [names[0] for names in datasets.ImageNet(self.root, "val").classes]
 
     def _folder(self, split: str) -> Path:
@@ -89,6 +88,8 @@ class Imagenette(ImageFolder):
         super().__init__(root, batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
         self.download, self.size = download, size
 
+    num_classes = 10  # known before the download, which one process does
+
     def prepare_data(self) -> None:
         """Downloads, if asked to and not there."""
         if self.download and not self._folder("train").is_dir():
@@ -97,7 +98,6 @@ class Imagenette(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
-        self.prepare_data()
         self._class_folders("train")  # its error names the folder
         return [names[0] for names in datasets.Imagenette(self.root, "train", self.size).classes]
 

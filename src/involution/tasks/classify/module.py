@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
@@ -106,6 +106,8 @@ class Classifier(LightningModule):
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection(dict(metrics), prefix=f"{stage}/").clone() for stage in ("train", "val", "test")
         )
+        # As metrics: Lightning's own mean over processes rounds the number of images per process.
+        self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
 
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
@@ -154,7 +156,9 @@ class Classifier(LightningModule):
         loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
         metrics.update(logits, labels)
         when: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(labels)}
-        self.log(f"{stage}/loss", loss, prog_bar=stage == "train", **when)
+        mean: MeanMetric = getattr(self, f"{stage}_loss")
+        mean.update(loss.detach(), len(labels))
+        self.log(f"{stage}/loss", mean, prog_bar=stage == "train", **when)
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
 

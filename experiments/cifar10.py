@@ -44,6 +44,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "generator": {"single linear generator": {"kernel_generator": "linear"}},
     "stem": {"convolution in the stem": {"stem_layer": "convolution"}},
 }
+LEARNING_RATES = (0.03, 0.1, 0.3)  # does either network want another one than the recipe's 0.1?
 
 
 class Run(NamedTuple):
@@ -54,6 +55,7 @@ class Run(NamedTuple):
     model_kwargs: dict[str, Any]
     epochs: int
     seed: int
+    further: tuple[str, ...] = ()
 
     @property
     def options(self) -> list[str]:
@@ -63,11 +65,12 @@ class Run(NamedTuple):
             *("-c", recipe, "--model.model_name", self.model_name),
             *("--model.model_kwargs", json.dumps(self.model_kwargs)),
             *("--trainer.max_epochs", str(self.epochs), "--seed_everything", str(self.seed)),
+            *self.further,
         ]
 
 
 def runs() -> Iterator[Run]:
-    """All of them: twins seed by seed, so that an unfinished set compares equal numbers; then the ablations."""
+    """All of them: twins seed by seed, so that an unfinished set compares equal numbers; the ablations; other learning rates."""
     for seed in SEEDS["twins"]:
         for depth in (14, 26):
             for family in ("rednet", "resnet"):
@@ -77,6 +80,10 @@ def runs() -> Iterator[Run]:
         for row, options in rows.items():
             for seed in SEEDS["ablation"]:
                 yield Run(f"ablation/{part}/{row}", "rednet14_cifar", SHARED | options, EPOCHS["ablation"], seed)
+    for lr in LEARNING_RATES:
+        for family in ("rednet", "resnet"):
+            further = ("--model.lr", str(lr))
+            yield Run(f"lr/{lr}/{family}", f"{family}14_cifar", SHARED, EPOCHS["ablation"], 0, further)
 
 
 def finished() -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
 import torch
+from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
 RESULTS = FOLDER / "cifar10.jsonl"
@@ -70,7 +71,7 @@ class Run(NamedTuple):
 
 
 def runs() -> Iterator[Run]:
-    """All of them: twins seed by seed, so that an unfinished set compares equal numbers; the ablations; other learning rates."""
+    """All of them: twins seed by seed, for equal numbers in an unfinished set; ablations; learning rates."""
     for seed in SEEDS["twins"]:
         for depth in (14, 26):
             for family in ("rednet", "resnet"):
@@ -187,8 +188,101 @@ def quoted(option: str) -> str:
 
 
 def report(lines: list[dict[str, Any]]) -> None:
-    """Placeholder."""
-    raise SystemExit("not yet")
+    """Prints the tables of docs/results.md, and draws its pictures."""
+    print(tables(lines))
+    for file in (draw_twins(lines), draw_ablations(lines)):
+        print(f"wrote {file}", file=sys.stderr)
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Three tables in Markdown, without the runs that are not done: twins, ablations, learning rates."""
+    parts = []
+    head = "| network | test accuracy, mean (seeds) | spread | parameters | multiply-adds | seconds per epoch |"
+    rows = [head, "|---|---|---|---|---|---|"]
+    for name in names(lines, "twins/"):
+        some = [line for line in lines if line["name"] == name]
+        found = sorted(line["test_accuracy"] for line in some)
+        each = ", ".join(f"{one:.2%}" for one in found)
+        seconds = statistics.median(line["seconds_per_epoch"] for line in some)
+        spread = f"{100 * (found[-1] - found[0]):.2f}"
+        rows.append(
+            f"| {title(name)} | {statistics.mean(found):.2%} ({each}) | {spread} | {some[0]['parameters']:,} "
+            f"| {some[0]['multiply_adds'] / 1e6:.2f} M | {seconds:.0f} |"
+        )
+    parts.append("\n".join(rows))
+    base = next((line["test_accuracy"] for line in lines if line["name"].startswith("ablation/baseline")), None)
+    rows = [
+        "| RedNet-14 with | test accuracy | against the first | parameters | multiply-adds |",
+        "|---|---|---|---|---|",
+    ]
+    for name in names(lines, "ablation/"):
+        line = next(line for line in lines if line["name"] == name)
+        difference = "" if base is None else f"{100 * (line['test_accuracy'] - base):+.2f}"
+        rows.append(
+            f"| {title(name)} | {line['test_accuracy']:.2%} | {difference} | {line['parameters']:,} "
+            f"| {line['multiply_adds'] / 1e6:.2f} M |"
+        )
+    parts.append("\n".join(rows))
+    accuracy = {line["name"]: line["test_accuracy"] for line in lines}
+    rows = ["| learning rate | RedNet-14 | ResNet-14 |", "|---|---|---|"]
+    for lr in LEARNING_RATES:
+        pair = [accuracy.get(f"lr/{lr}/{family}") for family in ("rednet", "resnet")]
+        if None not in pair:
+            rows.append(f"| {lr} | {pair[0]:.2%} | {pair[1]:.2%} |")
+    parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def names(lines: list[dict[str, Any]], start: str) -> list[str]:
+    """Of the finished runs that begin so, in the order of `runs`."""
+    done = {line["name"] for line in lines}
+    return [name for name in dict.fromkeys(run.name for run in runs()) if name.startswith(start) and name in done]
+
+
+def title(name: str) -> str:
+    """A row's name for people."""
+    _, part, row = name.split("/")
+    return {"rednet": f"RedNet-{part}", "resnet": f"ResNet-{part}"}.get(row, row)
+
+
+def draw_twins(lines: list[dict[str, Any]]) -> Path:
+    """Validation accuracy over epochs, a line a seed, RedNet solid and its twin dashed."""
+    figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
+    for axes, depth in zip(figure.subplots(1, 2, sharey=True), (14, 26), strict=True):
+        for colour, family, style in (("C0", "rednet", "-"), ("C1", "resnet", "--")):
+            name = f"twins/{depth}/{family}"
+            for index, line in enumerate(line for line in lines if line["name"] == name):
+                epochs = range(1, len(line["val_accuracy"]) + 1)
+                label = title(name) if index == 0 else None
+                axes.plot(epochs, line["val_accuracy"], style, color=colour, alpha=0.7, label=label)
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.axes[0].set_ylabel("validation accuracy")
+    return save(figure, "cifar10_twins.png")
+
+
+def draw_ablations(lines: list[dict[str, Any]]) -> Path:
+    """A bar for every ablation, and the baseline as a line."""
+    some = {name: line["test_accuracy"] for line in lines for name in [line["name"]] if name.startswith("ablation/")}
+    ordered = names(lines, "ablation/")[::-1]
+    figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    axes.barh([title(name) for name in ordered], [some[name] for name in ordered], color="C0", alpha=0.8)
+    baseline = [name for name in ordered if name.startswith("ablation/baseline")]
+    if baseline:
+        axes.axvline(some[baseline[0]], color="black", linestyle="--", linewidth=1)
+    if some:
+        axes.set_xlim(left=min(some.values()) - 0.05)
+    axes.set_xlabel("test accuracy after 4 epochs, one seed")
+    return save(figure, "cifar10_ablations.png")
+
+
+def save(figure: Figure, name: str) -> Path:
+    """Writes a picture beside the results."""
+    file = FOLDER / name
+    figure.savefig(file)
+    return file
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from involution import cli
-from involution.bench import baselines, command, kernels, memory, models, paper, report
+from involution.bench import baselines, command, kernels, loading, memory, models, paper, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roof import Roof
 from involution.ops.gpu import Tile
@@ -24,6 +24,7 @@ def numbers(rows: list[dict]) -> list[float]:
 def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
     """Every subject at its smallest. Compilation is tested elsewhere; here it is left out."""
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(loading, "PHOTOGRAPHS", 2)
     monkeypatch.setattr(models, "optimize", lambda model, image: model)
     names = ("rednet14_cifar", "resnet14_cifar")
     return {
@@ -36,6 +37,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
         "threads": kernels.threads(SMALL, [1], 0.0),
         "overhead": kernels.overhead(0.0),
         "paper": paper.paper(SMALL, [2]),
+        "loading": loading.loading(0.0, 2, ["rednet14_cifar"]),
     }
 
 

@@ -15,6 +15,7 @@ from ..ops import cpu
 from . import kernels
 from .baselines import Prototype
 from .cases import CASES, NECK, Case
+from .loading import loading
 from .memory import memory
 from .models import models, training
 from .paper import paper
@@ -22,7 +23,7 @@ from .report import print_tables, write
 from .roof import measure_roof
 from .timer import Row
 
-SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper")
+SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper", "loading")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -62,6 +63,8 @@ def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Pro
         return [row for some, batches in usual for row in per_case[subject](some, batches)]
     if subject == "models":
         return models(options.batch, 10 * seconds, device=device)
+    if subject == "loading":
+        return loading(2 * seconds)
     if subject == "training":
         return training([min(16, batch) for batch in options.batch if batch > 1] or [16], 15 * seconds, device=device)
     return memory() if subject == "memory" else kernels.overhead(seconds)

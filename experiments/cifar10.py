@@ -3,7 +3,7 @@
     python experiments/cifar10.py list                        what there is, and which of it is done
     python experiments/cifar10.py run --root DATA             trains what is not done yet
     python experiments/cifar10.py run --root DATA --only ablation/group_channels --commit
-    python experiments/cifar10.py report                      the tables of docs/results.md, and its pictures
+    python experiments/cifar10.py report                      puts its tables into docs/results.md, and draws
 
 A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
 its last epoch. It appends a line to docs/results/cifar10.jsonl, and is not made again as long as that line is there.
@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
 RESULTS = FOLDER / "cifar10.jsonl"
+RESULTS_PAGE = FOLDER.parent / "results.md"
 EPOCHS = {"twins": 8, "ablation": 4}
 SEEDS = {"twins": (0, 1, 2), "ablation": (0,)}
 # Half the image's resolution from the stem on: four times the images a second. So short a schedule wants every block
@@ -188,15 +189,21 @@ def quoted(option: str) -> str:
 
 
 def report(lines: list[dict[str, Any]]) -> None:
-    """Prints the tables of docs/results.md, and draws its pictures."""
-    print(tables(lines))
-    for file in (draw_twins(lines), draw_ablations(lines)):
-        print(f"wrote {file}", file=sys.stderr)
+    """Writes the tables into docs/results.md, and draws its pictures."""
+    page = RESULTS_PAGE.read_text()
+    for name, table in tables(lines).items():
+        before, start, rest = page.partition(f"<!-- table: {name} -->\n")
+        after = rest.partition("<!-- end -->")[2]
+        page = f"{before}{start}{table}\n<!-- end -->{after}"
+        print(table, end="\n\n")
+    RESULTS_PAGE.write_text(page)
+    for file in (RESULTS_PAGE, draw_twins(lines), draw_ablations(lines)):
+        print(f"wrote {file}")
 
 
-def tables(lines: list[dict[str, Any]]) -> str:
-    """Three tables in Markdown, without the runs that are not done: twins, ablations, learning rates."""
-    parts = []
+def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """Three tables in Markdown, without the runs that are not done."""
+    parts = {}
     head = "| network | test accuracy, mean (seeds) | spread | parameters | multiply-adds | seconds per epoch |"
     rows = [head, "|---|---|---|---|---|---|"]
     for name in names(lines, "twins/"):
@@ -209,7 +216,7 @@ def tables(lines: list[dict[str, Any]]) -> str:
             f"| {title(name)} | {statistics.mean(found):.2%} ({each}) | {spread} | {some[0]['parameters']:,} "
             f"| {some[0]['multiply_adds'] / 1e6:.2f} M | {seconds:.0f} |"
         )
-    parts.append("\n".join(rows))
+    parts["twins"] = "\n".join(rows)
     base = next((line["test_accuracy"] for line in lines if line["name"].startswith("ablation/baseline")), None)
     rows = [
         "| RedNet-14 with | test accuracy | against the first | parameters | multiply-adds |",
@@ -222,15 +229,15 @@ def tables(lines: list[dict[str, Any]]) -> str:
             f"| {title(name)} | {line['test_accuracy']:.2%} | {difference} | {line['parameters']:,} "
             f"| {line['multiply_adds'] / 1e6:.2f} M |"
         )
-    parts.append("\n".join(rows))
+    parts["ablations"] = "\n".join(rows)
     accuracy = {line["name"]: line["test_accuracy"] for line in lines}
     rows = ["| learning rate | RedNet-14 | ResNet-14 |", "|---|---|---|"]
     for lr in LEARNING_RATES:
         pair = [accuracy.get(f"lr/{lr}/{family}") for family in ("rednet", "resnet")]
         if None not in pair:
             rows.append(f"| {lr} | {pair[0]:.2%} | {pair[1]:.2%} |")
-    parts.append("\n".join(rows))
-    return "\n\n".join(parts)
+    parts["learning rates"] = "\n".join(rows)
+    return parts
 
 
 def names(lines: list[dict[str, Any]], start: str) -> list[str]:

@@ -1,4 +1,5 @@
 import csv
+import tarfile
 
 import numpy as np
 import pytest
@@ -109,6 +110,23 @@ def test_warm_up_takes_as_many_images_whatever_the_batch(tmp_path):
     )
     scheduler = cli.trainer.lr_scheduler_configs[0].scheduler
     assert scheduler.lr_lambdas[0].keywords["warmup"] == round(3130 * 2048 / 4)
+
+
+def test_a_recipe_takes_other_data(tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}-0.tar", "w") as archive:
+            for index in range(8):
+                pixels = np.random.default_rng(index).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
+                (tmp_path / f"{index}.cls").write_text(str(index % 3))
+                for name in (f"{index}.jpg", f"{index}.cls"):
+                    archive.add(tmp_path / name, name)
+    shards = ["--data", "involution.tasks.classify.Shards", "--data.train", f"{tmp_path}/train-*.tar"]
+    shards += ["--data.val", f"{tmp_path}/val-*.tar", "--data.classes", "3", "--data.image_size", "32"]
+    small = ["--data.batch_size", "4", "--data.num_workers", "0", "--model.model_name", "rednet14_cifar"]
+    cli = run(["fit", "-c", "imagenet_rednet50", *QUICK, *shards, *small, "--trainer.max_epochs", "1"])
+    assert cli.model.num_classes == 3
+    assert cli.trainer.global_step == 2
 
 
 def test_imagefolder_error_names_the_folder(tmp_path):

@@ -1,0 +1,56 @@
+"""docs/results.md says what its results file says."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def cifar10() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("cifar10", ROOT / "experiments" / "cifar10.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
+    page = (ROOT / "docs" / "results.md").read_text()
+    tables = cifar10.tables(cifar10.finished())
+    assert set(tables) == {"twins", "ablations", "learning rates"}
+    for name, table in tables.items():
+        assert table.count("\n") > 2, name
+        assert table in page, f"{name}: run python experiments/cifar10.py report"
+
+
+def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:
+    lines = cifar10.finished()
+    keys = [(line["name"], line["seed"]) for line in lines]
+    assert len(keys) == len(set(keys))
+    runs = {(run.name, run.seed): run for run in cifar10.runs()}
+    assert all(cifar10.is_done(runs[key], lines) for key in keys)
+
+
+def test_a_finished_run_is_skipped_and_a_new_one_is_appended(
+    cifar10: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def train(run, root, threads, commit):  # type: ignore[no-untyped-def]
+        made.append(run)
+        line = {"name": run.name, "seed": run.seed, "options": run.options, "test_accuracy": 0.123456, "seconds": 1.0}
+        return line
+
+    monkeypatch.setattr(cifar10, "RESULTS", tmp_path / "cifar10.jsonl")
+    monkeypatch.setattr(cifar10, "train", train)
+    for _ in range(2):
+        cifar10.main(["run", "--root", "anywhere", "--only", "ablation/kernel_size"])
+    assert [run.name for run in made] == [f"ablation/kernel_size/K{size}" for size in (3, 5, 9)]
+    lines = [json.loads(line) for line in (tmp_path / "cifar10.jsonl").read_text().splitlines()]
+    assert [line["test_accuracy"] for line in lines] == [0.1235] * 3

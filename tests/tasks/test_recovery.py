@@ -80,6 +80,18 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int, uninterru
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
+def test_another_batch_size_in_the_midst_of_an_epoch_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    from involution.tasks.command import run
+
+    monkeypatch.chdir(tmp_path)
+    assert fit(tmp_path, kill_at=3) is None
+    with pytest.raises(ValueError, match=r"batch_size and processes must be 4 and 1, .* got 8 and 1"):
+        run([*OPTIONS, "--ckpt_path", "last", "--data.batch_size", "8"])
+    run([*OPTIONS, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "whole"])  # its end is an epoch's
+    there = ["--trainer.default_root_dir", "whole", "--ckpt_path", "last"]
+    assert run([*OPTIONS, *there, "--data.batch_size", "8"]).trainer.global_step == 10
+
+
 def test_last_without_a_run_names_the_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"ckpt_path last: no version_.* in .*nothing"):
         last_checkpoint(tmp_path / "nothing")

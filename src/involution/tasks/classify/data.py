@@ -58,11 +58,25 @@ class ClassificationData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""
         epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
-        return {"epoch": epoch, "batch": batch}
+        return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "processes": self._processes()[0]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Has the next training loader begin there."""
+        """Has the next training loader begin there.
+
+        Raises:
+            ValueError: it is in the midst of an epoch that was dealt out in other batches.
+        """
         self._place = state_dict["epoch"], state_dict["batch"]
+        then, now = (state_dict["batch_size"], state_dict["processes"]), (self.batch_size, self._processes()[0])
+        if self._place[1] and then != now:
+            raise ValueError(
+                f"batch_size and processes must be {then[0]} and {then[1]}, as in the epoch that the checkpoint is in "
+                f"the midst of, got {now[0]} and {now[1]}; a checkpoint of an epoch's end takes any"
+            )
+
+    def _processes(self) -> tuple[int, int]:
+        """How many there are, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @property
     def num_classes(self) -> int:
@@ -71,9 +85,8 @@ class ClassificationData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Sample]:
         """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
-        seed, trainer = global_seed(), self.trainer
-        shares = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        sampler = ResumableSampler(self.train_set, seed, *shares)
+        seed = global_seed()
+        sampler = ResumableSampler(self.train_set, seed, *self._processes())
         sampler.resume(self._place[0], self._place[1] * self.batch_size)
         self._place = 0, 0
         return self._loader(Seeded(self.train_set, seed), sampler)
@@ -88,9 +101,9 @@ class ClassificationData(LightningDataModule):
 
     def _share(self, dataset: Any) -> UnrepeatedDistributedSampler | None:
         """Every image once in all processes together; Lightning's own sampler would repeat some of them."""
-        if self.trainer is None or self.trainer.world_size == 1:
+        world, rank = self._processes()
+        if world == 1:
             return None
-        world, rank = self.trainer.world_size, self.trainer.global_rank
         if len(dataset) < world:
             raise ValueError(f"every process wants an image to evaluate on, got {len(dataset)} for {world} processes")
         return UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)

@@ -48,7 +48,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # Does either network want another recipe? The model's options, and those of `involution fit`.
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    **{f"lr/{lr}": ({}, ("--model.lr", str(lr))) for lr in (0.03, 0.1, 0.3)},
+    **{f"lr/{lr}": ({}, ("--model.lr", str(lr))) for lr in (0.03, 0.1, 0.3, 1.0)},
     "zero_init/true": ({"zero_init_last": True}, ()),
 }
 

@@ -24,7 +24,22 @@ PRINTED = {
     "ResNet-50": ("25.5570", "4.1219", "4.122", "4.089"),
     "ResNet-101": ("44.5492", "7.8495", "7.849", "7.801"),
     "ResNet-152": ("60.1928", "11.5807", "11.581", "11.514"),
+    "Faster R-CNN, conv neck, conv head": ("31.5985", "177.8451", "178.357", "177.420"),
+    "Faster R-CNN, inv neck, conv head": ("29.5080", "135.0071", "135.007", "134.009"),
+    "Faster R-CNN, inv neck, inv head": ("28.9854", "91.5245", "91.525", "90.465"),
+    "Mask R-CNN, conv, conv": ("34.2417", "224.1476", "231.430", "230.406"),
+    "Mask R-CNN, inv, conv": ("32.1513", "181.3096", "188.080", "186.995"),
+    "Mask R-CNN, inv, inv": ("29.5383", "104.6129", "104.613", "103.410"),
+    "RetinaNet, conv neck": ("27.8141", "210.0965", "210.609", "209.626"),
+    "RetinaNet, inv neck": ("26.2463", "199.8985", "199.899", "198.901"),
+    "Faster R-CNN R50": ("41.5277", "207.0651", "207.065", "206.330"),
+    "Mask R-CNN R50": ("44.1710", "253.3676", "260.138", "259.316"),
+    "RetinaNet R50": ("37.7433", "239.3165", "239.317", "238.536"),
 }
+# Where the released code has another stem than the one that the printed figure fits.
+OTHER_STEM = {"Faster R-CNN, conv neck, conv head", "Mask R-CNN, conv, conv", "RetinaNet, conv neck"}
+# Printed 0.1 away from what its rules give.
+ROUNDED_OTHERWISE = {"Faster R-CNN, conv neck, conv head", "Mask R-CNN, conv, conv", "RetinaNet, inv neck"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -37,8 +52,10 @@ def test_every_cell(row) -> None:
         f"{counted.mac / 1e9:.3f}",
     )
     assert got == PRINTED[row.name]
-    assert "counted" not in disagreement(row, counted)  # what is printed is what we count for that model
-    assert ("another stem" in disagreement(row, counted)) == row.name.startswith("RedNet")
+    said = disagreement(row, counted)
+    assert ("counted" in said) == (row.name in ROUNDED_OTHERWISE)  # else what is printed is what we count
+    assert ("another stem" in said) == (row.name.startswith("RedNet") or row.name in OTHER_STEM)
+    assert ("mask_fcn_logits" in said) == (row.name in ("Mask R-CNN, conv, conv", "Mask R-CNN, inv, conv"))
 
 
 def test_the_two_conventions_of_torch_and_ours_agree_on_products() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..nn.involution import Involution1d, Involution2d, Involution3d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INVOLUTIONS = (Involution1d, Involution2d, Involution3d)
 _POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
 
@@ -62,8 +63,9 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -
 def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
     """Counts a network in evaluation mode, call by call, by the rules of the paper's tables.
 
-    A convolution costs prod(K) * C_in / groups * numel(out), a linear layer numel(in) * out, an involution what its
-    generator costs and prod(K) * numel(out), padding included. Functions that are no modules count nothing.
+    A convolution costs prod(K) * C_in / groups * numel(out), a deconvolution prod(K) * numel(in) * C_out / groups, a
+    linear layer numel(in) * out, an involution what its generator costs and prod(K) * numel(out), padding included.
+    Functions that are no modules count nothing.
 
     Args:
         model: takes one tensor; it is copied, not changed.
@@ -93,6 +95,8 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
     """Multiply-adds and other operations of one call, or None for a module that counts nothing of its own."""
     if isinstance(module, _CONVOLUTIONS):
         return module.weight[0].numel() * output.numel(), 0 if module.bias is None else output.numel()
+    if isinstance(module, _DECONVOLUTIONS):
+        return module.weight[0].numel() * input.numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, nn.Linear):
         return input.numel() * module.out_features, 0
     if isinstance(module, _INVOLUTIONS):

@@ -1,16 +1,21 @@
 """The paper's tables, row by row: what they print, and what the networks really cost."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import timm
+import torch
 from torch import nn
 
 from .. import zoo
+from ..tasks.detect import faster_rcnn, mask_rcnn, retinanet
 from .count import Cost, cost
+from .detectors import CountedRCNN, CountedRetinaNet
 
 assert zoo  # importing it registers RedNet
 _IMAGE = (3, 224, 224)
+_INV = "involution"
 
 
 class Row(NamedTuple):
@@ -51,7 +56,32 @@ def _rednet(depth: int, millions: float, billions: float) -> Row:
 
 
 def _resnet(depth: int, name: str) -> Row:
-    return Row(f"ResNet-{depth}", None, lambda: timm.create_model(name), lambda: timm.create_model(name))
+    model = partial(timm.create_model, name)
+    return Row(f"ResNet-{depth}", None, model, model)
+
+
+_MASK_TAIL = tuple(f"detector.roi_heads.mask_predictor.{part}" for part in ("conv5_mask", "mask_fcn_logits"))
+
+
+def _detector(
+    name: str,
+    printed: tuple[float, float] | None,
+    make: Callable[..., nn.Module],
+    stem: int = 7,
+    left_out: tuple[str, ...] = (),
+    **options: Any,
+) -> Row:
+    """At 1280x800, stem and first stage frozen; printed with a stem of `stem`, where the released code has 7."""
+
+    def model(stem_kernel_size: int) -> nn.Module:
+        rednet = options.get("backbone", "rednet50").startswith("rednet")
+        backbone = {"stem_kernel_size": stem_kernel_size} if rednet else {}
+        detector = make(frozen_stages=1, backbone_kwargs=backbone, **options)
+        return CountedRetinaNet(detector) if make is retinanet else CountedRCNN(detector)
+
+    released = partial(model, 7)
+    counted = released if stem == 7 else partial(model, stem)
+    return Row(name, printed, released, counted, left_out, (3, 1280, 800))
 
 
 ROWS = (
@@ -65,12 +95,25 @@ ROWS = (
     _resnet(50, "resnet50"),
     _resnet(101, "resnet101"),
     _resnet(152, "resnet152"),
+    _detector("Faster R-CNN, conv neck, conv head", (31.6, 177.9), faster_rcnn, stem=3),
+    _detector("Faster R-CNN, inv neck, conv head", (29.5, 135.0), faster_rcnn, neck=_INV),
+    _detector("Faster R-CNN, inv neck, inv head", (29.0, 91.5), faster_rcnn, neck=_INV, head=_INV),
+    _detector("Mask R-CNN, conv, conv", (34.2, 224.2), mask_rcnn, stem=3, left_out=_MASK_TAIL),
+    _detector("Mask R-CNN, inv, conv", (32.2, 181.3), mask_rcnn, left_out=_MASK_TAIL, neck=_INV),
+    _detector("Mask R-CNN, inv, inv", (29.5, 104.6), mask_rcnn, neck=_INV, head=_INV),
+    _detector("RetinaNet, conv neck", (27.8, 210.1), retinanet, stem=3),
+    _detector("RetinaNet, inv neck", (26.3, 199.9), retinanet, neck=_INV),
+    _detector("Faster R-CNN R50", None, faster_rcnn, backbone="resnet50"),
+    _detector("Mask R-CNN R50", None, mask_rcnn, left_out=_MASK_TAIL, backbone="resnet50"),
+    _detector("RetinaNet R50", None, retinanet, backbone="resnet50"),
 )
 
 
 def count_row(row: Row) -> Counted:
     """Counts one row."""
-    paper, released = cost(row.counted(), row.input_size), cost(row.model(), row.input_size)
+    with torch.device("meta"):  # drawing weights takes longer than counting
+        models = row.counted(), row.model()
+    paper, released = (cost(model, row.input_size) for model in models)
     counted = sum(o.multiply_adds + o.others for o in paper.operations if o.module not in row.left_out)
     return Counted(row.name, paper.trainable, counted, released.honest, released.multiply_adds)
 
@@ -85,12 +128,15 @@ def disagreement(row: Row, counted: Counted) -> str:
     if row.printed is None:
         return ""
     reasons = []
-    millions, billions = round(counted.params_trainable / 1e6, 2), round(counted.counted / 1e9, 2)
+    digits = 2 if row.input_size == _IMAGE else 1  # that the paper prints
+    millions, billions = round(counted.params_trainable / 1e6, digits), round(counted.counted / 1e9, digits)
     if (millions, billions) != row.printed:
         reasons.append(f"counted {millions} M, {billions} G")
-    if counted.counted != counted.honest:
-        what = f"without {', '.join(row.left_out)}, " if row.left_out else ""
-        reasons.append(f"printed {what}with another stem than the released code's {counted.honest / 1e9:.3f} G")
+    differs = [f"without {', '.join(part.rpartition('.')[2] for part in row.left_out)}"] if row.left_out else []
+    if row.counted is not row.model:
+        differs.append("with another stem than the released code's")
+    if differs:
+        reasons.append(f"printed {' and '.join(differs)}: {counted.honest / 1e9:.3f} G")
     return "; ".join(reasons)
 
 

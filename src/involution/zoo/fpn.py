@@ -1,0 +1,111 @@
+"""Feature pyramids whose 3x3 convolutions can be involutions (paper, section 4.2): torchvision's, a part swapped."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
+
+from ..nn import Involution2d
+
+LAYERS = ("convolution", "involution")
+
+
+def check_layer(name: str, value: str) -> None:
+    """Refuses what is neither convolution nor involution."""
+    if value not in LAYERS:
+        raise ValueError(f"{name} must be convolution or involution, got {value!r}")
+
+
+def feature_pyramid(
+    in_channels: Sequence[int],
+    out_channels: int = 256,
+    layer: str = "convolution",
+    extra_blocks: ExtraFPNBlock | None = None,
+) -> FeaturePyramidNetwork:
+    """torchvision's FPN: 1x1 laterals, nearest upsampling, and a 3x3 convolution or a 7x7 involution on every level.
+
+    Args:
+        in_channels: of the levels, from the finest.
+        out_channels: of every level of the result; involution wants a multiple of 16.
+        layer: "convolution" or "involution".
+        extra_blocks: makes coarser levels, as in torchvision.
+
+    Raises:
+        ValueError: layer is neither.
+    """
+    check_layer("layer", layer)
+    pyramid = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks)
+    if layer == "involution":
+        pyramid.layer_blocks = nn.ModuleList(Involution2d(out_channels) for _ in in_channels)
+    return pyramid
+
+
+class PyramidBackbone(nn.Module):
+    """A network of timm's and a feature pyramid on its stages, as torchvision's detectors want it.
+
+    Args:
+        name: of a network of timm's registry whose feature levels are a stem and four stages: RedNet, ResNet.
+        layer: of the pyramid, see `feature_pyramid`.
+        first_stage: the finest stage that the pyramid takes: 1 (stride 4) or 2 (stride 8).
+        out_channels: of every level.
+        extra_levels: what comes after the stages' levels: "pool" is one more by pooling (R-CNNs), "convolutions" two by
+            convolutions of stride 2 from the last stage (RetinaNet); None is nothing.
+        frozen_stages: so many stages, and the stem, are not trained; 0 trains everything, stem included.
+        norm_eval: the network's batch norms always use, and never update, their running statistics.
+        **kwargs: further arguments of timm.create_model.
+
+    Shapes: [N, 3, H, W] -> an OrderedDict of levels [N, out_channels, h, w], from the finest.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layer: str = "convolution",
+        first_stage: int = 1,
+        out_channels: int = 256,
+        extra_levels: str | None = None,
+        frozen_stages: int = 0,
+        norm_eval: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if frozen_stages not in range(5):
+            raise ValueError(f"frozen_stages must be from 0 to 4, got {frozen_stages!r}")
+        if extra_levels not in (None, "pool", "convolutions"):
+            raise ValueError(f"extra_levels must be None, pool or convolutions, got {extra_levels!r}")
+        stages = tuple(range(first_stage, 5))
+        self.body = timm.create_model(name, features_only=True, out_indices=stages, **kwargs)
+        channels = self.body.feature_info.channels()
+        extra: ExtraFPNBlock | None = LastLevelMaxPool() if extra_levels == "pool" else None
+        if extra_levels == "convolutions":
+            extra = LastLevelP6P7(channels[-1], out_channels)
+        self.fpn = feature_pyramid(channels, out_channels, layer, extra)
+        self.out_channels = out_channels
+        self.norm_eval = norm_eval
+        if frozen_stages:
+            for part, module in self.body.named_children():
+                module.requires_grad_(False)
+                if part == f"layer{frozen_stages}":
+                    break
+
+    def train(self, mode: bool = True) -> "PyramidBackbone":
+        """As usual, but for the norms that stay in evaluation mode."""
+        super().train(mode)
+        if mode and self.norm_eval:
+            for module in self.body.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+    def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
+        """[N, 3, H, W] -> levels, from the finest."""
+        levels = OrderedDict((str(index), level) for index, level in enumerate(self.body(images)))
+        result: OrderedDict[str, Tensor] = self.fpn(levels)
+        return result

@@ -1,0 +1,121 @@
+"""The detectors: torchvision's, with RedNet and involution where the paper has them."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from involution.nn import Involution2d
+from involution.tasks.detect import faster_rcnn, mask_rcnn, retinanet
+from involution.tasks.detect.models import BoxPredictor, MaskPredictor
+
+SMALL: dict[str, Any] = {
+    "backbone": "rednet26",
+    "num_classes": 3,
+    "min_size": 64,
+    "max_size": 96,
+    "backbone_kwargs": {"norm_layer": "groupnorm1"},  # running statistics of two images say nothing
+}
+FAMILIES = [faster_rcnn, mask_rcnn, retinanet]
+
+
+def targets(masks: bool) -> list[dict[str, torch.Tensor]]:
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [30.0, 20.0, 60.0, 60.0]])
+    target = {"boxes": boxes, "labels": torch.tensor([1, 3])}
+    if masks:
+        shapes = torch.zeros(2, 64, 80, dtype=torch.uint8)
+        for shape, (left, top, right, bottom) in zip(shapes, boxes.int().tolist(), strict=True):
+            shape[top:bottom, left:right] = 1
+        target["masks"] = shapes
+    return [target, {name: value[:0] for name, value in target.items()}]  # the second image holds nothing
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", ["convolution", "involution"])
+def test_training_reaches_every_parameter(family: Any, layer: str) -> None:
+    torch.manual_seed(0)
+    head = {} if family is retinanet else {"head": layer}
+    model = family(neck=layer, **head, **SMALL).train()
+    images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
+    losses = model(images, targets(family is mask_rcnn))
+    assert all(loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    # The last norm of a block starts at zero, and what stands before it gets no gradient in the first step.
+    silent = {name for name, p in model.named_parameters() if p.grad is None}
+    assert silent == set()
+    replaced = [name for name, module in model.named_modules() if isinstance(module, Involution2d)]
+    in_pyramid = [name for name in replaced if "fpn" in name]
+    assert len(in_pyramid) == (0 if layer == "convolution" else 3 if family is retinanet else 4)
+    in_heads = [name for name in replaced if "rpn" in name or "roi_heads" in name]
+    assert len(in_heads) == (0 if layer == "convolution" else {faster_rcnn: 1, mask_rcnn: 5, retinanet: 0}[family])
+    assert all(m.kernel_size == (7, 7) for n, m in model.named_modules() if n in [*in_pyramid, *in_heads])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detections_have_labels_from_one(family: Any) -> None:
+    torch.manual_seed(0)
+    scores = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0}
+    model = family(**SMALL, **scores).eval()
+    with torch.no_grad():
+        found, _ = model([torch.rand(3, 64, 80), torch.rand(3, 70, 64)])
+    assert len(found["boxes"]) > 0
+    assert found["labels"].min() >= 1
+    assert found["labels"].max() <= 3
+    assert ("masks" in found) == (family is mask_rcnn)
+    if family is mask_rcnn:
+        assert found["masks"].shape[1:] == (1, 64, 80)
+
+
+def test_retinanet_learns_the_label_that_it_is_given() -> None:
+    """Its classes count from 0 inside: the target of label 3 is the last of three scores."""
+    model = retinanet(**SMALL).train()
+    seen = {}
+    original = model.compute_loss
+
+    def compute_loss(targets: Any, *rest: Any) -> Any:
+        seen["labels"] = [target["labels"].tolist() for target in targets]
+        return original(targets, *rest)
+
+    model.compute_loss = compute_loss  # type: ignore[method-assign]
+    given = targets(False)
+    model([torch.rand(3, 64, 80), torch.rand(3, 70, 64)], given)
+    assert seen["labels"] == [[0, 2], []]
+    assert given[0]["labels"].tolist() == [1, 3]  # the caller's are left alone
+
+
+def test_predictors_pad_a_background_of_zeros() -> None:
+    boxes, masks = BoxPredictor(8, 3), MaskPredictor(8, 8, 3)
+    scores, deltas = boxes(torch.randn(5, 8))
+    assert (scores.shape, deltas.shape) == ((5, 4), (5, 16))
+    assert boxes.bbox_pred.out_features == 12
+    assert not deltas[:, :4].any()
+    assert deltas[:, 4:].all()
+    logits = masks(torch.randn(5, 8, 14, 14))
+    assert logits.shape == (5, 4, 28, 28)
+    assert not logits[:, 0].any()
+
+
+def test_frozen_stages_and_norms() -> None:
+    model = faster_rcnn(**(SMALL | {"backbone_kwargs": {}}), frozen_stages=2, norm_eval=True).train()
+    body = model.backbone.body
+    frozen = {name.partition(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
+    trained = {name.partition(".")[0] for name, p in body.named_parameters() if p.requires_grad}
+    assert (frozen, trained) == ({"stem", "layer1", "layer2"}, {"layer3", "layer4"})
+    norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+    assert all(m.training for m in faster_rcnn(**(SMALL | {"backbone_kwargs": {}})).train().modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neck": "attention"}, "layer must be convolution or involution, got 'attention'"),
+        ({"head": "attention"}, "head must be convolution or involution, got 'attention'"),
+        ({"frozen_stages": 5}, "frozen_stages must be from 0 to 4, got 5"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mask_rcnn(**SMALL, **options)

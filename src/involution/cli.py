@@ -105,18 +105,20 @@ def _train(verb: str, rest: list[str]) -> int:
 
     try:
         run([verb, *rest])
-    except FileNotFoundError as error:  # data or a checkpoint that is not there
+    except (OSError, ValueError) as error:  # data, a checkpoint or an option that does not fit
         print(f"involution {verb}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 def _predict(rest: list[str]) -> int:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from .tasks.predict import main as predict
 
     try:
         predict(rest)
-    except (FileNotFoundError, ValueError) as error:  # the checkpoint, an image or an option
+    except (OSError, ValueError, MisconfigurationException) as error:  # the checkpoint, an image or an option
         print(f"involution predict: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from involution.tasks.classify import ImageFolder
-from involution.tasks.classify.images import read_image
+from involution.tasks.images import Skipping, UnreadableImage, read_image
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -75,10 +76,47 @@ def test_broken_files_raise_or_are_skipped_and_counted(tmp_path: Path) -> None:
         with pytest.warns(RuntimeWarning, match=r"skipped: .*1\.png") if workers == 0 else pytest.MonkeyPatch.context():
             labels = torch.cat([batch[1] for batch in data.train_dataloader()])
         assert len(labels) == 6
-        with pytest.warns(UserWarning, match=r"fit skipped 1 samples"):
+        with pytest.warns(UserWarning, match=r"1 files could not be read and were skipped"):
             data.teardown("fit")
 
 
 def test_on_error_is_checked() -> None:
     with pytest.raises(ValueError, match="on_error must be raise or skip, got 'ignore'"):
         ImageFolder("photos", on_error="ignore")
+
+
+def test_numbers_that_are_no_grey_levels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(tmp_path / "float.tif")
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "deep.tif")
+    for name in ("float.tif", "deep.tif"):
+        with pytest.raises(UnreadableImage, match=f"{name} cannot be read as an image: its numbers"):
+            read_image(tmp_path / name)
+
+
+def test_skipping_counts_files_and_not_attempts() -> None:
+    class Some(Dataset[int]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> int:
+            if 2 <= index < 9:
+                raise UnreadableImage(f"{index} is broken")
+            return index
+
+    found = Skipping(Some())
+    with pytest.warns(RuntimeWarning, match="broken"):
+        read = [found[index] for _ in range(2) for index in range(10)]
+    assert read == [0, 1, *[9] * 8] * 2
+    assert found.skipped == 7
+
+
+def test_other_errors_are_not_taken_for_broken_files() -> None:
+    class Wrong(Dataset[int]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> int:
+            raise ValueError("a mistake in a transform")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        Skipping(Wrong())[0]

@@ -75,12 +75,12 @@ def test_a_folder_gives_the_likeliest_classes_of_every_image(
 
 
 def test_a_file_and_a_grid(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
-    assert predict(checkpoint, photographs / "b.png", tmp_path / "out", "--grid", "true") == 0
+    assert predict(checkpoint, photographs / "b.png", tmp_path / "out", "--grid", "9") == 0
     rows = table(tmp_path / "out" / "predictions.csv")
     assert sorted(row["class"] for row in rows) == ["cat", "cow", "dog"]
     assert sum(float(row["probability"]) for row in rows) == pytest.approx(1, abs=2e-4)
     one = Image.open(tmp_path / "out" / "predictions.png")
-    assert predict(checkpoint, photographs, tmp_path / "out", "--grid", "true", "--grid_columns", "3") == 0
+    assert predict(checkpoint, photographs, tmp_path / "out", "--grid", "9", "--grid_columns", "3") == 0
     four = Image.open(tmp_path / "out" / "predictions.png")
     assert four.size == (3 * one.width, 2 * one.height)
     assert len(np.unique(np.asarray(four))) > 200  # of the photographs, which are noise
@@ -107,7 +107,7 @@ def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -
         ("no images", "data.predict_path must be an image or a folder of images, got"),
         ("an empty folder", "data.predict_path must hold images"),
         ("a broken image", r"broken.jpg cannot be read as an image"),
-        ("no classes", "top_k must be at least 1, got 0"),
+        ("an image as output", "File exists"),
     ],
 )
 def test_errors_name_what_is_wrong(
@@ -121,17 +121,48 @@ def test_errors_name_what_is_wrong(
     path = {"no images": tmp_path / "nowhere", "an empty folder": empty, "a broken image": broken}.get(
         what, photographs
     )
-    options = ["--top_k", "0"] if what == "no classes" else []
+    out = photographs / "b.png" if what == "an image as output" else tmp_path / "out"
     file = {
         "no checkpoint": tmp_path / "nowhere.ckpt",
         "an image as checkpoint": photographs / "b.png",
         "weights as checkpoint": weights,
         "another task": other,
     }.get(what, checkpoint)
-    assert predict(file, path, tmp_path / "out", *options) == 1
+    assert predict(file, path, out) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("involution predict: ")
+
+
+def test_a_broken_image_among_others_can_be_skipped(
+    checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "broken.jpg").write_bytes(b"no image")
+    with pytest.warns(RuntimeWarning, match=r"skipped: .*broken\.jpg"):
+        code = predict(checkpoint, photographs, tmp_path, "--data.on_error", "skip", "--data.batch_size", "3")
+    assert code == 0
+    rows = table(tmp_path / "predictions.csv")
+    assert [Path(row["image"]).name for row in rows[::3]] == ["a.JPG", "b.png", "c.png", "d.png"]
+    assert "skipped 1 of 5 files" in capsys.readouterr().out
+
+
+def test_workers_do_not_change_the_order(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+    for index in range(5):
+        Image.new("RGB", (40 + index, 40), (index, 99, 0)).save(photographs / f"{index}.png")
+    assert predict(checkpoint, photographs, tmp_path / "none") == 0
+    assert predict(checkpoint, photographs, tmp_path / "two", "--data.num_workers", "2", "--data.batch_size", "2") == 0
+    one, two = (table(tmp_path / folder / "predictions.csv") for folder in ("none", "two"))
+    assert [(row["image"], row["class"]) for row in one] == [(row["image"], row["class"]) for row in two]
+
+
+@pytest.mark.parametrize("option", [["--top_k", "0"], ["--data.batch_size", "0"], ["--data.on_error", "shrug"]])
+def test_options_are_checked_before_anything_runs(
+    option: list[str], checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        predict(checkpoint, photographs, tmp_path / "out", *option)
+    assert caught.value.code == 2
+    assert option[0] in capsys.readouterr().err
 
 
 def test_a_recipe_is_not_wanted(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:

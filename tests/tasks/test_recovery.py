@@ -135,6 +135,15 @@ def test_samples_depend_on_seed_epoch_and_index_alone() -> None:
     assert got == want
 
 
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_processes_cover_every_index_and_repeat_few(count: int) -> None:
+    parts = [[index for _, index in ResumableSampler(Indices(), 5, count, rank)] for rank in range(count)]
+    assert len({len(part) for part in parts}) == 1  # or one would wait for ever
+    seen = [index for part in parts for index in part]
+    assert set(seen) == set(range(10))
+    assert len(seen) - 10 < count
+
+
 def test_processes_cover_every_index_once() -> None:
     parts = [[index for _, index in ResumableSampler(Indices(), 5, 2, rank)] for rank in (0, 1)]
     assert sorted(parts[0] + parts[1]) == list(range(10))

@@ -584,6 +584,13 @@ def test_involution_options_reach_every_involution() -> None:
         assert layer.generator.reduce.out_channels == layer.channels // 2
 
 
+def test_options_that_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="stem_kernel_size must be 3 for a convolution in the stem, got 7"):
+        create("rednet14_cifar", stem_layer="convolution", stem_kernel_size=7)
+    with pytest.raises(TypeError, match="kernel_generator must make a module for each layer"):
+        create("rednet14_cifar", kernel_generator=nn.Identity())
+
+
 def test_all_channels_can_share_a_kernel() -> None:
     model = create("rednet14_cifar", group_channels="all")
     layers = [module for module in model.modules() if isinstance(module, Involution2d)]

@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -46,8 +47,9 @@ class TaskCLI(LightningCLI):
         plugins = plugins if isinstance(plugins, list) else [plugins]
         plugins = [*plugins, WholeCheckpoints()]
         if trainer["sync_batchnorm"]:
-            plugins.append(SyncBatchNorms())
-            kwargs["sync_batchnorm"] = False  # torch's own, which CPUs cannot run
+            on_cpu = trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
+            plugins.append(SyncBatchNorms(on_cpu))
+            kwargs["sync_batchnorm"] = False  # Lightning's own conversion loses the activations of timm's norms
         kwargs["plugins"] = plugins
         if trainer["logger"] in (None, True):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))

@@ -3,36 +3,55 @@
 A checkpoint of `involution fit` says which task it is for. The task's Lightning module has, for this command:
 
 - `read(file)`: an image as its `predict_step` wants it, in batches;
-- `write_predictions(outputs, files, folder, ...)`: writes the results, and says so; its further arguments are options.
+- `write_predictions(outputs, files, folder, ...)`: writes the results, one output a file, and says so; its further
+  arguments are options.
 """
 
 import argparse
 import importlib
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
-from torch.utils.data import DataLoader, Dataset
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .command import quiet_lightning
+from .images import UnreadableImage
 
 TASKS = {"classify": "Classifier"}  # the room, and the Lightning module in it
 
 
-class ImageFiles(Dataset[Any]):
-    """Image files as a module reads them."""
+class ImageFiles(IterableDataset[tuple[int, Any]]):
+    """Image files as a module reads them, each with its place in the list; workers share them.
 
-    def __init__(self, files: list[Path], read: Any) -> None:
-        self.files, self.read = files, read
+    Args:
+        files: to read.
+        read: a file as the network wants it; raises UnreadableImage for a broken one.
+        on_error: "raise", or "skip" to go on with the next, after a warning.
+    """
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, files: list[Path], read: Callable[[Path], Any], on_error: str) -> None:
+        self.files, self.read, self.on_error = files, read, on_error
 
-    def __getitem__(self, index: int) -> Any:
-        return self.read(self.files[index])
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        for index in range(first, len(self.files), step):
+            try:
+                image = self.read(self.files[index])
+            except UnreadableImage as error:
+                if self.on_error == "raise":
+                    raise
+                warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=1)
+                continue
+            yield index, image
 
 
 def image_files(path: Path) -> list[Path]:
@@ -91,15 +110,33 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     quiet_lightning()
     files = image_files(Path(options.data.predict_path))
-    model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
-    loader = DataLoader(
-        ImageFiles(files, model.read), batch_size=options.data.batch_size, num_workers=options.data.num_workers
-    )
-    trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
-    outputs = trainer.predict(model, loader)
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    model.write_predictions(outputs, files, folder, **{name: options[name] for name in own})
+    model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
+    dataset = ImageFiles(files, model.read, options.data.on_error)
+    loader = DataLoader(dataset, batch_size=options.data.batch_size, num_workers=options.data.num_workers)
+    trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
+    outputs: dict[int, Any] = {}
+    for places, results in trainer.predict(_Placed(model), loader) or []:
+        outputs |= zip(places.tolist(), results, strict=True)
+    if len(outputs) < len(files):
+        print(f"skipped {len(files) - len(outputs)} of {len(files)} files, which cannot be read")
+    if outputs:
+        kept = sorted(outputs)
+        shown = {name: options[name] for name in own}
+        model.write_predictions([outputs[i] for i in kept], [files[i] for i in kept], folder, **shown)
+
+
+class _Placed(LightningModule):
+    """Carries the images' places along with what a module predicts for them."""
+
+    def __init__(self, model: LightningModule) -> None:
+        super().__init__()
+        self.model = model
+
+    def predict_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> tuple[Tensor, Any]:
+        places, images = batch
+        return places, self.model.predict_step(images, batch_idx)
 
 
 def _parser(task: Any) -> tuple[ArgumentParser, list[str]]:
@@ -111,8 +148,9 @@ def _parser(task: Any) -> tuple[ArgumentParser, list[str]]:
     )
     parser.add_argument("--ckpt_path", required=True, type=str, help="a checkpoint of involution fit")
     parser.add_argument("--data.predict_path", required=True, type=str, help="an image, or a folder of images")
-    parser.add_argument("--data.batch_size", default=16, type=int, help="images per batch")
-    parser.add_argument("--data.num_workers", default=0, type=int, help="loading processes")
+    parser.add_argument("--data.batch_size", default=16, type=PositiveInt, help="images per batch")
+    parser.add_argument("--data.num_workers", default=0, type=NonNegativeInt, help="loading processes")
+    parser.add_argument("--data.on_error", default="raise", choices=["raise", "skip"], help="where a file is broken")
     parser.add_argument("--output", required=True, type=str, help="the folder for the results")
     parser.add_argument("--trainer.accelerator", default="auto", type=str, help="auto, cpu, gpu, ...")
     parser.add_argument("--trainer.precision", default="32-true", type=str, help="32-true, bf16-mixed, ...")

@@ -2,6 +2,7 @@
 
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed import is_initialized
 from torch.distributed.nn.functional import all_reduce
@@ -10,7 +11,7 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm whose statistics in training are those of all processes' images; any device."""
+    """Batch norm whose statistics in training are those of all processes' images, in float32 at least."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, ...] -> the same, normalised over the N of all processes and the positions."""
@@ -18,15 +19,17 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        own = torch.tensor([input.numel() / input.shape[1]], dtype=input.dtype, device=input.device)
-        sums = all_reduce(torch.cat([input.sum(axes), own]))
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
+        own = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype, device=x.device)
+        sums = all_reduce(torch.cat([x.sum(axes), own]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
-        centred = input - mean.view(shape)
+        centred = x - mean.view(shape)
         variance = all_reduce(centred.square().sum(axes)) / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         normal = centred * (variance + self.eps).rsqrt().view(shape)
-        return normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+        result = normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
+        return result.to(input.dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of axes."""
@@ -37,22 +40,37 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return
         self.num_batches_tracked.add_(1)
         step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, step)
-        self.running_var.lerp_(variance, step)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), step)
 
 
 class SyncBatchNorms(LayerSync):
-    """What `--trainer.sync_batchnorm true` means: the network's batch norms share their statistics."""
+    """What `--trainer.sync_batchnorm true` means: the network's batch norms share their statistics.
+
+    Args:
+        on_cpu: where the network will be; when norms are converted, it is not there yet.
+    """
+
+    def __init__(self, on_cpu: bool) -> None:
+        self.on_cpu = on_cpu
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Converts the batch norms; parameters and statistics stay."""
-        if next(model.parameters()).device.type != "cpu":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        for module in model.modules():
+        """Converts the batch norms; parameters and statistics stay.
+
+        Raises:
+            ValueError: on a CPU, a batch norm is of a class of its own, such as timm's BatchNormAct2d.
+        """
+        if not self.on_cpu:
+            converted: nn.Module = convert_sync_batchnorm(model)
+            return converted
+        for name, module in model.named_modules():
             if type(module) in _PLAIN:
                 module.__class__ = SyncBatchNorm
+            elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not SyncBatchNorm:
+                kind = type(module).__name__
+                raise ValueError(f"sync_batchnorm on a CPU wants torch's BatchNorm1d, 2d or 3d, got {kind} at {name}")
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Leaves them: outside of training they are plain batch norms."""
+        """Leaves them: outside of training they do what batch norms do."""
         return model

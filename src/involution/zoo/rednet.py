@@ -128,6 +128,7 @@ class RedNet(nn.Module):
     Shapes: [N, in_chans, H, W] -> [N, num_classes]; any H and W; feature levels have ceil(H / reduction) rows.
 
     Raises:
+        TypeError: kernel_generator is a module.
         ValueError: an argument does not fit.
     """
 
@@ -162,6 +163,10 @@ class RedNet(nn.Module):
         _check_least("in_chans", in_chans, 1)
         _check_choice("output_stride", output_stride, (8, 16, 32))
         _check_choice("stem_layer", stem_layer, ("involution", "convolution"))
+        if stem_layer == "convolution" and stem_kernel_size != 3:
+            raise ValueError(f"stem_kernel_size must be 3 for a convolution in the stem, got {stem_kernel_size!r}")
+        if isinstance(kernel_generator, nn.Module):
+            raise TypeError("kernel_generator must make a module for each layer, got a module that all would share")
         if not callable(kernel_generator):
             _check_choice("kernel_generator", kernel_generator, tuple(_GENERATORS))
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))

@@ -203,7 +203,11 @@ def test_image_folder_needs_no_test_images_to_train(tmp_path):
         ({}, FileNotFoundError, "root must hold a folder 'train'"),
         ({"train": {"cat": 1, "dog": 1}}, FileNotFoundError, "root must hold a folder 'val'"),
         ({"train": {}}, FileNotFoundError, "root must hold a folder 'train'"),
-        ({"train": {"cat": 1, "dog": 0}, "val": {"cat": 1, "dog": 1}}, FileNotFoundError, "dog"),
+        (
+            {"train": {"cat": 1, "dog": 0}, "val": {"cat": 1, "dog": 1}},
+            FileNotFoundError,
+            r"got .*train: .*dog",
+        ),
         ({"train": {"cat": 1, "dog": 1}, "val": {"cat": 1}}, ValueError, r"val lacks \['dog'\]"),
         ({"train": {"cat": 1}, "val": {"cat": 1, "cow": 1}}, ValueError, r"besides \['cow'\]"),
     ],
@@ -212,6 +216,18 @@ def test_image_folder_names_what_is_wrong(tmp_path, tree, error, message):
     write_tree(tmp_path, tree)
     with pytest.raises(error, match=message):
         ImageFolder(str(tmp_path)).setup("fit")
+
+
+def test_image_folder_names_a_file_that_is_no_image(tmp_path):
+    write_tree(tmp_path, {split: {"cat": 2, "dog": 2} for split in ("train", "val")})
+    (tmp_path / "train" / "dog" / ".hidden").touch()
+    (tmp_path / "train" / "dog" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"notes\.txt is no image \(\.jpg"):
+        ImageFolder(str(tmp_path)).setup("fit")
+    data = ImageFolder(str(tmp_path), on_error="skip")
+    with pytest.warns(UserWarning, match=r"left out 1 files that are no images, .*notes\.txt"):
+        data.setup("fit")
+    assert len(data.train_set) == 4
 
 
 def test_image_folder_with_an_empty_split(tmp_path):
@@ -274,6 +290,8 @@ def test_imagenet_reads_torchvisions_folders(tmp_path):
     data.setup("fit")
     data.setup("test")
     assert len(data.test_set) == 4
+    torch.save((dict.fromkeys(WNIDS, ("crane",)), ["n02102040"]), tmp_path / "meta.bin")
+    assert ImageNet(str(tmp_path)).classes == ["crane (n01440764)", "crane (n02102040)"]
 
 
 PLAIN = Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -298,6 +316,9 @@ def test_training_transforms(policy, erasing):
         ({"auto_augment": "magic"}, r"auto_augment must begin with one of rand, .*, got 'magic'"),
         ({"auto_augment": "rand-m9-zzz1"}, r"auto_augment must be a policy in timm's notation, got 'rand-m9-zzz1'"),
         ({"random_erasing": 1.5}, r"random_erasing must be a probability, got 1\.5"),
+        ({"image_size": 0}, r"image_size must be at least 1, got 0"),
+        ({"batch_size": 0}, r"batch_size must be at least 1, got 0"),
+        ({"num_workers": -1}, r"num_workers must be at least 0, got -1"),
         ({"on_error": "ignore"}, r"on_error must be raise or skip, got 'ignore'"),
     ],
 )

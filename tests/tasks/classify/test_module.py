@@ -182,6 +182,34 @@ def test_checkpoint_carries_classes_and_preprocessing(tmp_path):
         trainer(tmp_path).test(Classifier(**SMALL, num_classes=3), data, ckpt_path=tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize("theirs", [["red", "green"], ["red", "green", "blue", "white"]])
+def test_other_numbers_of_classes_are_named(theirs):
+    model = Classifier(**SMALL, num_classes=3)
+    model._data_classes = ["red", "green", "blue"]
+    with pytest.raises(ValueError, match=f"but they are {len(theirs)} there and 3 here"):
+        model.on_load_checkpoint({"involution": {"classes": theirs}})
+
+
+def test_a_checkpoint_does_not_ask_for_pretrained_weights_again():
+    model = Classifier("resnet14_cifar", num_classes=3, model_kwargs={"pretrained": False, "drop_rate": 0.5})
+    assert model.hparams["model_kwargs"] == {"drop_rate": 0.5}
+
+
+def test_decay_goes_by_name_and_not_by_shape(tmp_path):
+    """FSDP makes every parameter flat before there is an optimizer."""
+    model = Classifier(**SMALL, num_classes=3, weight_decay=0.5)
+    wanted = {name for name, parameter in model.net.named_parameters() if parameter.ndim > 1}
+    names = {id(parameter): name for name, parameter in model.net.named_parameters()}
+    for parameter in model.net.parameters():
+        parameter.data = parameter.data.flatten()
+    model._trainer = trainer(tmp_path)
+    model._trainer.fit_loop.max_epochs = 1
+    model._trainer.__class__ = type("Stub", (Trainer,), {"estimated_stepping_batches": 10})
+    groups = model.configure_optimizers()["optimizer"].param_groups
+    assert {names[id(p)] for p in groups[0]["params"]} == wanted
+    assert len(groups[1]["params"]) == len(names) - len(wanted) > 0
+
+
 def test_a_network_trained_without_a_data_module_cannot_read_images(tmp_path):
     with pytest.raises(ValueError, match="preprocessing is missing"):
         Classifier(**SMALL, num_classes=3).read(tmp_path / "a.png")

@@ -96,6 +96,8 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
     [
         ([], r"a\.tar holds no sample"),
         ([("1.txt", b"")], r"a\.tar holds no sample"),
+        ([("1.png", png(1)), ("1.jpg", png(1)), ("1.cls", b"1")], r"a\.tar: 1 has two images"),
+        ([("1.png", png(1)), ("1.cls", b"1"), ("1.cls", b"1")], r"a\.tar: 1 has two labels"),
         ([("1.png", png(1))], r"a\.tar: 1 has no label \(\.cls\)"),
         ([("1.cls", b"1")], r"a\.tar: 1 has no image \(\.jpg\)"),
         ([("1.png", png(1)), ("1.cls", b"3")], r"a\.tar: 1: label must be a number from 0 to 2, got b'3'"),
@@ -113,12 +115,24 @@ def test_files_that_are_no_shards(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"set-train-01\.tar cannot be read as a tar file"):
         data(tmp_path).setup("fit")
     missing = Shards(str(tmp_path / "no-*.tar"), str(tmp_path / "no-*.tar"), 3)
-    with pytest.raises(FileNotFoundError, match=r"train must be a pattern of tar files, got .*no-\*\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"train must be a pattern of tar files, such as .* got .*no-\*\.tar"):
         missing.setup("fit")
     with pytest.raises(FileNotFoundError, match="classes must be a number or a file"):
         data(tmp_path, classes="names.txt")
+    (tmp_path / "twice.txt").write_text("cat\ndog\ncat\n")
+    with pytest.raises(ValueError, match="classes must be different names"):
+        data(tmp_path, classes=str(tmp_path / "twice.txt"))
     with pytest.raises(ValueError, match="classes must be at least 1, got 0"):
         data(tmp_path, classes=0)
+
+
+def test_a_shard_cut_between_two_members_is_named(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.tar", samples(range(4))).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        cut = archive.getmembers()[6].offset
+    (tmp_path / "a.tar").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"a\.tar cannot be read as a tar file: it does not end as tar files do"):
+        TarImages([tmp_path / "a.tar"], 3, level)
 
 
 def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
@@ -133,5 +147,5 @@ def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match=r"skipped: .*000 cannot be read"):
         [(_, labels)] = shards.val_dataloader()
     assert labels.tolist() == [1, 1]
-    with pytest.warns(UserWarning, match="validate skipped 1 samples"):
+    with pytest.warns(UserWarning, match="1 files could not be read and were skipped"):
         shards.teardown("validate")

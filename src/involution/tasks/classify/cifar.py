@@ -12,8 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from ..images import read_image
 from .data import ClassificationData, TensorImages, stratified_split
-from .images import read_image
 from .preprocessing import Preprocessing
 
 # In torchvision's order.

@@ -52,6 +52,9 @@ class ClassificationData(LightningDataModule):
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
         self.batch_size, self.num_workers = batch_size, num_workers
         self._place = 0, 0  # epoch and batch that training begins with
 

@@ -4,12 +4,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ..images import Skipping, read_image
 from .data import IMAGENET_MEAN, IMAGENET_STD, ClassificationData
-from .images import Skipping, read_image
 from .preprocessing import Preprocessing, random_crops
 
 
@@ -43,6 +45,9 @@ class Photographs(ClassificationData):
         super().__init__(batch_size, num_workers)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+        for name, value in (("image_size", image_size), ("resize", resize)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         self.on_error = on_error
         self.preprocessing = Preprocessing(image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
         self._training = random_crops(self.preprocessing, auto_augment, random_erasing)
@@ -57,11 +62,14 @@ class Photographs(ClassificationData):
             self.test_set = self._guarded(self._read("test", self.preprocessing.evaluation()))
 
     def teardown(self, stage: str) -> None:
-        """Says how often a file was skipped."""
+        """Says how many files were skipped, in all processes."""
         sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
-        count = sum(part.skipped.value for part in sets if isinstance(part, Skipping))
+        count = sum(part.skipped for part in sets if isinstance(part, Skipping))
+        if self.trainer is not None and self.on_error == "skip":
+            own = torch.tensor(count, device=self.trainer.strategy.root_device)
+            count = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
         if count:
-            rank_zero_warn(f"{stage} skipped {count} samples whose files cannot be read (on_error=skip)")
+            rank_zero_warn(f"{count} files could not be read and were skipped (on_error=skip)")
 
     def _guarded(self, dataset: Any) -> Any:
         return Skipping(dataset) if self.on_error == "skip" else dataset
@@ -85,13 +93,14 @@ class ImageFolder(Photographs):
         resize: the shorter side before the centre crop, in pixels.
         auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
         random_erasing: probability that a rectangle of a training image becomes noise.
-        on_error: "raise" where a file cannot be read, or "skip": its place is taken by the next one that can be, and a
-            warning names it.
+        on_error: "raise" where a file cannot be read or is no image, or "skip": its place is taken by the next one that
+            can be, a warning names it, and the end of the run says how many there were.
 
     Raises:
         FileNotFoundError: a folder is missing, or a class folder holds no image.
-        ValueError: root/train holds no class folder; the classes of val or test are not those of train; another
-            argument does not fit; a file cannot be read (when it is needed).
+        ValueError: root/train holds no class folder; a file in a class folder is no image (on_error "raise"); the
+            classes of val or test are not those of train; another argument does not fit; a file cannot be read (when it
+            is needed).
     """
 
     def __init__(
@@ -124,7 +133,29 @@ class ImageFolder(Photographs):
                 f"root must hold the same classes in {split} as in train, got {self.root}: "
                 f"{split} lacks {missing or 'none'} and has besides {extra or 'none'}"
             )
-        return datasets.ImageFolder(self._folder(split), transform, loader=read_image)
+        return self._images(self._folder(split), transform)
+
+    def _images(self, folder: Path, transform: v2.Transform) -> datasets.ImageFolder:
+        """torchvision's data set; it leaves out files that are no images, and here they have their say."""
+        others: list[str] = []
+
+        def is_image(path: str) -> bool:
+            image = path.lower().endswith(IMG_EXTENSIONS)
+            if not image and not Path(path).name.startswith("."):
+                others.append(path)
+            return image
+
+        try:
+            found = datasets.ImageFolder(folder, transform, loader=read_image, is_valid_file=is_image)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"root must hold images of every class, got {folder}: {error}") from error
+        if others and self.on_error == "raise":
+            raise ValueError(
+                f"{others[0]} is no image ({', '.join(IMG_EXTENSIONS)}); on_error=skip leaves such files out"
+            )
+        if others:
+            rank_zero_warn(f"left out {len(others)} files that are no images, {others[0]} the first (on_error=skip)")
+        return found
 
     def _class_folders(self, split: str) -> list[str]:
         folder = self._folder(split)

@@ -44,7 +44,10 @@ class ImageNet(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
-        return [names[0] for names in datasets.ImageNet(self.root, "val").classes]
+        found = datasets.ImageNet(self.root, "val")
+        names = [names[0] for names in found.classes]  # of which two stand for two classes each
+        pairs = zip(names, found.wnids, strict=True)
+        return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in pairs]
 
     def _folder(self, split: str) -> Path:
         return self.root / ("train" if split == "train" else "val")

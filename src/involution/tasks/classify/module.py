@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from .images import read_image
+from ..images import read_image
 from .predictions import print_table, ranked, write_csv, write_grid
 from .preprocessing import Preprocessing
 
@@ -31,6 +32,14 @@ def warmup_cosine(step: int, total: int, warmup: int, warmup_ratio: float) -> fl
         return warmup_ratio + (1 - warmup_ratio) * step / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Says how a checkpoint's classes are not the data's."""
+    for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+        if one != other:
+            return f"the checkpoint's classes must be the data's, but class {index} is {one!r} there and {other!r} here"
+    return f"the checkpoint's classes must be the data's, but they are {len(theirs)} there and {len(ours)} here"
 
 
 def _mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
@@ -100,6 +109,11 @@ class Classifier(LightningModule):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
         self.net: nn.Module = net.to(memory_format=self.memory_format)
+        # By name: FSDP flattens parameters before there is an optimizer.
+        self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}
+        # What a checkpoint is loaded into has its weights from there.
+        sources = ("pretrained", "checkpoint_path", "pretrained_cfg_overlay")
+        self.hparams["model_kwargs"] = {k: v for k, v in (model_kwargs or {}).items() if k not in sources}
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)
@@ -178,33 +192,27 @@ class Classifier(LightningModule):
         outputs: Sequence[Tensor],
         files: Sequence[Path],
         folder: Path,
-        top_k: int = 5,
-        grid: bool = False,
-        grid_columns: int = 6,
+        top_k: PositiveInt = 5,
+        grid: NonNegativeInt = 0,
+        grid_columns: PositiveInt = 6,
     ) -> None:
         """Writes predictions.csv, and shows the first images' likeliest classes.
 
         Args:
-            outputs: what `predict_step` returned, batch by batch.
+            outputs: of every image, its row of what `predict_step` returned.
             files: the images.
             folder: where the results go.
             top_k: classes per image.
-            grid: write predictions.png too, all images with their classes.
+            grid: write predictions.png too, so many of the images with their classes.
             grid_columns: images in a row of it.
-
-        Raises:
-            ValueError: top_k or grid_columns is below 1.
         """
-        for name, value in (("top_k", top_k), ("grid_columns", grid_columns)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         names = [str(file) for file in files]
-        rows = ranked(torch.cat(list(outputs)).float(), self.classes, top_k)
+        rows = ranked(torch.stack(list(outputs)).float(), self.classes, top_k)
         write_csv(folder / "predictions.csv", names, rows)
         print_table(names, rows)
         print(f"wrote {folder / 'predictions.csv'}")
         if grid:
-            write_grid(folder / "predictions.png", files, rows, grid_columns)
+            write_grid(folder / "predictions.png", files[:grid], rows[:grid], grid_columns)
             print(f"wrote {folder / 'predictions.png'}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -221,11 +229,7 @@ class Classifier(LightningModule):
             self.classes = carried["classes"]
             self.preprocessing = Preprocessing(**carried["preprocessing"]) if carried["preprocessing"] else None
         elif self._data_classes != carried["classes"]:
-            pairs = zip(carried["classes"], self._data_classes, strict=False)
-            index, (theirs, ours) = next((index, pair) for index, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(
-                f"the checkpoint's classes must be the data's, but class {index} is {theirs!r} there and {ours!r} here"
-            )
+            raise ValueError(_difference(carried["classes"], self._data_classes))
 
     def on_train_start(self) -> None:
         """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""
@@ -241,15 +245,22 @@ class Classifier(LightningModule):
 
     def _images_per_step(self) -> int:
         trainer: Any = self.trainer
+        if not hasattr(trainer.datamodule, "batch_size"):
+            raise ValueError("lr_batch_size wants a data module with a batch_size, and there is none")
         return int(trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""
         given = self.hparams
-        parameters = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        decayed: list[nn.Parameter] = []
+        others: list[nn.Parameter] = []
+        for name, parameter in self.net.named_parameters():
+            if parameter.requires_grad:
+                kind = decayed if name.replace("_fsdp_wrapped_module.", "") in self._decayed else others
+                kind.append(parameter)
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": given["weight_decay"]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": given["weight_decay"]},
+            {"params": others, "weight_decay": 0.0},
         ]
         scale = self._images_per_step() / given["lr_batch_size"] if given["lr_batch_size"] else 1.0
         optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)

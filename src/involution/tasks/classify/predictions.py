@@ -6,10 +6,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from .images import read_image
+from ..images import read_image
 
 _SHOWN = 20  # images in the table on the screen
 _CELL, _LINE = 192, 16  # pixels: a picture's side in the grid, and a line of text under it
@@ -36,7 +37,7 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[tuple[str, float]]
     """Shows the first images on the screen."""
     table = Table("image", *(f"top {rank}" for rank in range(1, len(rows[0]) + 1)))
     for name, row in list(zip(names, rows, strict=True))[:_SHOWN]:
-        table.add_row(name, *(f"{label} {probability:.1%}" for label, probability in row))
+        table.add_row(escape(name), *(escape(f"{label} {probability:.1%}") for label, probability in row))
     console = Console()
     console.print(table)
     if len(names) > _SHOWN:

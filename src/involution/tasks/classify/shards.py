@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ..images import read_image
 from .image_folder import Photographs
-from .images import read_image
 
 
 class TarImages(Dataset[Any]):
@@ -34,7 +35,7 @@ class TarImages(Dataset[Any]):
     def __init__(self, files: list[Path], num_classes: int, transform: Callable[[Any], Any]) -> None:
         self.files, self.transform = files, transform
         places: list[tuple[int, int, int, int]] = []  # file, offset, size and label of every image
-        self.names: list[str] = []
+        names: list[str] = []
         for number, file in enumerate(files):
             try:
                 found = _samples(file)
@@ -44,8 +45,9 @@ class TarImages(Dataset[Any]):
                 raise ValueError(f"{file} holds no sample: it wants KEY.jpg beside KEY.cls")
             for key, parts in found.items():
                 places.append((number, *_checked(f"{file}: {key}", parts, num_classes)))
-                self.names.append(key)
-        self.places = np.array(places, dtype=np.int64)
+                names.append(key)
+        # Arrays, because workers would copy lists as they read them.
+        self.places, self.names = np.array(places, dtype=np.int64), np.array(names)
 
     def __len__(self) -> int:
         return len(self.places)
@@ -63,6 +65,16 @@ class TarImages(Dataset[Any]):
 def _samples(file: Path) -> dict[str, dict[str, Any]]:
     """Key -> the image's place and the label's text, for all keys of a tar file."""
     found: dict[str, dict[str, Any]] = {}
+    with file.open("rb") as stream:
+        stream.seek(max(0, file.stat().st_size - 1024))
+        if any(stream.read()) or file.stat().st_size < 1024:
+            raise tarfile.ReadError("it does not end as tar files do, with zeros")
+
+    def note(key: str, part: str, value: Any) -> None:
+        if part in found.setdefault(key, {}):
+            raise ValueError(f"{file}: {key} has two {part}s")
+        found[key][part] = value
+
     with tarfile.open(file, "r:") as archive:
         for member in archive:
             folder, slash, name = member.name.rpartition("/")
@@ -70,10 +82,10 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
             if not member.isfile() or not dot:
                 continue
             if f".{kind.lower()}" in IMG_EXTENSIONS:
-                found.setdefault(folder + slash + key, {})["image"] = member.offset_data, member.size
+                note(folder + slash + key, "image", (member.offset_data, member.size))
             elif kind == "cls":
                 content: Any = archive.extractfile(member)
-                found.setdefault(folder + slash + key, {})["label"] = content.read()
+                note(folder + slash + key, "label", content.read())
     return found
 
 
@@ -135,10 +147,12 @@ class Shards(Photographs):
 
     def _read(self, split: str, transform: v2.Transform) -> TarImages:
         pattern = self.patterns[split]
-        folder = Path(Path(pattern).anchor)
-        files = sorted(folder.glob(str(Path(pattern).relative_to(folder))))
+        files = [Path(file) for file in sorted(glob(pattern))]  # noqa: PTH207 (pathlib's wants a folder apart)
         if not files:
-            raise FileNotFoundError(f"{split} must be a pattern of tar files, got {pattern!r}, which matches none")
+            raise FileNotFoundError(
+                f"{split} must be a pattern of tar files, such as shards/{split}-*.tar, got {pattern!r}, which matches "
+                "none"
+            )
         return TarImages(files, self.num_classes, transform)
 
 
@@ -153,6 +167,8 @@ def _class_names(classes: int | str) -> list[str]:
         raise FileNotFoundError(f"classes must be a number or a file with a name in every line, got {classes!r}")
     names = file.read_text().split("\n")
     names = [name.strip() for name in names if name.strip()]
+    if len(names) != len(set(names)):
+        raise ValueError(f"classes must be different names, got {classes!r}, where some stand twice")
     if not names:
         raise ValueError(f"classes must be a file with a name in every line, got {classes!r}, which is empty")
     return names

@@ -10,6 +10,10 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 
+class UnreadableImage(ValueError):
+    """A file that is no image, or a broken one; the message names it."""
+
+
 def read_image(source: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
     """One image file as RGB, upright.
 
@@ -21,39 +25,51 @@ def read_image(source: str | Path | IO[bytes], name: str | None = None) -> Image
         name: what errors call it; None takes the file's.
 
     Raises:
-        ValueError: it is no image, or a broken one.
+        UnreadableImage: it is no image, a broken one, or one of numbers that are no grey levels of 8 or 16 bits.
     """
     try:
         with Image.open(source) as file:
             file.load()
             image = ImageOps.exif_transpose(file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name or source} cannot be read as an image: {error}") from error
+        raise UnreadableImage(f"{name or source} cannot be read as an image: {error}") from error
+    if image.mode == "F" or (image.mode == "I" and not _has_16_bits(np.asarray(image))):
+        raise UnreadableImage(f"{name or source} cannot be read as an image: its numbers are no grey levels of 16 bits")
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16; PIL would clip them at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return image.convert("RGB")
 
 
+def _has_16_bits(pixels: np.ndarray[Any, Any]) -> bool:
+    return bool(0 <= pixels.min() <= pixels.max() < 1 << 16)
+
+
 class Skipping(Dataset[Any]):
-    """In the place of a sample that cannot be read comes the next one that can; `skipped` counts, in all processes.
+    """In the place of a sample that cannot be read comes the next one that can.
 
     Args:
-        dataset: raises ValueError for such a sample.
+        dataset: raises UnreadableImage for such a sample.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self.skipped = multiprocessing.Value("l", 0)
+        self._broken = multiprocessing.Array("b", len(dataset), lock=False)  # a flag a sample, of all workers
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
         for number in range(len(self)):
+            place = (index + number) % len(self)
             try:
-                return self.dataset[(index + number) % len(self)]
-            except ValueError as error:
-                with self.skipped.get_lock():
-                    self.skipped.value += 1
-                warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=1)
+                return self.dataset[place]
+            except UnreadableImage as error:
+                if not self._broken[place]:
+                    warnings.warn(f"skipped: {error}", RuntimeWarning, stacklevel=1)
+                self._broken[place] = 1
         raise ValueError(f"none of the {len(self)} images can be read")
+
+    @property
+    def skipped(self) -> int:
+        """How many different samples this process and its workers could not read."""
+        return sum(self._broken)

@@ -112,7 +112,7 @@ class Classifier(LightningModule):
         # By name: FSDP flattens parameters before there is an optimizer.
         self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}
         # What a checkpoint is loaded into has its weights from there.
-        sources = ("pretrained", "checkpoint_path", "pretrained_cfg_overlay")
+        sources = ("pretrained", "checkpoint_path")
         self.hparams["model_kwargs"] = {k: v for k, v in (model_kwargs or {}).items() if k not in sources}
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:

@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> None:
         parser.error("run wants --root")
     commit = git(
         "describe", "--always", "--dirty", "--exclude", "*"
-    ).strip()  # of the code that runs, whatever comes meanwhile
+    ).strip()  # of the code that runs
     for run in runs():
         if not run.name.startswith(given.only):
             continue

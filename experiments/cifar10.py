@@ -177,9 +177,7 @@ def main(arguments: list[str]) -> None:
         return
     if given.what == "run" and given.root is None:
         parser.error("run wants --root")
-    commit = git(
-        "describe", "--always", "--dirty", "--exclude", "*"
-    ).strip()  # of the code that runs
+    commit = git("describe", "--always", "--dirty", "--exclude", "*").strip()  # of the code that runs
     for run in runs():
         if not run.name.startswith(given.only):
             continue

@@ -4,6 +4,7 @@
     python experiments/cifar10.py run --root DATA             trains what is not done yet
     python experiments/cifar10.py run --root DATA --only ablation/group_channels --commit
     python experiments/cifar10.py report                      puts its tables into docs/results.md, and draws
+    python experiments/cifar10.py time                        steps of the twins timed in turn: on a quiet machine
 
 A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
 its last epoch. It appends a line to docs/results/cifar10.jsonl, and is not made again as long as that line is there.
@@ -166,7 +167,7 @@ def round_floats(value: Any) -> Any:
 def main(arguments: list[str]) -> None:
     """Lists, runs or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "run", "report"])
+    parser.add_argument("what", choices=["list", "run", "report", "time"])
     parser.add_argument("--root", help="folder of the data, as --data.root of the recipe cifar10_rednet26")
     parser.add_argument("--only", default="", help="runs whose name begins so")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -174,6 +175,9 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     if given.what == "report":
         report(finished())
+        return
+    if given.what == "time":
+        print(time_table(given.threads))
         return
     if given.what == "run" and given.root is None:
         parser.error("run wants --root")
@@ -242,18 +246,36 @@ def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 def twins_table(lines: list[dict[str, Any]], group: str) -> str:
     """A row for each network of a group, over all of its seeds."""
-    head = "| network | test accuracy, mean (seeds) | spread | parameters | multiply-adds | seconds per epoch |"
-    rows = [head, "|---|---|---|---|---|---|"]
+    head = "| network | test accuracy, mean (each seed) | largest - smallest, points | parameters | multiply-adds |"
+    rows = [head, "|---|---|---|---|---|"]
     for name in names(lines, f"{group}/"):
         some = [line for line in lines if line["name"] == name]
         found = sorted(line["test_accuracy"] for line in some)
         each = ", ".join(f"{one:.2%}" for one in found)
-        seconds = statistics.median(line["seconds_per_epoch"] for line in some)
         spread = f"{100 * (found[-1] - found[0]):.2f}"
         rows.append(
             f"| {title(name)} | {statistics.mean(found):.2%} ({each}) | {spread} | {some[0]['parameters']:,} "
-            f"| {some[0]['multiply_adds'] / 1e6:.2f} M | {seconds:.0f} |"
+            f"| {some[0]['multiply_adds'] / 1e6:.2f} M |"
         )
+    return "\n".join(rows)
+
+
+def time_table(threads: int) -> str:
+    """Seconds that the training steps of an epoch take, by the medians of steps that take turns."""
+    import timm
+
+    from involution.bench.models import training_step
+    from involution.bench.timer import in_turn, quartiles
+
+    torch.set_num_threads(threads)
+    images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
+    twins = [f"{family}{depth}_cifar" for depth in (14, 26) for family in ("rednet", "resnet")]
+    steps = {name: training_step(timm.create_model(name, **SHARED), images, compiled=False) for name in twins}
+    rows = ["| network | seconds per epoch (quartiles) |", "|---|---|"]
+    for name, taken in in_turn(steps, 40).items():
+        low, middle, high = (45_000 / 128 * quartile / 1e3 for quartile in quartiles(taken))
+        family, depth = name[:6], name[6:8]
+        rows.append(f"| {title(f'twins/{depth}/{family}')} | {middle:.1f} ({low:.1f}-{high:.1f}) |")
     return "\n".join(rows)
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from .models import _step
+from .models import training_step
 from .timer import Row
 
 NETWORKS = ("rednet26", "rednet50", "resnet50")
@@ -37,7 +37,7 @@ def loading(seconds: float, batch: int = 16, networks: Sequence[str] = NETWORKS)
                 rows.append({"what": "loader", "case": case, "batch": batch, "images/s": speed})
     images = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
     for name in networks:
-        step = _step(timm.create_model(name), images, compiled=False)
+        step = training_step(timm.create_model(name), images, compiled=False)
         speed = batch / _median_seconds(step, seconds)
         rows.append({"what": "training", "case": name, "batch": batch, "images/s": speed})
     return rows

@@ -55,13 +55,14 @@ def training(
         image = torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last)
         for what, compiled in (("training step", False), ("training step, compiled", True)):
             torch.compiler.reset()
-            steps = {name: _step(timm.create_model(name).to(device), image, compiled) for name in names}
+            steps = {name: training_step(timm.create_model(name).to(device), image, compiled) for name in names}
             times = in_turn(steps, seconds)
             rows.append(_row(what, f"{names[0]} / {names[1]}", batch, times, names))
     return rows
 
 
-def _step(model: nn.Module, image: Tensor, compiled: bool) -> Any:
+def training_step(model: nn.Module, image: Tensor, compiled: bool) -> Any:
+    """One step of SGD with momentum over these images, to be called again and again."""
     model = model.train().to(memory_format=torch.channels_last)
     if compiled:
         model.compile()

@@ -131,7 +131,7 @@ def disagreement(row: Row, counted: Counted) -> str:
     digits = 2 if row.input_size == _IMAGE else 1  # that the paper prints
     millions, billions = round(counted.params_trainable / 1e6, digits), round(counted.counted / 1e9, digits)
     if (millions, billions) != row.printed:
-        reasons.append(f"counted {millions} M, {billions} G")
+        reasons.append(f"its own rules give {millions} M, {billions} G")
     differs = [f"without {', '.join(part.rpartition('.')[2] for part in row.left_out)}"] if row.left_out else []
     if row.counted is not row.model:
         differs.append("with another stem than the released code's")

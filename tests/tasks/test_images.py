@@ -107,7 +107,7 @@ def test_skipping_counts_files_and_not_attempts() -> None:
     with pytest.warns(RuntimeWarning, match="broken"):
         read = [found[index] for _ in range(2) for index in range(10)]
     assert read == [0, 1, *[9] * 8] * 2
-    assert found.skipped == 7
+    assert found.broken.tolist() == [0, 0, *[1] * 7, 0]
 
 
 def test_other_errors_are_not_taken_for_broken_files() -> None:

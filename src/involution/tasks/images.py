@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from torch.utils.data import Dataset
 
 
@@ -70,6 +72,6 @@ class Skipping(Dataset[Any]):
         raise ValueError(f"none of the {len(self)} images can be read")
 
     @property
-    def skipped(self) -> int:
-        """How many different samples this process and its workers could not read."""
-        return sum(self._broken)
+    def broken(self) -> Tensor:
+        """For every sample, 1 where this process or a worker of it could not read it, else 0: [len(self)] int32."""
+        return torch.tensor(list(self._broken), dtype=torch.int32)

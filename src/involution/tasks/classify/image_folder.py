@@ -4,8 +4,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -64,12 +64,17 @@ class Photographs(ClassificationData):
     def teardown(self, stage: str) -> None:
         """Says how many files were skipped, in all processes."""
         sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
-        count = sum(part.skipped for part in sets if isinstance(part, Skipping))
-        if self.trainer is not None and self.on_error == "skip":
-            own = torch.tensor(count, device=self.trainer.strategy.root_device)
-            count = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
+        count = sum(int(self._anywhere(part.broken).sum()) for part in sets if isinstance(part, Skipping))
         if count:
             rank_zero_warn(f"{count} files could not be read and were skipped (on_error=skip)")
+
+    def _anywhere(self, flags: Tensor) -> Tensor:
+        """1 where any process has 1."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return flags
+        strategy = self.trainer.strategy
+        found: Tensor = strategy.reduce(flags.to(strategy.root_device), reduce_op="max")
+        return found
 
     def _guarded(self, dataset: Any) -> Any:
         return Skipping(dataset) if self.on_error == "skip" else dataset

@@ -1,0 +1,168 @@
+"""Annotation files: COCO's own are read, damaged ones are named entry by entry."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from involution.tasks.detect.annotations import AnnotationError, read_annotations
+
+GOOD: dict[str, Any] = {
+    "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    "images": [
+        {"id": 10, "file_name": "a.jpg", "width": 40, "height": 30},
+        {"id": 11, "file_name": "b.jpg", "width": 20, "height": 20},
+    ],
+    "annotations": [
+        {
+            "id": 1,
+            "image_id": 10,
+            "category_id": 3,
+            "bbox": [1, 2, 10.5, 20],
+            "area": 100.0,
+            "iscrowd": 0,
+            "segmentation": [[1, 2, 11, 2, 11, 22]],
+        },
+        {
+            "id": 2,
+            "image_id": 10,
+            "category_id": 7,
+            "bbox": [0, 0, 40, 30],
+            "iscrowd": 1,
+            "segmentation": {"size": [30, 40], "counts": [600, 100, 500]},
+        },
+    ],
+}
+
+
+def write(folder: Path, content: Any) -> Path:
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).touch()
+    file = folder / "instances.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return file
+
+
+def test_a_good_file(tmp_path: Path) -> None:
+    found = read_annotations(write(tmp_path, GOOD), tmp_path)
+    assert [image.file for image in found.images] == ["a.jpg", "b.jpg"]
+    assert found.categories == {3: "cat", 7: "dog"}
+    assert [one.id for one in found.objects[10]] == [1, 2]
+    assert found.objects[11] == []  # an image without objects is kept
+    assert found.objects[10][0].box == (1, 2, 10.5, 20)
+    assert [one.crowd for one in found.objects[10]] == [False, True]
+
+
+def test_cocos_own_files(data_folder: Path) -> None:
+    root = data_folder / "coco482"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    for split, images, objects in (("train2017", 294, None), ("val2017", 188, None)):
+        found = read_annotations(root / "annotations" / f"instances_{split}.json", root / split)
+        assert len(found.images) == images
+        assert len(found.categories) == 80
+        assert sum(map(len, found.objects.values())) > 1000, objects
+
+
+def put(*path: Any) -> Callable[[Any], Callable[[dict[str, Any]], None]]:
+    """Damage: another value at a place."""
+
+    def with_value(value: Any) -> Callable[[dict[str, Any]], None]:
+        def damage(content: dict[str, Any]) -> None:
+            place: Any = content
+            for step in path[:-1]:
+                place = place[step]
+            place[path[-1]] = value
+
+        return damage
+
+    return with_value
+
+
+FIRST, CROWD = ("annotations", 0), ("annotations", 1)
+IMAGE, CATEGORY = ("images", 1), ("categories", 1)
+DAMAGES = [
+    (put("images")(None), r"images must be a list, got None"),
+    (put("annotations")({}), r"annotations must be a list, got \{\}"),
+    (put("categories")("cat"), r"categories must be a list, got 'cat'"),
+    (put(*CATEGORY)(7), r"categories\[1\] must be an object, got 7"),
+    (put(*CATEGORY, "id")("7"), r"categories\[1\] \(id '7'\): id must be an integer, got '7'"),
+    (put(*CATEGORY, "id")(3), r"categories\[1\] \(id 3\): id must be one that no other entry has, got 3"),
+    (put(*CATEGORY, "id")(True), r"categories\[1\] \(id True\): id must be an integer, got True"),
+    (put(*CATEGORY, "name")("cat"), r"categories\[1\] \(id 7\): name must be a new name, got 'cat'"),
+    (put(*CATEGORY, "name")(" "), r"categories\[1\] \(id 7\): name must be a new name, got ' '"),
+    (put(*CATEGORY, "name")(None), r"categories\[1\] \(id 7\): name must be a name, got None"),
+    (put(*IMAGE)([]), r"images\[1\] must be an object, got \[\]"),
+    (put(*IMAGE, "id")(None), r"images\[1\] \(id None\): id must be an integer"),
+    (put(*IMAGE, "id")(10), r"images\[1\] \(id 10\): id must be one that no other entry has, got 10"),
+    (put(*IMAGE, "file_name")(5), r"images\[1\] \(id 11\): file_name must be a file's name, got 5"),
+    (put(*IMAGE, "file_name")("c.jpg"), r"images\[1\] \(id 11\): file_name must be a file in .*, got 'c.jpg'"),
+    (put(*IMAGE, "file_name")("a.jpg"), r"images\[1\] .*: file_name must be a file that no other image has"),
+    (put(*IMAGE, "file_name")("../b.jpg"), r"images\[1\] .*: file_name must be a path below the image folder"),
+    (put(*IMAGE, "file_name")("/b.jpg"), r"images\[1\] .*: file_name must be a path below the image folder"),
+    (put(*IMAGE, "width")(0), r"images\[1\] \(id 11\): width must be at least 1, got 0"),
+    (put(*IMAGE, "height")(20.5), r"images\[1\] \(id 11\): height must be a whole number of pixels, got 20.5"),
+    (put(*IMAGE, "height")(None), r"images\[1\] \(id 11\): height must be a whole number of pixels, got None"),
+    (put(*FIRST)("box"), r"annotations\[0\] must be an object, got 'box'"),
+    (put(*CROWD, "id")(1), r"annotations\[1\] \(id 1\): id must be one that no other entry has, got 1"),
+    (put(*FIRST, "id")(1.5), r"annotations\[0\] \(id 1.5\): id must be an integer, got 1.5"),
+    (put(*FIRST, "image_id")(12), r"annotations\[0\] .*: image_id must be the id of an image of this file, got 12"),
+    (put(*FIRST, "image_id")([]), r"annotations\[0\] .*: image_id must be an image's id, got \[\]"),
+    (put(*FIRST, "category_id")(1), r"annotations\[0\] .*: category_id must be the id of a category of this file"),
+    (put(*FIRST, "category_id")(None), r"annotations\[0\] .*: category_id must be a category's id, got None"),
+    (put(*FIRST, "bbox")(None), r"annotations\[0\] .*: bbox must be four finite numbers, got None"),
+    (put(*FIRST, "bbox")([1, 2, 3]), r"annotations\[0\] .*: bbox must be four finite numbers, got \[1, 2, 3\]"),
+    (put(*FIRST, "bbox")([1, 2, "3", 4]), r"annotations\[0\] .*: bbox must be four finite numbers"),
+    (put(*FIRST, "bbox")([1, 2, float("nan"), 4]), r"annotations\[0\] .*: bbox must be four finite numbers"),
+    (put(*FIRST, "bbox")([1, 2, float("inf"), 4]), r"annotations\[0\] .*: bbox must be four finite numbers"),
+    (put(*FIRST, "bbox")([1, 2, 0, 4]), r"annotations\[0\] .*: bbox must be of positive width and height"),
+    (put(*FIRST, "bbox")([1, 2, 3, -4]), r"annotations\[0\] .*: bbox must be of positive width and height"),
+    (put(*FIRST, "bbox")([-2, 2, 3, 4]), r"annotations\[0\] .*: bbox must be inside its image of 40x30"),
+    (put(*FIRST, "bbox")([30, 2, 12, 4]), r"annotations\[0\] .*: bbox must be inside its image of 40x30"),
+    (put(*FIRST, "bbox")([50, 50, 3, 4]), r"annotations\[0\] .*: bbox must be inside its image of 40x30"),
+    (put(*FIRST, "iscrowd")(2), r"annotations\[0\] .*: iscrowd must be 0 or 1, got 2"),
+    (put(*FIRST, "area")(-1), r"annotations\[0\] .*: area must be a number that is not negative, got -1"),
+    (put(*FIRST, "area")("big"), r"annotations\[0\] .*: area must be a number that is not negative, got 'big'"),
+    (put(*FIRST, "segmentation")("all"), r"annotations\[0\] .*: segmentation must be polygons or run lengths"),
+    (put(*FIRST, "segmentation")([[1, 2, 3, 4]]), r"annotations\[0\] .*: segmentation\[0\] must be at least three"),
+    (put(*FIRST, "segmentation")([[1, 2, 3, 4, 5, 6, 7]]), r"annotations\[0\] .*: segmentation\[0\] must be at least"),
+    (put(*FIRST, "segmentation")([[1, 2, 3, 4, 5, None]]), r"annotations\[0\] .*: segmentation\[0\] must be at least"),
+    (put(*FIRST, "segmentation")([5]), r"annotations\[0\] .*: segmentation\[0\] must be at least three points"),
+    (put(*CROWD, "segmentation", "size")([40, 30]), r"annotations\[1\] .*: segmentation.size must be \[30, 40\]"),
+    (put(*CROWD, "segmentation", "counts")([600]), r"annotations\[1\] .*: segmentation.counts must be of 1200 pixels"),
+    (put(*CROWD, "segmentation", "counts")([-1, 1201]), r"annotations\[1\] .*: segmentation.counts must be run length"),
+    (
+        put(*CROWD, "segmentation", "counts")(""),
+        r"annotations\[1\] .*: segmentation.counts must be run lengths, got ''",
+    ),
+    (put(*CROWD, "segmentation", "counts")(None), r"annotations\[1\] .*: segmentation.counts must be run lengths"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=range(len(DAMAGES)))
+def test_damage_is_named(damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    damage(content)
+    with pytest.raises(AnnotationError, match=message) as caught:
+        read_annotations(write(tmp_path, content), tmp_path)
+    assert str(tmp_path / "instances.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"images": []}', '\ufeff{"images": []'])
+def test_files_that_are_something_else(content: str, tmp_path: Path) -> None:
+    with pytest.raises(AnnotationError, match=r"instances\.json"):
+        read_annotations(write(tmp_path, content), tmp_path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_annotations(tmp_path / "nowhere.json", tmp_path)
+
+
+def test_boxes_may_be_rounded_over_the_edge(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["annotations"][0]["bbox"] = [-0.5, 0, 41, 30.4]
+    assert read_annotations(write(tmp_path, content), tmp_path).objects[10][0].box == (-0.5, 0, 41, 30.4)

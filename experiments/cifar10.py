@@ -170,6 +170,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("what", choices=["list", "run", "report", "time"])
     parser.add_argument("--root", help="folder of the data, as --data.root of the recipe cifar10_rednet26")
     parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--seed", type=int, help="runs of this seed alone")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
     given = parser.parse_args(arguments)
@@ -183,7 +184,7 @@ def main(arguments: list[str]) -> None:
         parser.error("run wants --root")
     commit = git("describe", "--always", "--dirty", "--exclude", "*").strip()  # of the code that runs
     for run in runs():
-        if not run.name.startswith(given.only):
+        if not run.name.startswith(given.only) or given.seed not in (None, run.seed):
             continue
         done = is_done(run, finished())
         if given.what == "list":

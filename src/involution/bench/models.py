@@ -67,7 +67,7 @@ def training_step(model: nn.Module, image: Tensor, compiled: bool) -> Any:
     if compiled:
         model.compile()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    target = torch.arange(len(image), device=image.device)
+    target = torch.zeros(len(image), dtype=torch.int64, device=image.device)
 
     def step() -> None:
         loss = nn.functional.cross_entropy(model(image), target)

@@ -34,13 +34,13 @@ class Photographs(ClassificationData):
 
     def __init__(
         self,
-        batch_size: int,
-        num_workers: int,
-        image_size: int,
-        resize: int,
-        auto_augment: str | None,
-        random_erasing: float,
-        on_error: str,
+        batch_size: int = 64,
+        num_workers: int = 2,
+        image_size: int = 224,
+        resize: int = 256,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        on_error: str = "raise",
     ) -> None:
         super().__init__(batch_size, num_workers)
         if on_error not in ("raise", "skip"):
@@ -92,14 +92,7 @@ class ImageFolder(Photographs):
 
     Args:
         root: the tree.
-        batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
-        image_size: height and width that the model gets, in pixels.
-        resize: the shorter side before the centre crop, in pixels.
-        auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
-        random_erasing: probability that a rectangle of a training image becomes noise.
-        on_error: "raise" where a file cannot be read or is no image, or "skip": its place is taken by the next one that
-            can be, a warning names it, and the end of the run says how many there were.
+        **photographs: see `Photographs`.
 
     Raises:
         FileNotFoundError: a folder is missing, or a class folder holds no image.
@@ -111,15 +104,9 @@ class ImageFolder(Photographs):
     def __init__(
         self,
         root: str,
-        batch_size: int = 64,
-        num_workers: int = 2,
-        image_size: int = 224,
-        resize: int = 256,
-        auto_augment: str | None = None,
-        random_erasing: float = 0.0,
-        on_error: str = "raise",
+        **photographs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
+        super().__init__(**photographs)
         self.root = Path(root)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from torchvision import datasets
 
@@ -19,13 +20,7 @@ class ImageNet(ImageFolder):
 
     Args:
         root: folder of the archives, or of what became of them.
-        batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
-        image_size: height and width that the model gets, in pixels.
-        resize: the shorter side before the centre crop, in pixels.
-        auto_augment: as in `ImageFolder`.
-        random_erasing: as in `ImageFolder`.
-        on_error: as in `ImageFolder`.
+        **photographs: see `Photographs`.
 
     Raises:
         FileNotFoundError: neither archives nor folders are there.
@@ -60,13 +55,7 @@ class Imagenette(ImageFolder):
         root: torchvision's download is in it, or goes there.
         download: let torchvision fetch it (1.5 GB at full size, 100 MB at 160px) if it is not there.
         size: "full", "320px" or "160px", of the shorter side.
-        batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
-        image_size: height and width that the model gets, in pixels.
-        resize: the shorter side before the centre crop, in pixels.
-        auto_augment: as in `ImageFolder`.
-        random_erasing: as in `ImageFolder`.
-        on_error: as in `ImageFolder`.
+        **photographs: see `Photographs`.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -78,17 +67,11 @@ class Imagenette(ImageFolder):
         root: str,
         download: bool = False,
         size: str = "full",
-        batch_size: int = 64,
-        num_workers: int = 2,
-        image_size: int = 224,
-        resize: int = 256,
-        auto_augment: str | None = None,
-        random_erasing: float = 0.0,
-        on_error: str = "raise",
+        **photographs: Any,
     ) -> None:
         if size not in _IMAGENETTE:
             raise ValueError(f"size must be one of {', '.join(_IMAGENETTE)}, got {size!r}")
-        super().__init__(root, batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
+        super().__init__(root, **photographs)
         self.download, self.size = download, size
 
     num_classes = 10  # known before the download, which one process does

@@ -113,14 +113,7 @@ class Shards(Photographs):
         val: of the validation shards.
         classes: how many classes there are, or a text file with a class name in every line.
         test: of the test shards; None takes those of `val`.
-        batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
-        image_size: height and width that the model gets, in pixels.
-        resize: the shorter side before the centre crop, in pixels.
-        auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
-        random_erasing: probability that a rectangle of a training image becomes noise.
-        on_error: "raise" where an image cannot be read, or "skip": its place is taken by the next one that can be, and
-            a warning names it.
+        **photographs: see `Photographs`.
 
     Raises:
         FileNotFoundError: a pattern matches no file, or `classes` names none.
@@ -133,15 +126,9 @@ class Shards(Photographs):
         val: str,
         classes: int | str,
         test: str | None = None,
-        batch_size: int = 64,
-        num_workers: int = 2,
-        image_size: int = 224,
-        resize: int = 256,
-        auto_augment: str | None = None,
-        random_erasing: float = 0.0,
-        on_error: str = "raise",
+        **photographs: Any,
     ) -> None:
-        super().__init__(batch_size, num_workers, image_size, resize, auto_augment, random_erasing, on_error)
+        super().__init__(**photographs)
         self.patterns = {"train": train, "val": val, "test": test or val}
         self.classes = _class_names(classes)
 

@@ -13,7 +13,10 @@ _TRAINING = {
 }
 _COST_EXTRA = ("timm", "rich")
 _BENCH_EXTRA = ("timm", "matplotlib", "rich")
-_TASKS_EXTRA = ("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn")
+_TASKS_EXTRA = (
+    *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
+    "faster_coco_eval",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

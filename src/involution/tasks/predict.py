@@ -2,7 +2,8 @@
 
 A checkpoint of `involution fit` says which task it is for. The task's Lightning module has, for this command:
 
-- `read(file)`: an image as its `predict_step` wants it, in batches;
+- `read(file)`: an image as the network wants it;
+- `collate(images)`: several of them as a batch for its `predict_step`, which gives one output an image;
 - `write_predictions(outputs, files, folder, ...)`: writes the results, one output a file, and says so; its further
   arguments are options.
 """
@@ -11,6 +12,7 @@ import argparse
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,13 @@ import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .command import quiet_lightning
 from .images import UnreadableImage
 
-TASKS = {"classify": "Classifier"}  # the room, and the Lightning module in it
+TASKS = {"classify": "Classifier", "detect": "Detector"}  # the room, and the Lightning module in it
 
 
 class ImageFiles(IterableDataset[tuple[int, Any]]):
@@ -114,17 +115,22 @@ def main(arguments: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
     dataset = ImageFiles(files, model.read, options.data.on_error)
-    loader = DataLoader(dataset, batch_size=options.data.batch_size, num_workers=options.data.num_workers)
+    collate = partial(_with_places, model.collate)
+    loader = DataLoader(dataset, options.data.batch_size, num_workers=options.data.num_workers, collate_fn=collate)
     trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
     outputs: dict[int, Any] = {}
     for places, results in trainer.predict(_Placed(model), loader) or []:
-        outputs |= zip(places.tolist(), results, strict=True)
+        outputs |= zip(places, results, strict=True)
     if len(outputs) < len(files):
         print(f"skipped {len(files) - len(outputs)} of {len(files)} files, which cannot be read")
     if outputs:
         kept = sorted(outputs)
         shown = {name: options[name] for name in own}
         model.write_predictions([outputs[i] for i in kept], [files[i] for i in kept], folder, **shown)
+
+
+def _with_places(collate: Callable[[list[Any]], Any], samples: list[tuple[int, Any]]) -> tuple[list[int], Any]:
+    return [place for place, _ in samples], collate([image for _, image in samples])
 
 
 class _Placed(LightningModule):
@@ -134,7 +140,7 @@ class _Placed(LightningModule):
         super().__init__()
         self.model = model
 
-    def predict_step(self, batch: tuple[Tensor, Any], batch_idx: int) -> tuple[Tensor, Any]:
+    def predict_step(self, batch: tuple[list[int], Any], batch_idx: int) -> tuple[list[int], Any]:
         places, images = batch
         return places, self.model.predict_step(images, batch_idx)
 

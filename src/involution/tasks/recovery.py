@@ -45,10 +45,13 @@ class ResumableSampler(DistributedSampler[Any]):
         self.set_epoch(epoch)
         self._resumed = epoch, seen
 
+    def order(self) -> list[int]:
+        """This process's indices of the epoch."""
+        return list(super().__iter__())
+
     def __iter__(self) -> Iterator[Any]:
         epoch, seen = self._resumed
-        indices = list(super().__iter__())
-        for index in indices[seen if self.epoch == epoch else 0 :]:
+        for index in self.order()[seen if self.epoch == epoch else 0 :]:
             yield self.epoch, index
 
 

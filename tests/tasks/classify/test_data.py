@@ -1,4 +1,5 @@
 import io
+import random
 
 import numpy as np
 import pytest
@@ -308,6 +309,16 @@ def test_training_transforms(policy, erasing):
         assert type(result) is torch.Tensor
         assert (result.shape, result.dtype) == ((3, 24, 24), torch.float32)
         assert (result.abs().max() > 1 + 1e-6) == bool(erasing)  # noise leaves the range of images
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10-mstd0", "original", "v0"])
+def test_policies_at_full_strength(policy):
+    """timm's own posterize keeps no bit there, and Pillow refuses that."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
+    transform = random_crops(PLAIN, policy)
+    for seed in range(60):
+        random.seed(seed)
+        assert transform(image).shape == (3, 24, 24)
 
 
 @pytest.mark.parametrize(

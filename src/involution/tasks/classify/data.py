@@ -1,20 +1,15 @@
-"""What the classification data modules share: loaders, a data set in memory, and a split that keeps class shares."""
+"""What the classification data modules share: a data set in memory, and a split that keeps class shares."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ..recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
+from ..data import TaskData
 from .preprocessing import Preprocessing
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Sample = tuple[Tensor, int]
 Transform = Callable[[Any], Tensor]
@@ -33,94 +28,19 @@ class TensorImages(Dataset[Sample]):
         return self.transform(self.images[index]), int(self.labels[index])
 
 
-class ClassificationData(LightningDataModule):
-    """Loaders over `train_set`, `val_set` and `test_set`, which a subclass makes in `setup`.
+class ClassificationData(TaskData):
+    """What has `classes`, the names of the classes, and `preprocessing`, what evaluation does to an image.
 
-    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Only training is shuffled. A subclass has `classes`,
-    the names of the classes, and `preprocessing`, what evaluation does to an image; checkpoints carry both.
-
-    Args:
-        batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Checkpoints carry classes and preprocessing.
     """
 
     classes: Sequence[str]
     preprocessing: Preprocessing
-    train_set: Dataset[Sample]
-    val_set: Dataset[Sample]
-    test_set: Dataset[Sample]
-
-    def __init__(self, batch_size: int, num_workers: int) -> None:
-        super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self._place = 0, 0  # epoch and batch that training begins with
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""
-        epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
-        return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "processes": self._processes()[0]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Has the next training loader begin there.
-
-        Raises:
-            ValueError: it is in the midst of an epoch that was dealt out in other batches.
-        """
-        self._place = state_dict["epoch"], state_dict["batch"]
-        then, now = (state_dict["batch_size"], state_dict["processes"]), (self.batch_size, self._processes()[0])
-        if self._place[1] and then != now:
-            raise ValueError(
-                f"batch_size and processes must be {then[0]} and {then[1]}, as in the epoch that the checkpoint is in "
-                f"the midst of, got {now[0]} and {now[1]}; a checkpoint of an epoch's end takes any"
-            )
-
-    def _processes(self) -> tuple[int, int]:
-        """How many there are, and which of them this is."""
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     @property
     def num_classes(self) -> int:
         """How many classes there are."""
         return len(self.classes)
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
-        seed = global_seed()
-        sampler = ResumableSampler(self.train_set, seed, *self._processes())
-        sampler.resume(self._place[0], self._place[1] * self.batch_size)
-        self._place = 0, 0
-        return self._loader(Seeded(self.train_set, seed), sampler)
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the validation set, of this process's part."""
-        return self._loader(self.val_set, self._share(self.val_set))
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        """Batches of the test set, of this process's part."""
-        return self._loader(self.test_set, self._share(self.test_set))
-
-    def _share(self, dataset: Any) -> UnrepeatedDistributedSampler | None:
-        """Every image once in all processes together; Lightning's own sampler would repeat some of them."""
-        world, rank = self._processes()
-        if world == 1:
-            return None
-        if len(dataset) < world:
-            raise ValueError(f"every process wants an image to evaluate on, got {len(dataset)} for {world} processes")
-        return UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
-
-    def _loader(self, dataset: Dataset[Sample], sampler: Sampler[Any] | None = None) -> DataLoader[Sample]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            generator=torch.Generator(),  # or making an iterator would draw from the global one
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
 
 
 def stratified_split(labels: Tensor, held_out: int | float) -> tuple[Tensor, Tensor]:

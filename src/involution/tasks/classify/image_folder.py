@@ -10,8 +10,9 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..images import Skipping, read_image
-from .data import IMAGENET_MEAN, IMAGENET_STD, ClassificationData
+from .data import ClassificationData
 from .preprocessing import Preprocessing, random_crops
 
 

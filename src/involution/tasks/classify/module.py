@@ -1,7 +1,6 @@
 """Training and evaluating an image classifier."""
 
 import math
-import time
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import timm
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,6 +18,7 @@ from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ..images import read_image
+from ..module import TaskModule
 from .predictions import print_table, ranked, write_csv, write_grid
 from .preprocessing import Preprocessing
 
@@ -34,14 +33,6 @@ def warmup_cosine(step: int, total: int, warmup: int, warmup_ratio: float) -> fl
     return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """Says how a checkpoint's classes are not the data's."""
-    for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
-        if one != other:
-            return f"the checkpoint's classes must be the data's, but class {index} is {one!r} there and {other!r} here"
-    return f"the checkpoint's classes must be the data's, but they are {len(theirs)} there and {len(ours)} here"
-
-
 def _mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
     for name, alpha in (("mixup", mixup), ("cutmix", cutmix)):
         if alpha < 0:
@@ -51,7 +42,7 @@ def _mixing(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | Non
     return v2.RandomChoice(made) if made else None
 
 
-class Classifier(LightningModule):
+class Classifier(TaskModule):
     """A timm model, trained with Nesterov SGD, linear warm-up, cosine decay and label smoothing (the paper's recipe).
 
     Batches are (images, labels): [N, 3, H, W] float and [N] int64. Logs loss, accuracy and, from five classes on,
@@ -83,6 +74,10 @@ class Classifier(LightningModule):
         ValueError: mixup or cutmix is negative; the data have another number of classes (once the trainer starts).
     """
 
+    task = "classify"
+    preprocessing_type = Preprocessing
+    collate = staticmethod(torch.stack)  # images that `read` returns, as a batch
+
     def __init__(
         self,
         model_name: str,
@@ -99,14 +94,9 @@ class Classifier(LightningModule):
         cutmix: float = 0.0,
         channels_last: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, channels_last)
         self.save_hyperparameters()
-        self.num_classes = num_classes
-        self.classes = [str(index) for index in range(num_classes)]
-        self.preprocessing: Preprocessing | None = None
-        self._data_classes: list[str] | None = None
         self._mixing = _mixing(mixup, cutmix, num_classes)
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
         self.net: nn.Module = net.to(memory_format=self.memory_format)
         # By name: FSDP flattens parameters before there is an optimizer.
@@ -122,16 +112,6 @@ class Classifier(LightningModule):
         )
         # As metrics: Lightning's own mean over processes rounds the number of images per process.
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
-
-    def setup(self, stage: str) -> None:
-        """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
-        data = getattr(self.trainer, "datamodule", None)
-        if data is not None and hasattr(data, "classes"):
-            self.classes = self._data_classes = list(data.classes)
-            self.preprocessing = getattr(data, "preprocessing", None)
-        found = len(self.classes)
-        if found != self.num_classes:
-            raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes]."""
@@ -215,40 +195,6 @@ class Classifier(LightningModule):
             write_grid(folder / "predictions.png", files[:grid], rows[:grid], grid_columns)
             print(f"wrote {folder / 'predictions.png'}")
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
-        preprocessing = self.preprocessing._asdict() if self.preprocessing else None
-        checkpoint["involution"] = {"task": "classify", "classes": self.classes, "preprocessing": preprocessing}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes them from there, unless the data have named theirs, which must then be the same classes."""
-        carried = checkpoint.get("involution")
-        if carried is None:
-            return
-        if self._data_classes is None:
-            self.classes = carried["classes"]
-            self.preprocessing = Preprocessing(**carried["preprocessing"]) if carried["preprocessing"] else None
-        elif self._data_classes != carried["classes"]:
-            raise ValueError(_difference(carried["classes"], self._data_classes))
-
-    def on_train_start(self) -> None:
-        """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""
-        self._started = time.perf_counter()
-
-    def on_train_epoch_start(self) -> None:
-        """Starts the epoch's clock."""
-        self._started = time.perf_counter()
-
-    def on_train_epoch_end(self) -> None:
-        """Logs train/seconds."""
-        self.log("train/seconds", time.perf_counter() - self._started)
-
-    def _images_per_step(self) -> int:
-        trainer: Any = self.trainer
-        if not hasattr(trainer.datamodule, "batch_size"):
-            raise ValueError("lr_batch_size wants a data module with a batch_size, and there is none")
-        return int(trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches)
-
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""
         given = self.hparams
@@ -262,7 +208,7 @@ class Classifier(LightningModule):
             {"params": decayed, "weight_decay": given["weight_decay"]},
             {"params": others, "weight_decay": 0.0},
         ]
-        scale = self._images_per_step() / given["lr_batch_size"] if given["lr_batch_size"] else 1.0
+        scale = self.lr_scale(given["lr_batch_size"])
         optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)
         factor = partial(
             warmup_cosine,

@@ -1,9 +1,11 @@
 """How an image becomes what a network reads, in training and outside of it."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 
@@ -70,6 +72,15 @@ def _policy(name: str, preprocessing: Preprocessing) -> Any:
     fill = tuple(round(255 * value) for value in preprocessing.mean)
     translate = int(0.45 * preprocessing.image_size)  # timm's own choice
     try:
-        return makers[kind](name, {"translate_const": translate, "img_mean": fill})
+        policy: Any = makers[kind](name, {"translate_const": translate, "img_mean": fill})
     except (AssertionError, ValueError, KeyError) as error:
         raise ValueError(f"auto_augment must be a policy in timm's notation, got {name!r}: {error}") from error
+    for operation in policy.ops if hasattr(policy, "ops") else chain.from_iterable(policy.policy):
+        if operation.aug_fn is auto_augment.posterize:
+            operation.aug_fn = _posterize
+    return policy
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """timm's at full strength keeps no bit, which Pillow refuses; one bit is what is left here."""
+    return ImageOps.posterize(image, min(max(bits, 1), 8))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +19,23 @@ class ImageEntry(NamedTuple):
 
 
 class ObjectEntry(NamedTuple):
-    """An object: its box as (left, top, width, height) in pixels, and COCO's polygons or run lengths, or None."""
+    """An object: its box as (left, top, width, height) in pixels, and COCO's polygons or run lengths, or None.
+
+    Its area in square pixels is what the file says, or else the box's.
+    """
 
     id: int
     category: int
     box: tuple[float, float, float, float]
     crowd: bool
     segmentation: Any
+    area: float
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """The box as (left, top, right, bottom)."""
+        left, top, width, height = self.box
+        return left, top, left + width, top + height
 
 
 class Annotations(NamedTuple):
@@ -34,17 +45,32 @@ class Annotations(NamedTuple):
     categories: dict[int, str]
     objects: dict[int, list[ObjectEntry]]
 
+    def only(self, names: Sequence[str]) -> "Annotations":
+        """The same images with the objects of some categories.
+
+        Raises:
+            ValueError: there is no such category.
+        """
+        ids = {name: category for category, name in self.categories.items()}
+        missing = [name for name in names if name not in ids]
+        if missing or not names:
+            raise ValueError(f"categories must be some of {', '.join(ids)}, got {missing or 'none'}")
+        kept = {ids[name]: name for name in names}
+        objects = {image: [one for one in found if one.category in kept] for image, found in self.objects.items()}
+        return Annotations(self.images, kept, objects)
+
 
 class AnnotationError(ValueError):
     """An annotation file, or an entry of it, is not as COCO's are; the message names the entry."""
 
 
-def read_annotations(file: Path, image_folder: Path) -> Annotations:
+def read_annotations(file: Path, image_folder: Path, masks: bool = False) -> Annotations:
     """Reads and checks an annotation file.
 
     Args:
         file: COCO's instances JSON: images, categories and annotations.
         image_folder: where the images are; each must be there.
+        masks: every object must have a segmentation.
 
     Raises:
         AnnotationError: an entry is not right; the first one is named.
@@ -75,7 +101,7 @@ def read_annotations(file: Path, image_folder: Path) -> Annotations:
         seen.add(entry.new_id(seen))
         where = entry.value("image_id", int, "an image's id")
         entry.check(where in images, "image_id", "the id of an image of this file", where)
-        objects[where].append(_object(entry, images[where], categories))
+        objects[where].append(_object(entry, images[where], categories, masks))
     return Annotations(list(images.values()), categories, objects)
 
 
@@ -123,7 +149,7 @@ def _image(entry: _Entry, folder: Path, names: set[str]) -> ImageEntry:
     return ImageEntry(entry.fields["id"], name, *sizes)
 
 
-def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str]) -> ObjectEntry:
+def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str], masks: bool) -> ObjectEntry:
     category = entry.value("category_id", int, "a category's id")
     entry.check(category in categories, "category_id", "the id of a category of this file", category)
     box: Any = entry.fields.get("bbox")
@@ -136,14 +162,16 @@ def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str]) -> Obj
     entry.check(inside, "bbox", f"inside its image of {image.width}x{image.height}", box)
     crowd = entry.fields.get("iscrowd", 0)
     entry.check(crowd in (0, 1), "iscrowd", "0 or 1", crowd)
-    area = entry.fields.get("area", 1)
+    area = entry.fields.get("area", width * height)
     entry.check(_are_numbers([area], 1) and area >= 0, "area", "a number that is not negative", area)
-    segmentation = entry.fields.get("segmentation")
-    if isinstance(segmentation, dict):
+    segmentation = entry.fields.get("segmentation") or None
+    if segmentation is None:
+        entry.check(not masks, "segmentation", "there, for masks are asked for", entry.fields.get("segmentation"))
+    elif isinstance(segmentation, dict):
         _check_run_lengths(entry, segmentation, image)
-    elif segmentation is not None:
+    else:
         _check_polygons(entry, segmentation)
-    return ObjectEntry(entry.fields["id"], category, (left, top, width, height), bool(crowd), segmentation or None)
+    return ObjectEntry(entry.fields["id"], category, (left, top, width, height), bool(crowd), segmentation, area)
 
 
 def _check_polygons(entry: _Entry, polygons: Any) -> None:

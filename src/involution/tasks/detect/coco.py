@@ -1,0 +1,255 @@
+"""COCO, and any folder of its format."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from faster_coco_eval.core import mask as run_lengths
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from ..data import IMAGENET_MEAN, IMAGENET_STD, TaskData
+from ..images import read_image
+from ..recovery import ResumableSampler
+from .annotations import AnnotationError, Annotations, ImageEntry, ObjectEntry, read_annotations
+from .preprocessing import Preprocessing, to_tensor, training
+
+Sample = tuple[Tensor, dict[str, Any]]
+
+
+class Split(NamedTuple):
+    """A part of the data: where its images are, and what its annotation file says."""
+
+    folder: Path
+    annotations: Annotations
+
+
+class TrainingImages(Dataset[Sample]):
+    """Images [3, H, W] with boxes [n, 4] (left, top, right, bottom), labels [n] from 1 on and, if asked for, masks.
+
+    Crowds are left out.
+    """
+
+    def __init__(self, split: Split, images: Sequence[ImageEntry], transform: Any, masks: bool) -> None:
+        self.split, self.images, self.transform, self.masks = split, images, transform, masks
+        self._labels = {category: label for label, category in enumerate(split.annotations.categories, start=1)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.images[index]
+        image = _read(self.split, entry)
+        objects = [one for one in self.split.annotations.objects[entry.id] if not one.crowd]
+        size = (entry.height, entry.width)
+        corners = torch.tensor([one.corners for one in objects], dtype=torch.float32).reshape(-1, 4)
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([self._labels[one.category] for one in objects], dtype=torch.int64),
+        }
+        if self.masks:
+            shapes = [torch.from_numpy(mask_of(one, size)) for one in objects]
+            target["masks"] = tv_tensors.Mask(torch.stack(shapes) if shapes else torch.zeros(0, *size).byte())
+        result: Sample = self.transform(image, target)
+        return result
+
+
+class EvaluationImages(Dataset[Sample]):
+    """Images [3, H, W] in 0..1, as large as they are, with their image_id."""
+
+    def __init__(self, split: Split) -> None:
+        self.split, self.transform = split, to_tensor()
+
+    def __len__(self) -> int:
+        return len(self.split.annotations.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        entry = self.split.annotations.images[index]
+        return self.transform(_read(self.split, entry)), {"image_id": entry.id}
+
+
+def _read(split: Split, entry: ImageEntry) -> Any:
+    file = split.folder / entry.file
+    image = read_image(file)
+    if image.size != (entry.width, entry.height):
+        raise AnnotationError(
+            f"image {entry.id} must be {entry.width}x{entry.height}, as its annotation file says, got {file}, which is "
+            f"{image.width}x{image.height}"
+        )
+    return image
+
+
+def mask_of(entry: ObjectEntry, size: tuple[int, int]) -> Any:
+    """An object's mask, [H, W] of 0 and 1, as a uint8 array."""
+    return run_lengths.decode(runs_of(entry, size))
+
+
+def runs_of(entry: ObjectEntry, size: tuple[int, int]) -> Any:
+    """An object's mask as compressed run lengths."""
+    shape = entry.segmentation
+    if isinstance(shape, list):
+        return run_lengths.merge(run_lengths.frPyObjects(shape, *size))
+    return shape if isinstance(shape["counts"], str) else run_lengths.frPyObjects(shape, *size)
+
+
+def batch(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Images and targets, each as a list: sizes differ."""
+    return [image for image, _ in samples], [target for _, target in samples]
+
+
+class GroupedSampler(ResumableSampler):
+    """Batches of images that are all wide or all tall, so that little of a batch is padding.
+
+    Each process groups its own part. What is left of both kinds at an epoch's end comes last.
+
+    Args:
+        wide: of every image.
+        batch_size: of a batch.
+        **resumable: see `ResumableSampler`.
+    """
+
+    def __init__(self, wide: Sequence[bool], batch_size: int, **resumable: Any) -> None:
+        super().__init__(**resumable)
+        self._wide, self._batch_size = wide, batch_size
+
+    def order(self) -> list[int]:
+        """This process's indices of the epoch."""
+        ordered: list[int] = []
+        waiting: dict[bool, list[int]] = {True: [], False: []}
+        for index in super().order():
+            kind = waiting[self._wide[index]]
+            kind.append(index)
+            if len(kind) == self._batch_size:
+                ordered += kind
+                kind.clear()
+        return ordered + waiting[True] + waiting[False]
+
+
+class COCO(TaskData):
+    """COCO's folders, or any of their format: root/train2017/*.jpg, root/annotations/instances_train2017.json.
+
+    Training batches are (images, targets): a list of [3, H, W] float32 in 0..1, and a list of dictionaries of boxes
+    [n, 4] in pixels (left, top, right, bottom), labels [n] from 1 on in the order of the annotation file's categories
+    and, where `masks`, masks [n, H, W] uint8. Images are flipped by chance, and scaled. In evaluation, images are as
+    large as they are, and a target is the image_id. Annotation files are checked entry by entry before training starts.
+
+    Args:
+        root: the folder.
+        train: name of the part to train on.
+        val: of the part to validate on.
+        test: of the part to test on; None takes that of `val`, for COCO's own test images have no public annotations.
+        annotations: the annotation file below root, {split} being the part's name.
+        images: the image folder below root, likewise.
+        categories: names of those to keep, in this order; None keeps all. Objects of others are left out.
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+        min_size: pixels of the shorter side in evaluation.
+        max_size: at most so many pixels of the longer side, in evaluation and training.
+        train_min_sizes: the shorter side in training, one by chance; None is `min_size`.
+        jitter: large-scale jitter in its place: the range of the scale, (0.1, 2.0) in the literature, of what fits into
+            a square of `max_size`; that square is cut out, or filled up.
+        flip: probability of a flip from left to right.
+        masks: read masks, which Mask R-CNN wants.
+        empty_images: train on images without objects, too; they are always evaluated.
+        group_by_shape: training batches are of wide images or of tall ones.
+
+    Raises:
+        AnnotationError: an entry of an annotation file is not right; the first one is named.
+        FileNotFoundError: a file or folder is missing.
+        ValueError: another argument does not fit.
+    """
+
+    collate = staticmethod(batch)
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train2017",
+        val: str = "val2017",
+        test: str | None = None,
+        annotations: str = "annotations/instances_{split}.json",
+        images: str = "{split}",
+        categories: list[str] | None = None,
+        batch_size: int = 2,
+        num_workers: int = 2,
+        min_size: int = 800,
+        max_size: int = 1333,
+        train_min_sizes: list[int] | None = None,
+        jitter: tuple[float, float] | None = None,
+        flip: float = 0.5,
+        masks: bool = False,
+        empty_images: bool = False,
+        group_by_shape: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        sizes = [min_size] if train_min_sizes is None else train_min_sizes
+        if not sizes or min(*sizes, min_size, max_size) < 1:
+            raise ValueError(
+                f"min_size, max_size and train_min_sizes must be at least 1, got {min_size}, {max_size}, {sizes}"
+            )
+        if max_size < max(*sizes, min_size):
+            raise ValueError(f"max_size must be at least the shorter sides' {max(*sizes, min_size)}, got {max_size}")
+        if jitter is not None and not 0 < jitter[0] <= jitter[1]:
+            raise ValueError(f"jitter must be a range of positive scales, got {jitter!r}")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must be a probability, got {flip!r}")
+        self.root, self.masks, self.empty_images, self.group_by_shape = Path(root), masks, empty_images, group_by_shape
+        self._names = {"train": train, "val": val, "test": test or val}
+        self._places, self._kept = (images, annotations), categories
+        self.preprocessing = Preprocessing(min_size, max_size, IMAGENET_MEAN, IMAGENET_STD)
+        self._training = training(self.preprocessing, sizes, jitter, flip)
+        self._splits: dict[str, Split] = {}
+
+    def split(self, part: str) -> Split:
+        """What the annotation file of "train", "val" or "test" says; read once."""
+        name = self._names[part]
+        if name not in self._splits:
+            images, annotations = (self.root / place.format(split=name) for place in self._places)
+            if not images.is_dir():
+                raise FileNotFoundError(f"root must hold the images of {part}, got {self.root}: no folder {images}")
+            if not annotations.is_file():
+                raise FileNotFoundError(f"root must hold the annotations of {part}, got {self.root}: no {annotations}")
+            found = read_annotations(annotations, images, self.masks)
+            self._splits[name] = Split(images, found if self._kept is None else found.only(self._kept))
+        return self._splits[name]
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """The categories of the file of `val`, which the others must have too, or those that are kept."""
+        return list(self.split("val").annotations.categories.values())
+
+    @property
+    def num_classes(self) -> int:
+        """How many categories there are; background is none."""
+        return len(self.classes)
+
+    def setup(self, stage: str) -> None:
+        """Reads what the stage needs, and checks that the parts have the same categories."""
+        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
+        wanted = self.split("val").annotations.categories
+        for part in needed:
+            found = self.split(part).annotations.categories
+            if found != wanted:
+                raise ValueError(f"the categories of {part} must be those of val, {wanted}, got {found}")
+        for part in needed:
+            split = self.split(part)
+            if part != "train":
+                setattr(self, f"{part}_set", EvaluationImages(split))
+                continue
+            kept = [image for image in split.annotations.images if self.empty_images or self._has_objects(split, image)]
+            if not kept:
+                raise ValueError(f"the images of train must hold objects, got none in {split.folder}")
+            self.train_set = TrainingImages(split, kept, self._training, self.masks)
+
+    def _has_objects(self, split: Split, image: ImageEntry) -> bool:
+        return any(not one.crowd for one in split.annotations.objects[image.id])
+
+    def _sampler(self, seed: int) -> ResumableSampler:
+        if not self.group_by_shape:
+            return super()._sampler(seed)
+        wide = [image.width >= image.height for image in self.train_set.images]  # type: ignore[attr-defined]
+        replicas, rank = self._processes()
+        return GroupedSampler(wide, self.batch_size, dataset=self.train_set, seed=seed, replicas=replicas, rank=rank)

@@ -1,0 +1,244 @@
+"""Training and evaluating a detector."""
+
+import json
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+
+from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...zoo.checkpoints import load_backbone
+from ..data import IMAGENET_MEAN, IMAGENET_STD
+from ..images import read_image
+from ..module import TaskModule
+from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
+from .models import faster_rcnn, mask_rcnn, retinanet
+from .predictions import write_coco, write_pictures
+from .preprocessing import Preprocessing, to_tensor
+
+MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
+Images = list[Tensor]
+
+
+def warmup_steps_down(
+    step: int, warmup: int, warmup_ratio: float, milestones: Sequence[int], steps_per_epoch: int
+) -> float:
+    """The learning rate at a step, as a factor of its peak: linear from `warmup_ratio` to 1; a tenth at a milestone."""
+    start = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
+    return start * 0.1 ** bisect_right(milestones, step / steps_per_epoch)
+
+
+class Detector(TaskModule):
+    """Faster R-CNN, Mask R-CNN or RetinaNet, trained with SGD, linear warm-up and steps (the paper's 1x recipe).
+
+    Batches are (images, targets) as `COCO` gives them. Logs every loss under train/ and the learning rate as lr at
+    every step, and COCO's twelve numbers under val/ and test/, as box_AP, box_AP50, ..., mask_AP, ... (fractions of 1;
+    -1 where there is no object of that size). Results in COCO's format go to val.bbox.json and val.segm.json in the
+    run's folder.
+
+    A checkpoint carries the model's arguments, class names and preprocessing, for `involution predict`.
+
+    Args:
+        model_name: faster_rcnn, mask_rcnn or retinanet.
+        num_classes: without background; `involution fit` fills it in from the data.
+        backbone: a RedNet or ResNet of timm's registry.
+        neck: "convolution" or "involution", of the pyramid.
+        head: "convolution" or "involution", of RPN and mask head; RetinaNet's is of convolutions.
+        backbone_weights: a checkpoint of a classifier that `involution fit` trained, or a file of weights. None starts
+            from scratch, and then nothing is frozen, whatever the next two say.
+        frozen_stages: so many of the backbone's stages, and its stem, keep the weights from there.
+        norm_eval: the backbone's batch norms keep their statistics from there.
+        backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+        model_kwargs: of torchvision's detector, such as box_detections_per_img.
+        lr: peak learning rate.
+        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
+            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
+            nothing scales.
+        momentum: of SGD.
+        weight_decay: of everything that is trained.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
+        milestones: epochs after which the learning rate is a tenth of what it was.
+        channels_last: the memory format of weights; on CPU involution is fastest with it.
+
+    Raises:
+        FileNotFoundError: backbone_weights is no file.
+        ValueError: an argument does not fit; the data have another number of classes or no masks (once the trainer
+            starts).
+    """
+
+    task = "detect"
+    preprocessing_type = Preprocessing
+    collate = list  # images that `read` returns, as a batch
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        backbone: str = "rednet50",
+        neck: str = "convolution",
+        head: str = "convolution",
+        backbone_weights: str | None = None,
+        frozen_stages: int = 1,
+        norm_eval: bool = True,
+        backbone_kwargs: dict[str, Any] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        lr: float = 0.02,
+        lr_batch_size: int | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.001,
+        milestones: tuple[int, ...] = (),
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__(num_classes, channels_last)
+        self.save_hyperparameters()
+        if model_name not in MODELS:
+            raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
+        options: dict[str, Any] = {"neck": neck, "head": head}
+        if model_name == "retinanet":
+            if head != "convolution":
+                raise ValueError(f"head must be convolution for retinanet, got {head!r}")
+            del options["head"]
+        if backbone_weights is not None:
+            options |= {"frozen_stages": frozen_stages, "norm_eval": norm_eval}
+        # Training images are scaled by the data, in their loading processes.
+        options |= {"backbone_kwargs": backbone_kwargs, "_skip_resize": True, **(model_kwargs or {})}
+        build: Any = MODELS[model_name]
+        self.net = build(backbone, num_classes=num_classes, **options).to(memory_format=self.memory_format)
+        if backbone_weights is not None:
+            left_out = load_backbone(self.net.backbone.body, Path(backbone_weights))
+            rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
+            self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+        self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
+        self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
+        self._found: dict[int, list[Detection]] = {}
+
+    def setup(self, stage: str) -> None:
+        """Takes class names and preprocessing from the data."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and "mask" in self.kinds and not getattr(data, "masks", True):
+            raise ValueError("masks must be true in the data of a model that predicts masks, got false")
+
+    def forward(self, images: Images) -> list[dict[str, Tensor]]:
+        """Images [3, H, W] in 0..1 -> for each boxes [n, 4] in its pixels, labels [n] from 1, scores [n] and masks."""
+        found: list[dict[str, Tensor]] = self._network()(images)
+        return found
+
+    def _network(self) -> Any:
+        """The detector, with the preprocessing that data or checkpoint have brought."""
+        transform, given = self.net.transform, self.preprocessing
+        transform.min_size, transform.max_size = (given.min_size,), given.max_size
+        transform.image_mean, transform.image_std = list(given.mean), list(given.std)
+        return self.net
+
+    def training_step(self, batch: tuple[Images, list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
+        """The sum of the detector's losses."""
+        losses: dict[str, Tensor] = self._network()(*batch)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch[0]))
+        self.log_dict({f"train/{name.removeprefix('loss_')}": one for name, one in losses.items()})
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: tuple[Images, list[dict[str, Any]]], batch_idx: int) -> None:
+        """Keeps what is found."""
+        for target, found in zip(batch[1], self(batch[0]), strict=True):
+            self._found[target["image_id"]] = detections(found)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the twelve numbers under val/."""
+        self._evaluate("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the twelve numbers under test/."""
+        self._evaluate("test")
+
+    def _evaluate(self, part: str) -> None:
+        """All processes' detections are evaluated together, by the first; the others get the numbers."""
+        everything, self._found = self._gathered(), {}
+        numbers: dict[str, float] = {}
+        if self.trainer.is_global_zero:
+            split = self.trainer.datamodule.split(part)  # type: ignore[attr-defined]
+            for kind in self.kinds:
+                numbers |= self._of_kind(kind, part, split.annotations, everything)
+        self.log_dict(self.trainer.strategy.broadcast(numbers))
+
+    def _gathered(self) -> dict[int, list[Detection]]:
+        if self.trainer.world_size == 1:
+            return self._found
+        first = self.trainer.is_global_zero
+        parts: list[Any] | None = [None] * self.trainer.world_size if first else None
+        torch.distributed.gather_object(self._found, parts)
+        return {image: found for part in parts or [] for image, found in part.items()}
+
+    def _of_kind(self, kind: str, part: str, annotations: Any, everything: Any) -> dict[str, float]:
+        categories = list(annotations.categories)
+        results = [one for image, found in everything.items() for one in as_results(image, found, categories, kind)]
+        numbers, summary = average_precision(ground_truth(annotations), results, kind, everything)
+        if not self.trainer.sanity_checking:
+            print(f"{part}, {len(everything)} images, {KINDS[kind]}:", *summary, sep="\n")
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
+        return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
+
+    def read(self, file: Path) -> Tensor:
+        """An image file as the network wants it, [3, H, W]."""
+        image: Tensor = to_tensor()(read_image(file))
+        return image
+
+    def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
+        """What is found in every image; masks as run lengths, which take little memory."""
+        return [detections(found) for found in self(images)]
+
+    def write_predictions(
+        self,
+        outputs: Sequence[list[Detection]],
+        files: Sequence[Path],
+        folder: Path,
+        score_threshold: float = 0.5,
+    ) -> None:
+        """Writes predictions.json in COCO's format, and of every image a picture of what was found in it.
+
+        Args:
+            outputs: of every image, what `predict_step` returned.
+            files: the images.
+            folder: where the results go.
+            score_threshold: what scores less is in predictions.json, but not in the pictures.
+        """
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be in 0..1, got {score_threshold!r}")
+        pictures = write_pictures(folder, files, outputs, self.classes, score_threshold)
+        write_coco(folder / "predictions.json", files, pictures, outputs, self.classes)
+        print(f"wrote {folder / 'predictions.json'} and {len(pictures)} pictures beside it")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """SGD, and the schedule stepped at every batch."""
+        given = self.hparams
+        scale = self.lr_scale(given["lr_batch_size"])
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(
+            trained, lr=given["lr"] * scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
+        )
+        steps = int(self.trainer.estimated_stepping_batches)  # makes the loaders, which know the batches
+        batches = int(self.trainer.num_training_batches)
+        factor = partial(
+            warmup_steps_down,
+            warmup=round(given["warmup_steps"] / scale),
+            warmup_ratio=given["warmup_ratio"],
+            milestones=given["milestones"],
+            steps_per_epoch=max(1, min(steps, -(-batches // self.trainer.accumulate_grad_batches))),
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

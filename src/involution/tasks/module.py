@@ -1,0 +1,92 @@
+"""What the Lightning modules of every task share: class names and preprocessing that travel along, an epoch's time."""
+
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Says how a checkpoint's classes are not the data's."""
+    for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
+        if one != other:
+            return f"the checkpoint's classes must be the data's, but class {index} is {one!r} there and {other!r} here"
+    return f"the checkpoint's classes must be the data's, but they are {len(theirs)} there and {len(ours)} here"
+
+
+class TaskModule(LightningModule):
+    """Takes class names and preprocessing from the data module, and carries them in checkpoints.
+
+    A subclass has `task`, the room that it is of, and `preprocessing_type`, a NamedTuple of plain values. An epoch's
+    wall time, its validation included, is logged as train/seconds.
+
+    Args:
+        num_classes: that the network is made for.
+        channels_last: the memory format of weights and images.
+    """
+
+    task: ClassVar[str]
+    preprocessing_type: ClassVar[Any]
+
+    def __init__(self, num_classes: int, channels_last: bool) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.classes = [str(index) for index in range(num_classes)]
+        self.preprocessing: Any = None
+        self._data_classes: list[str] | None = None
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def setup(self, stage: str) -> None:
+        """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
+        data = getattr(self.trainer, "datamodule", None)
+        if data is not None and hasattr(data, "classes"):
+            self.classes = self._data_classes = list(data.classes)
+            self.preprocessing = getattr(data, "preprocessing", self.preprocessing)
+        found = len(self.classes)
+        if found != self.num_classes:
+            raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
+        preprocessing = self.preprocessing._asdict() if self.preprocessing else None
+        checkpoint["involution"] = {"task": self.task, "classes": self.classes, "preprocessing": preprocessing}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them from there, unless the data have named theirs, which must then be the same classes."""
+        carried = checkpoint.get("involution")
+        if carried is None:
+            return
+        if self._data_classes is None:
+            self.classes = carried["classes"]
+            values = carried["preprocessing"]
+            self.preprocessing = self.preprocessing_type(**values) if values else None
+        elif self._data_classes != carried["classes"]:
+            raise ValueError(_difference(carried["classes"], self._data_classes))
+
+    def on_train_start(self) -> None:
+        """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the epoch's clock."""
+        self._started = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs train/seconds."""
+        self.log("train/seconds", time.perf_counter() - self._started)
+
+    def lr_scale(self, lr_batch_size: int | None) -> float:
+        """How many times as many images as `lr_batch_size` an optimizer step sees; 1 without it.
+
+        Raises:
+            ValueError: there is no data module that knows its batch size.
+        """
+        if not lr_batch_size:
+            return 1.0
+        trainer: Any = self.trainer
+        if not hasattr(trainer.datamodule, "batch_size"):
+            raise ValueError("lr_batch_size wants a data module with a batch_size, and there is none")
+        images = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+        return float(images / lr_batch_size)

@@ -1,0 +1,210 @@
+"""Data of COCO's format: what batches hold, how they are scaled and grouped, what is refused."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from involution.tasks.detect import COCO
+from involution.tasks.detect.annotations import AnnotationError
+from involution.tasks.detect.coco import GroupedSampler
+
+
+def data(root: Path, **options: Any) -> COCO:
+    given = {"num_workers": 0, "min_size": 48, "max_size": 64, "flip": 0.0, **options}
+    made = COCO(str(root), **given)
+    made.setup("fit")
+    return made
+
+
+def test_a_sample_is_as_annotated(coco_folder: Path) -> None:
+    made = data(coco_folder, masks=True)
+    assert made.classes == ["cat", "dog"]
+    assert made.num_classes == 2
+    image, target = made.train_set[1]  # 48x64, as it is
+    assert (image.shape, image.dtype) == ((3, 64, 48), torch.float32)
+    assert type(image) is torch.Tensor
+    assert image.max() <= 1
+    assert target["boxes"].tolist() == [[2, 4, 20, 22], [24, 4, 44, 24]]
+    assert target["labels"].tolist() == [1, 2]
+    assert (target["masks"].shape, target["masks"].dtype) == ((2, 64, 48), torch.uint8)
+    for mask, (left, top, right, bottom) in zip(target["masks"], target["boxes"].int().tolist(), strict=True):
+        assert mask.sum() == (right - left) * (bottom - top) == mask[top:bottom, left:right].sum()
+    assert "masks" not in data(coco_folder).train_set[1][1]
+
+
+def test_objects_are_where_the_pixels_are_after_every_transform(coco_folder: Path) -> None:
+    """The red rectangle is the cat's box and mask after flips, scales and jitter."""
+    seen = set()
+    for options in ({"flip": 1.0}, {"flip": 0.5, "train_min_sizes": [32, 40, 48]}, {"jitter": (0.4, 2.0)}):
+        made = data(coco_folder, masks=True, **options)
+        for seed in range(12):
+            torch.manual_seed(seed)
+            image, target = made.train_set[seed % 4]
+            seen.add(tuple(image.shape[1:]))
+            red = (image[0] > 0.7) & (image[1] < 0.4)
+            cats = [i for i, label in enumerate(target["labels"].tolist()) if label == 1]
+            assert len(cats) == (1 if red.sum() > 30 else len(cats))
+            for cat in cats:
+                left, top, right, bottom = target["boxes"][cat].tolist()
+                rows, columns = torch.where(red)
+                if len(rows) < 80:  # interpolated edges are most of it
+                    continue
+                assert abs(columns.min() - left) <= 1.5
+                assert abs(columns.max() + 1 - right) <= 1.5
+                assert abs(rows.min() - top) <= 1.5
+                assert abs(rows.max() + 1 - bottom) <= 1.5
+                overlap = (red & target["masks"][cat].bool()).sum() / (red | target["masks"][cat].bool()).sum()
+                assert overlap > 0.7
+    assert (64, 64) in seen  # the square of the jitter
+    assert len(seen) > 5
+
+
+def test_longer_sides_are_bounded(coco_folder: Path) -> None:
+    image, _ = data(coco_folder, min_size=60, max_size=60).train_set[0]  # 64x48 -> 60x45
+    assert image.shape == (3, 45, 60)
+
+
+def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco_folder: Path) -> None:
+    made = data(coco_folder, masks=True)
+    assert len(made.train_set) == 6
+    assert len(made.val_set) == 7
+    assert len(made.train_set[5][1]["labels"]) == 2  # and a crowd
+    kept = data(coco_folder, empty_images=True, masks=True)
+    assert len(kept.train_set) == 7
+    target = kept.train_set[6][1]
+    assert target["boxes"].shape == (0, 4)
+    assert target["masks"].shape[0] == 0
+    assert kept.val_set[6][1] == {"image_id": 106}
+    assert kept.val_set[0][0].shape == (3, 48, 64)
+
+
+def test_some_categories_alone(coco_folder: Path) -> None:
+    made = data(coco_folder, categories=["dog"])
+    assert made.classes == ["dog"]
+    assert len(made.train_set) == 3
+    assert [made.train_set[i][1]["labels"].tolist() for i in range(3)] == [[1]] * 3
+
+
+def test_batches_are_of_one_shape(coco_folder: Path) -> None:
+    made = data(coco_folder, batch_size=2, empty_images=True)
+    loader = made.train_dataloader()
+    shapes = [[image.shape[2] >= image.shape[1] for image in images] for images, _ in loader]
+    assert sorted(map(len, shapes)) == [1, 2, 2, 2]
+    assert all(len(set(batch)) == 1 for batch in shapes[:2])
+
+
+@pytest.mark.parametrize(("count", "replicas", "size"), [(53, 1, 4), (53, 2, 4), (8, 3, 2), (3, 1, 8)])
+def test_grouping_keeps_every_image_and_resumes(count: int, replicas: int, size: int) -> None:
+    random = np.random.default_rng(0)
+    wide = random.random(count) < 0.6
+    dataset: Any = range(count)
+
+    def sampler(rank: int) -> GroupedSampler:
+        return GroupedSampler(list(wide), size, dataset=dataset, seed=3, replicas=replicas, rank=rank)
+
+    everything: Counter[int] = Counter()
+    for rank in range(replicas):
+        order = [index for _, index in sampler(rank)]
+        assert len(order) == -(-count // replicas)
+        everything.update(order)
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        mixed = [len({bool(wide[index]) for index in batch}) > 1 for batch in batches]
+        assert sum(mixed) <= 1 + (size > 2)  # what is left over
+        later = sampler(rank)
+        later.resume(0, size)
+        assert [index for _, index in later] == order[size:]
+        later.set_epoch(1)
+        if len(order) > 4:
+            assert [index for _, index in later] != order
+    assert set(everything) == set(range(count))
+    assert sum(everything.values()) - count < replicas
+
+
+def test_cocos_own_images_load(data_folder: Path) -> None:
+    root = data_folder / "coco482"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    made = COCO(str(root), masks=True, min_size=100, max_size=160, num_workers=0, batch_size=8)
+    made.setup("fit")
+    assert made.num_classes == 80
+    assert len(made.val_set) == 188
+    for index in range(0, len(made.train_set), 20):
+        image, target = made.train_set[index]
+        assert min(image.shape[1:]) <= 100
+        assert len(target["masks"]) == len(target["boxes"]) == len(target["labels"])
+        assert target["masks"].shape[1:] == image.shape[1:]
+        # A mask fills part of its box, and reaches no further than a pixel out of it.
+        for mask, (left, top, right, bottom) in zip(target["masks"], target["boxes"].tolist(), strict=True):
+            rows, columns = torch.where(mask > 0)
+            if len(rows):
+                assert columns.min() >= left - 2
+                assert columns.max() <= right + 2
+                assert rows.min() >= top - 2
+                assert rows.max() <= bottom + 2
+
+
+def broken(coco_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(coco_folder, tmp_path / "broken"))
+
+
+def test_an_image_of_another_size_is_named(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    Image.new("RGB", (10, 12)).save(root / "train2017" / "0.png")
+    with pytest.raises(AnnotationError, match=r"image 100 must be 64x48, .*0.png, which is 10x12"):
+        data(root).train_set[0]
+
+
+def test_masks_that_are_wanted_and_not_there_are_named(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][2].pop("segmentation")
+    file.write_text(json.dumps(content))
+    data(root)
+    with pytest.raises(AnnotationError, match=r"annotations\[2\] \(id 3\): segmentation must be there"):
+        data(root, masks=True)
+
+
+def test_other_categories_in_validation_are_refused(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    file = root / "annotations" / "instances_val2017.json"
+    file.write_text(file.read_text().replace('"dog"', '"cow"'))
+    with pytest.raises(ValueError, match="categories of train must be those of val"):
+        data(root)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_size": 0}, "must be at least 1, got 0"),
+        ({"train_min_sizes": []}, "must be at least 1"),
+        ({"min_size": 80}, "max_size must be at least the shorter sides' 80, got 64"),
+        ({"jitter": (0.0, 1.0)}, r"jitter must be a range of positive scales, got \(0.0, 1.0\)"),
+        ({"jitter": (2.0, 1.0)}, "jitter must be a range"),
+        ({"flip": 1.5}, "flip must be a probability, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"categories": ["bird"]}, r"categories must be some of cat, dog, got \['bird'\]"),
+    ],
+)
+def test_bad_arguments(coco_folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data(coco_folder, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train": "nothing"}, "root must hold the images of train, got .*: no folder .*nothing"),
+        ({"annotations": "{split}.json"}, "root must hold the annotations of val, got .*val2017.json"),
+    ],
+)
+def test_missing_files(coco_folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(FileNotFoundError, match=message):
+        data(coco_folder, **options)

@@ -1,0 +1,124 @@
+"""Average precision is COCO's own."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from involution.tasks.detect.annotations import Annotations, read_annotations
+from involution.tasks.detect.coco import runs_of
+from involution.tasks.detect.evaluation import KINDS, NUMBERS, average_precision, detections, ground_truth
+
+
+@pytest.fixture(scope="module")
+def annotations(data_folder: Path) -> Annotations:
+    root = data_folder / "coco482"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    return read_annotations(root / "annotations" / "instances_val2017.json", root / "val2017", masks=True)
+
+
+def theirs(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, images: list[int]) -> dict[str, float]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = COCO()
+        expected.dataset = json.loads(json.dumps(truth))
+        expected.createIndex()
+        evaluation = COCOeval(expected, expected.loadRes(json.loads(json.dumps(results))), KINDS[kind])
+        evaluation.params.imgIds = images
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(NUMBERS, evaluation.stats.tolist(), strict=True))
+
+
+def made_up(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
+    """Objects found a little off, some twice, some as another category, some missed; their scores have ties."""
+    random = np.random.default_rng(seed)
+    categories = list(annotations.categories)
+    results = []
+    for image in annotations.images:
+        for one in annotations.objects[image.id]:
+            for _ in range(random.integers(0, 3)):
+                left, top, width, height = one.box
+                scale = random.lognormal(0, 0.15, 2)
+                moved = random.normal(0, 0.08, 2) * (width, height)
+                box = [left + moved[0], top + moved[1], width * scale[0], height * scale[1]]
+                category = one.category if random.random() < 0.8 else int(random.choice(categories))
+                runs = runs_of(one, (image.height, image.width))
+                if isinstance(runs["counts"], bytes):
+                    runs = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
+                score = round(float(random.random()), 2)
+                found = {"image_id": image.id, "category_id": category, "score": score}
+                results.append({**found, "bbox": box, "segmentation": runs})
+    return results
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+@pytest.mark.parametrize("images", [188, 20])
+def test_the_twelve_numbers_are_pycocotools(annotations: Annotations, kind: str, images: int) -> None:
+    field = {"box": "bbox", "mask": "segmentation"}[kind]
+    results = [
+        {name: one[name] for name in ("image_id", "category_id", "score", field)} for one in made_up(annotations, 0)
+    ]
+    truth = ground_truth(annotations)
+    ids = [image.id for image in annotations.images][:images]
+    ours, summary = average_precision(truth, results, kind, ids)
+    want = theirs(truth, results, kind, ids)
+    assert ours == pytest.approx(want, abs=1e-6)
+    assert 0.1 < ours["AP"] < 0.9
+    assert len(summary) == 12
+    assert summary[0].startswith(" Average Precision  (AP) @[ IoU=0.50:0.95 | area=   all | maxDets=100 ] = 0.")
+
+
+@pytest.mark.parametrize("kind", ["box", "mask"])
+def test_perfect_detections(annotations: Annotations, kind: str) -> None:
+    results = []
+    for image in annotations.images:
+        for one in annotations.objects[image.id]:
+            if not one.crowd:
+                found = {"image_id": image.id, "category_id": one.category, "score": 0.9}
+                shape = {"bbox": list(one.box)} if kind == "box" else {}
+                if kind == "mask":
+                    runs = runs_of(one, (image.height, image.width))
+                    shape = {"segmentation": {"size": runs["size"], "counts": runs["counts"].decode()}}
+                results.append(found | shape)
+    numbers, _ = average_precision(ground_truth(annotations), results, kind, [one.id for one in annotations.images])
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
+        assert numbers[name] == pytest.approx(1.0, abs=1e-9), name
+    nothing, _ = average_precision(ground_truth(annotations), [], kind, [one.id for one in annotations.images])
+    assert nothing["AP"] == 0
+
+
+def test_without_objects_there_is_no_precision(annotations: Annotations) -> None:
+    empty = annotations._replace(objects={image.id: [] for image in annotations.images})
+    numbers, _ = average_precision(ground_truth(empty), [], "box", [one.id for one in empty.images])
+    assert set(numbers.values()) == {-1.0}
+
+
+def test_detections_are_plain_values() -> None:
+    masks = torch.zeros(2, 1, 6, 8)
+    masks[0, 0, 1:4, 2:7] = 0.9
+    masks[1] = 0.4
+    found = detections(
+        {
+            "boxes": torch.tensor([[2.0, 1.0, 7.0, 4.0], [0.0, 0.0, 8.0, 6.0]]),
+            "labels": torch.tensor([3, 1]),
+            "scores": torch.tensor([0.75, 0.5], dtype=torch.bfloat16),
+            "masks": masks,
+        }
+    )
+    assert [one["label"] for one in found] == [3, 1]
+    assert [one["score"] for one in found] == [0.75, 0.5]
+    assert [one["bbox"] for one in found] == [[2, 1, 5, 3], [0, 0, 8, 6]]
+    assert json.loads(json.dumps(found)) == found
+    from pycocotools import mask as tools
+
+    assert [tools.area(one["segmentation"]) for one in found] == [15, 0]
+    assert tools.toBbox(found[0]["segmentation"]).tolist() == [2, 1, 5, 3]

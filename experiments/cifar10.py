@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,11 +24,10 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
 import torch
+from ledger import FOLDER, append, code_version, finished, quoted, write_tables
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
 RESULTS = FOLDER / "cifar10.jsonl"
-RESULTS_PAGE = FOLDER.parent / "results.md"
 # Twins of 14 and 26 layers: the first set, with the recipe's learning rate of 0.1; then, since RedNet turned out to
 # want a larger one, all of it again with 0.3.
 FIRST_EPOCHS, FIRST_SEEDS = 8, {14: (0, 1, 2), 26: (0, 1)}
@@ -98,11 +96,6 @@ def runs() -> Iterator[Run]:
             yield Run(f"first/{depth}/{family}", f"{family}{depth}_cifar", SHARED, FIRST_EPOCHS, seed)
 
 
-def finished() -> list[dict[str, Any]]:
-    """The lines of the results file."""
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
-
-
 def is_done(run: Run, lines: list[dict[str, Any]]) -> bool:
     """Whether a line holds this run, made with these very options."""
     return any((line["name"], line["seed"], line["options"]) == (run.name, run.seed, run.options) for line in lines)
@@ -141,29 +134,6 @@ def train(run: Run, root: str, threads: int, commit: str) -> dict[str, Any]:
     }
 
 
-def git(*arguments: str) -> str:
-    """What git says, in this repository; its errors go to stderr, and a commit that failed waits for the next."""
-    return subprocess.run(["git", *arguments], cwd=FOLDER, check=False, stdout=subprocess.PIPE, text=True).stdout
-
-
-def append(line: dict[str, Any], commit: bool) -> None:
-    """One line more in the results file, on disk and, if asked for, in a commit of its own."""
-    rounded = {name: round_floats(value) for name, value in line.items()}
-    with RESULTS.open("a") as stream:
-        stream.write(json.dumps(rounded) + "\n")
-    if commit:
-        git("add", str(RESULTS))
-        message = f"CIFAR-10: {line['name']}, seed {line['seed']}: {line['test_accuracy']:.2%}"
-        git("commit", "--quiet", "--only", "-m", message, "--", str(RESULTS))
-
-
-def round_floats(value: Any) -> Any:
-    """Floats to four decimals, in lists too."""
-    if isinstance(value, list):
-        return [round_floats(one) for one in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 def main(arguments: list[str]) -> None:
     """Lists, runs or reports."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,43 +145,33 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
     given = parser.parse_args(arguments)
     if given.what == "report":
-        report(finished())
+        report(finished(RESULTS))
         return
     if given.what == "time":
         print(time_table(given.threads))
         return
     if given.what == "run" and given.root is None:
         parser.error("run wants --root")
-    commit = git("describe", "--always", "--dirty", "--exclude", "*").strip()  # of the code that runs
+    commit = code_version()
     for run in runs():
         if not run.name.startswith(given.only) or given.seed not in (None, run.seed):
             continue
-        done = is_done(run, finished())
+        done = is_done(run, finished(RESULTS))
         if given.what == "list":
             print(
                 "done" if done else "open", f"{run.name} (seed {run.seed}): involution fit", *map(quoted, run.options)
             )
         elif not done:
             line = train(run, given.root, given.threads, commit)
-            append(line, given.commit)
-            print(f"{run.name}, seed {run.seed}: {line['test_accuracy']:.2%} in {line['seconds']:.0f} s", flush=True)
-
-
-def quoted(option: str) -> str:
-    """As a shell wants it."""
-    return f"'{option}'" if " " in option or "{" in option else option
+            what = f"{run.name}, seed {run.seed}: {line['test_accuracy']:.2%}"
+            append(RESULTS, line, f"CIFAR-10: {what}" if given.commit else None)
+            print(f"{what} in {line['seconds']:.0f} s", flush=True)
 
 
 def report(lines: list[dict[str, Any]]) -> None:
     """Writes the tables into docs/results.md, and draws its pictures."""
-    page = RESULTS_PAGE.read_text()
-    for name, table in tables(lines).items():
-        before, start, rest = page.partition(f"<!-- table: {name} -->\n")
-        after = rest.partition("<!-- end -->")[2]
-        page = f"{before}{start}{table}\n<!-- end -->{after}"
-        print(table, end="\n\n")
-    RESULTS_PAGE.write_text(page)
-    for file in (RESULTS_PAGE, draw_twins(lines), draw_ablations(lines)):
+    write_tables(tables(lines))
+    for file in (draw_twins(lines), draw_ablations(lines)):
         print(f"wrote {file}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ def cifar10() -> ModuleType:
     spec = importlib.util.spec_from_file_location("cifar10", ROOT / "experiments" / "cifar10.py")
     assert spec is not None
     assert spec.loader is not None
+    sys.path.insert(0, str(ROOT / "experiments"))  # as Python does for a script
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -22,7 +24,7 @@ def cifar10() -> ModuleType:
 
 def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text()
-    tables = cifar10.tables(cifar10.finished())
+    tables = cifar10.tables(cifar10.finished(cifar10.RESULTS))
     assert set(tables) == {"twins", "first", "ablations", "recipes"}
     for name, table in tables.items():
         assert table.count("\n") > 2, name
@@ -30,7 +32,7 @@ def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
 
 
 def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:
-    lines = cifar10.finished()
+    lines = cifar10.finished(cifar10.RESULTS)
     keys = [(line["name"], line["seed"]) for line in lines]
     assert len(keys) == len(set(keys))
     runs = {(run.name, run.seed): run for run in cifar10.runs()}

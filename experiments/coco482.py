@@ -1,0 +1,118 @@
+"""The detection rehearsal of docs/results.md: persons in 482 photographs of COCO, involutions against convolutions.
+
+    python experiments/coco482.py list                        what there is, and which of it is done
+    python experiments/coco482.py run --root DATA --commit    trains what is not done yet
+    python experiments/coco482.py report                      puts its table into docs/results.md
+
+A run is exactly `involution fit` with the options shown by `list`, then COCO's twelve numbers of the validation images
+with the weights of its last epoch. It appends a line to docs/results/coco482.jsonl.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
+
+import torch
+from ledger import FOLDER, append, code_version, finished, quoted, write_tables
+
+RESULTS = FOLDER / "coco482.jsonl"
+SIZE = (192, 288)  # pixels of the shorter side, and at most of the longer one
+# From scratch, so with a group norm: running statistics of four images say little.
+SHARED = [
+    *("-c", "faster_rcnn_rednet50_neck_head_fpn_1x", "--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}'),
+    *("--data.categories", '["person"]', "--data.min_size", str(SIZE[0]), "--data.max_size", str(SIZE[1])),
+    *("--data.batch_size", "4", "--model.lr_batch_size", "null", "--model.lr", "0.01", "--model.warmup_steps", "50"),
+    *("--model.milestones", "[16, 19]", "--trainer.max_epochs", "20", "--trainer.check_val_every_n_epoch", "10"),
+    *("--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "10"),
+]
+INVOLUTION, CONVOLUTION = (("--model.neck", what, "--model.head", what) for what in ("involution", "convolution"))
+RUNS = {
+    "RedNet-26, involution in neck and head": [*SHARED, "--model.backbone", "rednet26", *INVOLUTION],
+    "ResNet-26, convolutions": [*SHARED, "--model.backbone", "resnet26_paper", *CONVOLUTION],
+}
+
+
+def train(name: str, seed: int, root: str, threads: int) -> dict[str, Any]:
+    """Trains, evaluates, and returns the line."""
+    from involution.cost import multiply_adds, parameters
+    from involution.cost.detectors import CountedRCNN
+    from involution.show.curves import read_curve
+    from involution.tasks.command import run as involution
+
+    torch.set_num_threads(threads)
+    options = [*RUNS[name], "--seed_everything", str(seed)]
+    commit, started = code_version(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
+        cli = involution(["fit", *options, *where, *quiet])
+        numbers = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("val/")}
+        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
+        losses, seconds = (read_curve(log, which)[1] for which in ("train/loss", "train/seconds"))
+    return {
+        "name": name,
+        "seed": seed,
+        "options": options,
+        **{key.removeprefix("val/"): value for key, value in numbers.items()},
+        "train_loss": losses,
+        "parameters": parameters(cli.model.net),
+        "multiply_adds": multiply_adds(CountedRCNN(cli.model.net), (3, *SIZE)),
+        "seconds_of_epochs": seconds,
+        "seconds": time.perf_counter() - started,
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": commit,
+    }
+
+
+def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The table in Markdown."""
+    rows = [
+        "| Faster R-CNN of | AP | AP50 | AP75 | AR100 | parameters | multiply-adds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in RUNS:
+        for line in (line for line in lines if line["name"] == name):
+            numbers = " | ".join(f"{100 * line[f'box_{what}']:.1f}" for what in ("AP", "AP50", "AP75", "AR100"))
+            cost = f"{line['parameters'] / 1e6:.2f} M | {line['multiply_adds'] / 1e9:.2f} G"
+            rows.append(f"| {name} | {numbers} | {cost} |")
+    return {"coco482": "\n".join(rows)}
+
+
+def main(arguments: list[str]) -> None:
+    """Lists, runs or reports."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["list", "run", "report"])
+    parser.add_argument("--root", help="a folder of COCO's format, as --data.root of the recipe")
+    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
+    given = parser.parse_args(arguments)
+    if given.what == "report":
+        write_tables(tables(finished(RESULTS)))
+        return
+    if given.what == "run" and given.root is None:
+        parser.error("run wants --root")
+    for name, options in RUNS.items():
+        if not name.startswith(given.only):
+            continue
+        done = any((line["name"], line["seed"]) == (name, given.seed) for line in finished(RESULTS))
+        if given.what == "list":
+            command = " ".join(map(quoted, [*options, "--seed_everything", str(given.seed)]))
+            print("done" if done else "open", f"{name}: involution fit {command}")
+        elif not done:
+            line = train(name, given.seed, given.root, given.threads)
+            what = f"{name}, seed {given.seed}: AP {100 * line['box_AP']:.1f}"
+            append(RESULTS, line, f"COCO-482: {what}" if given.commit else None)
+            print(f"{what} in {line['seconds']:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -5,6 +5,7 @@ Where the neck is of involution, every 3x3 convolution of the pyramid is a 7x7 i
 the RPN and those of the mask head.
 """
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
 
 from ...nn import Involution2d
@@ -129,9 +131,15 @@ def retinanet(
     frozen_stages: int = 0,
     norm_eval: bool = False,
     backbone_kwargs: dict[str, Any] | None = None,
+    head_norm_groups: int | None = None,
     **kwargs: Any,
 ) -> RetinaNet:
-    """RetinaNet on levels from stride 8 to 128; arguments as in `faster_rcnn`. Its head is of convolutions."""
+    """RetinaNet on levels from stride 8 to 128; arguments as in `faster_rcnn`. Its head is of convolutions.
+
+    Args:
+        head_norm_groups: of group norms in the head; None has no norms there, as published. From scratch the head
+            hardly learns without them.
+    """
     pyramid = PyramidBackbone(
         backbone,
         neck,
@@ -142,7 +150,10 @@ def retinanet(
         norm_eval=norm_eval,
         **(backbone_kwargs or {}),
     )
-    return LabelledRetinaNet(pyramid, num_classes, anchor_generator=_retina_anchors(), **kwargs)
+    anchors = _retina_anchors()
+    norm = None if head_norm_groups is None else partial(nn.GroupNorm, head_norm_groups)
+    head = RetinaNetHead(CHANNELS, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
+    return LabelledRetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **kwargs)
 
 
 def _retina_anchors() -> AnchorGenerator:

@@ -151,8 +151,8 @@ class Detector(TaskModule):
 
     def validation_step(self, batch: tuple[Images, list[dict[str, Any]]], batch_idx: int) -> None:
         """Keeps what is found."""
-        for target, found in zip(batch[1], self(batch[0]), strict=True):
-            self._found[target["image_id"]] = detections(found)
+        for target, found in zip(batch[1], self._detections(batch[0]), strict=True):
+            self._found[target["image_id"]] = found
 
     test_step = validation_step
 
@@ -167,11 +167,12 @@ class Detector(TaskModule):
     def _evaluate(self, part: str) -> None:
         """All processes' detections are evaluated together, by the first; the others get the numbers."""
         everything, self._found = self._gathered(), {}
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks the other processes
         numbers: dict[str, float] = {}
         if self.trainer.is_global_zero:
-            split = self.trainer.datamodule.split(part)  # type: ignore[attr-defined]
+            annotations = self.trainer.datamodule.split(part).annotations  # type: ignore[attr-defined]
             for kind in self.kinds:
-                numbers |= self._of_kind(kind, part, split.annotations, everything)
+                numbers |= self._of_kind(kind, part, annotations, everything, folder)
         self.log_dict(self.trainer.strategy.broadcast(numbers))
 
     def _gathered(self) -> dict[int, list[Detection]]:
@@ -182,13 +183,12 @@ class Detector(TaskModule):
         torch.distributed.gather_object(self._found, parts)
         return {image: found for part in parts or [] for image, found in part.items()}
 
-    def _of_kind(self, kind: str, part: str, annotations: Any, everything: Any) -> dict[str, float]:
+    def _of_kind(self, kind: str, part: str, annotations: Any, everything: Any, folder: Path) -> dict[str, float]:
         categories = list(annotations.categories)
         results = [one for image, found in everything.items() for one in as_results(image, found, categories, kind)]
         numbers, summary = average_precision(ground_truth(annotations), results, kind, everything)
         if not self.trainer.sanity_checking:
             print(f"{part}, {len(everything)} images, {KINDS[kind]}:", *summary, sep="\n")
-            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
@@ -200,7 +200,11 @@ class Detector(TaskModule):
 
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
         """What is found in every image; masks as run lengths, which take little memory."""
-        return [detections(found) for found in self(images)]
+        return self._detections(images)
+
+    def _detections(self, images: Images) -> list[list[Detection]]:
+        """Of one image at a time: in a batch, what is found depends on how much of it is padding."""
+        return [detections(self([image])[0]) for image in images]
 
     def write_predictions(
         self,

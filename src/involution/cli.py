@@ -84,7 +84,7 @@ def _cost(rest: list[str]) -> int:
 def _bench(rest: list[str]) -> int:
     if _lacks("bench", _BENCH_EXTRA, "bench"):
         return 1
-    if {"loading", "all"} & set(rest) and _lacks("bench loading", _TASKS_EXTRA, "tasks"):
+    if {"loading", "detection", "all"} & set(rest) and _lacks("bench loading, detection", _TASKS_EXTRA, "tasks"):
         return 1
     from .bench.command import main as bench
 

@@ -38,6 +38,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
         "overhead": kernels.overhead(0.0),
         "paper": paper.paper(SMALL, [2]),
         "loading": loading.loading(0.0, 2, ["rednet14_cifar"]),
+        "detection": memory.detection(160, 224),
     }
 
 
@@ -48,7 +49,7 @@ def test_every_subject_is_measured_printed_written_and_drawn(
     for subject, some in rows.items():
         assert some, subject
         assert all(math.isfinite(value) for value in numbers(some)), subject
-        if subject != "memory":  # so small a layer may find room in what the process has
+        if subject not in ("memory", "detection"):  # so small a layer may find room in what the process has
             assert all(value > 0 for value in numbers(some)), subject
     assert len(rows["layers"]) == 3 * len(SMALL) * 2
     assert len(rows["threads"]) == 4 * len(SMALL)

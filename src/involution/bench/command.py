@@ -16,14 +16,17 @@ from . import kernels
 from .baselines import Prototype
 from .cases import CASES, NECK, Case
 from .loading import loading
-from .memory import memory
+from .memory import detection, memory
 from .models import models, training
 from .paper import paper
 from .report import print_tables, write
 from .roof import measure_roof
 from .timer import Row
 
-SUBJECTS = ("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper", "loading")
+SUBJECTS = (
+    *("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper", "loading"),
+    "detection",
+)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,6 +66,8 @@ def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Pro
         return [row for some, batches in usual for row in per_case[subject](some, batches)]
     if subject == "models":
         return models(options.batch, 10 * seconds, device=device)
+    if subject == "detection":
+        return detection()
     if subject == "loading":
         return loading(2 * seconds)
     if subject == "training":

@@ -1,4 +1,4 @@
-"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient.
+"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient; and of a detector.
 
 Every measurement is a process of its own: python -m involution.bench.memory WHAT CHANNELS HEIGHT WIDTH prints MiB.
 """
@@ -32,13 +32,26 @@ def memory(case: Case = NECK) -> list[Row]:
     mib = 4 * case.channels * case.height * case.width / 2**20
     rows = []
     for what, title in MEMORY_CASES.items():
-        command = [sys.executable, "-m", "involution.bench.memory", what]
-        command += [str(size) for size in (case.channels, case.height, case.width)]
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-        printed = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
-        row = {"what": title, "case": case.name, "batch": 1, "MiB": float(printed.split()[-1])}
+        row = {"what": title, "case": case.name, "batch": 1}
+        row["MiB"] = _in_a_process(what, case.channels, case.height, case.width)
         rows.append(row | {"x, MiB": mib, "y, MiB": mib, "h, MiB": mib / 4})
     return rows
+
+
+def detection(height: int = 800, width: int = 1333) -> list[Row]:
+    """Extra peak memory of a training step of Faster R-CNN (RedNet-50, involution in neck and head), in MiB."""
+    titles = {"detector": "involution", "detector-unfold": "unfold in the place of every involution"}
+    return [
+        {"what": title, "image": f"3x{height}x{width}", "batch": 1, "MiB": _in_a_process(what, 3, height, width)}
+        for what, title in titles.items()
+    ]
+
+
+def _in_a_process(what: str, channels: int, height: int, width: int) -> float:
+    command = [sys.executable, "-m", "involution.bench.memory", what, *map(str, (channels, height, width))]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    printed = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(printed.split()[-1])
 
 
 def measure(what: str, channels: int, height: int, width: int) -> float:
@@ -63,6 +76,35 @@ def measure(what: str, channels: int, height: int, width: int) -> float:
     return _peak(lambda: run(x, g))
 
 
+class Unfolded(Involution2d):
+    """An involution as most ports compute it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, h, w]."""
+        return unfold(input, self.generator(input), self.stride[0])
+
+
+def measure_detector(what: str, height: int, width: int) -> float:
+    """The peak of a training step on one image, in MiB above what was resident before it."""
+    from ..tasks.detect import faster_rcnn  # wants torchvision
+
+    torch.manual_seed(0)
+    model = faster_rcnn("rednet50", "involution", "involution", _skip_resize=True).train()
+    model.to(memory_format=torch.channels_last)
+    if what.endswith("unfold"):
+        for module in model.modules():
+            if type(module) is Involution2d:
+                module.__class__ = Unfolded
+
+    def step(height: int, width: int) -> None:
+        box = torch.tensor([[0.1, 0.2, 0.6, 0.7]]) * torch.tensor([width, height, width, height])
+        targets = [{"boxes": box, "labels": torch.tensor([1])}]
+        torch.stack(list(model([torch.rand(3, height, width)], targets).values())).sum().backward()
+
+    step(96, 128)  # what is made once is made now: gradients, too
+    return _peak(lambda: step(height, width))
+
+
 def _peak(run: Callable[[], None]) -> float:
     before, peak, done = _resident(), [0.0], threading.Event()
 
@@ -84,4 +126,6 @@ def _resident() -> float:
 
 
 if __name__ == "__main__":
-    print(measure(sys.argv[1], *(int(size) for size in sys.argv[2:5])))
+    channels, height, width = (int(size) for size in sys.argv[2:5])
+    detector = sys.argv[1].startswith("detector")
+    print(measure_detector(sys.argv[1], height, width) if detector else measure(sys.argv[1], channels, height, width))

@@ -11,15 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def cifar10() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cifar10", ROOT / "experiments" / "cifar10.py")
+def experiment(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     sys.path.insert(0, str(ROOT / "experiments"))  # as Python does for a script
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def cifar10() -> ModuleType:
+    return experiment("cifar10")
 
 
 def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
@@ -29,6 +33,15 @@ def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
     for name, table in tables.items():
         assert table.count("\n") > 2, name
         assert table in page, f"{name}: run python experiments/cifar10.py report"
+
+
+def test_the_detection_table_is_that_of_its_results_file() -> None:
+    coco482 = experiment("coco482")
+    lines = coco482.finished(coco482.RESULTS)
+    assert {line["name"] for line in lines} == set(coco482.RUNS)
+    assert all(line["options"] == [*coco482.RUNS[line["name"]], "--seed_everything", "0"] for line in lines)
+    [table] = coco482.tables(lines).values()
+    assert table in (ROOT / "docs" / "results.md").read_text(), "run python experiments/coco482.py report"
 
 
 def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:

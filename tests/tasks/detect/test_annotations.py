@@ -166,3 +166,17 @@ def test_boxes_may_be_rounded_over_the_edge(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["annotations"][0]["bbox"] = [-0.5, 0, 41, 30.4]
     assert read_annotations(write(tmp_path, content), tmp_path).objects[10][0].box == (-0.5, 0, 41, 30.4)
+
+
+def test_bad_objects_can_be_left_out(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["annotations"][0]["bbox"] = [1, 2, 10, 0]
+    file = write(tmp_path, content)
+    with pytest.warns(
+        RuntimeWarning, match=r"left out 1 objects, the first: .*annotations\[0\] \(id 1\): bbox must be"
+    ):
+        found = read_annotations(file, tmp_path, on_error="skip")
+    assert [one.id for one in found.objects[10]] == [2]
+    content["images"][1]["width"] = 0
+    with pytest.raises(AnnotationError, match=r"images\[1\] \(id 11\): width"):
+        read_annotations(write(tmp_path, content), tmp_path, on_error="skip")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,13 +65,15 @@ class AnnotationError(ValueError):
     """An annotation file, or an entry of it, is not as COCO's are; the message names the entry."""
 
 
-def read_annotations(file: Path, image_folder: Path, masks: bool = False) -> Annotations:
+def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_error: str = "raise") -> Annotations:
     """Reads and checks an annotation file.
 
     Args:
         file: COCO's instances JSON: images, categories and annotations.
         image_folder: where the images are; each must be there.
         masks: every object must have a segmentation.
+        on_error: "raise", or "skip" to leave out objects that are not right, with a warning that names the first; images
+            and categories must be right in any case.
 
     Raises:
         AnnotationError: an entry is not right; the first one is named.
@@ -97,11 +100,19 @@ def read_annotations(file: Path, image_folder: Path, masks: bool = False) -> Ann
         images[entry.new_id(images)] = image
     objects: dict[int, list[ObjectEntry]] = {image: [] for image in images}
     seen: set[int] = set()
+    problems: list[AnnotationError] = []
     for entry in _entries(file, content, "annotations"):
-        seen.add(entry.new_id(seen))
-        where = entry.value("image_id", int, "an image's id")
-        entry.check(where in images, "image_id", "the id of an image of this file", where)
-        objects[where].append(_object(entry, images[where], categories, masks))
+        try:
+            seen.add(entry.new_id(seen))
+            where = entry.value("image_id", int, "an image's id")
+            entry.check(where in images, "image_id", "the id of an image of this file", where)
+            objects[where].append(_object(entry, images[where], categories, masks))
+        except AnnotationError as error:
+            if on_error == "raise":
+                raise
+            problems.append(error)
+    if problems:
+        warnings.warn(f"left out {len(problems)} objects, the first: {problems[0]}", RuntimeWarning, stacklevel=1)
     return Annotations(list(images.values()), categories, objects)
 
 

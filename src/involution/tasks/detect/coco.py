@@ -155,6 +155,8 @@ class COCO(TaskData):
         masks: read masks, which Mask R-CNN wants.
         empty_images: train on images without objects, too; they are always evaluated.
         group_by_shape: training batches are of wide images or of tall ones.
+        on_error: "raise" where the entry of an object is not right, or "skip" to leave it out, after a warning. COCO's
+            own training file has a box of no area.
 
     Raises:
         AnnotationError: an entry of an annotation file is not right; the first one is named.
@@ -183,6 +185,7 @@ class COCO(TaskData):
         masks: bool = False,
         empty_images: bool = False,
         group_by_shape: bool = True,
+        on_error: str = "raise",
     ) -> None:
         super().__init__(batch_size, num_workers)
         sizes = [min_size] if train_min_sizes is None else train_min_sizes
@@ -194,8 +197,11 @@ class COCO(TaskData):
             raise ValueError(f"max_size must be at least the shorter sides' {max(*sizes, min_size)}, got {max_size}")
         if jitter is not None and not 0 < jitter[0] <= jitter[1]:
             raise ValueError(f"jitter must be a range of positive scales, got {jitter!r}")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, got {flip!r}")
+        self.on_error = on_error
         self.root, self.masks, self.empty_images, self.group_by_shape = Path(root), masks, empty_images, group_by_shape
         self._names = {"train": train, "val": val, "test": test or val}
         self._places, self._kept = (images, annotations), categories
@@ -212,7 +218,7 @@ class COCO(TaskData):
                 raise FileNotFoundError(f"root must hold the images of {part}, got {self.root}: no folder {images}")
             if not annotations.is_file():
                 raise FileNotFoundError(f"root must hold the annotations of {part}, got {self.root}: no {annotations}")
-            found = read_annotations(annotations, images, self.masks)
+            found = read_annotations(annotations, images, self.masks, self.on_error)
             self._splits[name] = Split(images, found if self._kept is None else found.only(self._kept))
         return self._splits[name]
 

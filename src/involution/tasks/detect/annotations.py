@@ -72,8 +72,8 @@ def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_err
         file: COCO's instances JSON: images, categories and annotations.
         image_folder: where the images are; each must be there.
         masks: every object must have a segmentation.
-        on_error: "raise", or "skip" to leave out objects that are not right, with a warning that names the first; images
-            and categories must be right in any case.
+        on_error: "raise", or "skip" to leave out objects that are not right, with a warning that names the first;
+            images and categories must be right in any case.
 
     Raises:
         AnnotationError: an entry is not right; the first one is named.

@@ -84,6 +84,15 @@ def test_retinanet_learns_the_label_that_it_is_given() -> None:
     assert given[0]["labels"].tolist() == [1, 3]  # the caller's are left alone
 
 
+def test_group_norms_in_retinanets_head() -> None:
+    def norms(**options: Any) -> list[int]:
+        found = [m for m in retinanet(**SMALL, **options).head.modules() if isinstance(m, nn.GroupNorm)]
+        return [norm.num_groups for norm in found]
+
+    assert norms() == []
+    assert norms(head_norm_groups=32) == [32] * 8
+
+
 def test_predictors_pad_a_background_of_zeros() -> None:
     boxes, masks = BoxPredictor(8, 3), MaskPredictor(8, 8, 3)
     scores, deltas = boxes(torch.randn(5, 8))

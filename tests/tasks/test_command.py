@@ -35,8 +35,9 @@ def write_tree(root):
     return root
 
 
-def test_every_recipe_is_tried_below():
-    assert set(recipes()) == {
+def test_every_classifiers_recipe_is_tried_below():
+    """The detectors' are in detect/test_detector.py."""
+    assert {name for name in recipes() if not name.endswith("_fpn_1x")} == {
         "cifar10_rednet26",
         "cifar10_resnet26",
         "digits_rednet",

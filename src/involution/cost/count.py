@@ -20,8 +20,8 @@ class Operation(NamedTuple):
     """What one call of a module costs, for one image.
 
     `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
-    count besides: one for every number that a bias is added to in a convolution, that a ReLU makes or that a pooling
-    reads, and two for every number that a batch norm reads.
+    count besides: one for every number that a bias is added to in a convolution, that a ReLU or an upsampling makes or that
+    a pooling reads, and two for every number that a batch norm reads, unless it is synchronised: those count nothing.
     """
 
     module: str  # as named_modules() calls it
@@ -102,7 +102,7 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
     if isinstance(module, _INVOLUTIONS):
         return math.prod(module.kernel_size) * output.numel(), 0
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return 0, 2 * input.numel()
-    if isinstance(module, nn.ReLU):
+        return 0, 0 if isinstance(module, nn.SyncBatchNorm) else 2 * input.numel()
+    if isinstance(module, nn.ReLU | nn.Upsample):
         return 0, output.numel()
     return (0, input.numel()) if isinstance(module, _POOLS) else None

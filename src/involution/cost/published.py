@@ -10,6 +10,8 @@ from torch import nn
 
 from .. import zoo
 from ..tasks.detect import faster_rcnn, mask_rcnn, retinanet
+from ..tasks.segment import SemanticFPN, UPerNet
+from ..tasks.sync_batch_norm import norms_of_involutions, synchronised
 from .count import Cost, cost
 from .detectors import CountedRCNN, CountedRetinaNet
 
@@ -84,6 +86,19 @@ def _detector(
     return Row(name, printed, released, counted, left_out, (3, 1280, 800))
 
 
+def _segmenter(
+    name: str, printed: tuple[float, float] | None, make: Callable[..., nn.Module], backbone: str, **options: Any
+) -> Row:
+    """At 2048x1024, with batch norms synchronised but for those of involutions."""
+
+    def model() -> nn.Module:
+        stem = {"stem_kernel_size": 7} if backbone.startswith("rednet") else {}
+        network = make(backbone, **stem, **options)
+        return synchronised(network, norms_of_involutions(network))
+
+    return Row(name, printed, model, model, input_size=(3, 2048, 1024))
+
+
 ROWS = (
     _rednet(26, 9.23, 1.73),
     _rednet(38, 12.39, 2.22),
@@ -103,9 +118,14 @@ ROWS = (
     _detector("Mask R-CNN, inv, inv", (29.5, 104.6), mask_rcnn, neck=_INV, head=_INV),
     _detector("RetinaNet, conv neck", (27.8, 210.1), retinanet, stem=3),
     _detector("RetinaNet, inv neck", (26.3, 199.9), retinanet, neck=_INV),
+    _segmenter("Semantic FPN, conv neck", (18.5, 293.9), SemanticFPN, "rednet50"),
+    _segmenter("Semantic FPN, inv neck", (16.4, 205.2), SemanticFPN, "rednet50", neck=_INV),
+    _segmenter("UPerNet", (56.4, 1825.6), UPerNet, "rednet50"),
     _detector("Faster R-CNN R50", None, faster_rcnn, backbone="resnet50"),
     _detector("Mask R-CNN R50", None, mask_rcnn, left_out=_MASK_TAIL, backbone="resnet50"),
     _detector("RetinaNet R50", None, retinanet, backbone="resnet50"),
+    _segmenter("Semantic FPN R50", None, SemanticFPN, "resnet50c"),
+    _segmenter("UPerNet R50", None, UPerNet, "resnet50c"),
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -64,6 +65,10 @@ class TaskModule(LightningModule):
             self.preprocessing = self.preprocessing_type(**values) if values else None
         elif self._data_classes != carried["classes"]:
             raise ValueError(_difference(carried["classes"], self._data_classes))
+
+    def plain_norms(self) -> list[nn.Module]:
+        """The batch norms that `--trainer.sync_batchnorm true` leaves alone."""
+        return []
 
     def on_train_start(self) -> None:
         """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""

@@ -1,11 +1,17 @@
 """Batch norm over the images of all processes: torch's on GPUs, and one for CPUs, which torch's refuses."""
 
+from collections.abc import Collection
+from itertools import pairwise
+
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed import is_initialized
 from torch.distributed.nn.functional import all_reduce
+
+from ..nn import Involution2d
+from .module import TaskModule
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -44,8 +50,27 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_(variance.to(self.running_var.dtype), step)
 
 
+def norms_of_involutions(model: nn.Module) -> list[nn.Module]:
+    """Those that stay plain in the paper's segmenters: kernel generators' own, and the stem's after its involution."""
+    found = [part for module in model.modules() if isinstance(module, Involution2d) for part in module.modules()]
+    chains = [pairwise(module) for module in model.modules() if isinstance(module, nn.Sequential)]
+    found += [after for chain in chains for before, after in chain if isinstance(before, Involution2d)]
+    return [module for module in found if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def synchronised(model: nn.Module, plain: Collection[nn.Module] = ()) -> nn.Module:
+    """The network with torch's SyncBatchNorm for its batch norms, but for those in `plain`; parameters are shared."""
+    kept = {name: module for name, module in model.named_modules() if module in plain}
+    converted: nn.Module = convert_sync_batchnorm(model)
+    for name, module in kept.items():
+        converted.set_submodule(name, module)
+    return converted
+
+
 class SyncBatchNorms(LayerSync):
     """What `--trainer.sync_batchnorm true` means: the network's batch norms share their statistics.
+
+    Those that a Lightning module names in `plain_norms` do not.
 
     Args:
         on_cpu: where the network will be; when norms are converted, it is not there yet.
@@ -60,10 +85,12 @@ class SyncBatchNorms(LayerSync):
         Raises:
             ValueError: on a CPU, a batch norm is of a class of its own, such as timm's BatchNormAct2d.
         """
+        plain = model.plain_norms() if isinstance(model, TaskModule) else []
         if not self.on_cpu:
-            converted: nn.Module = convert_sync_batchnorm(model)
-            return converted
+            return synchronised(model, plain)
         for name, module in model.named_modules():
+            if module in plain:
+                continue
             if type(module) in _PLAIN:
                 module.__class__ = SyncBatchNorm
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not SyncBatchNorm:

@@ -1,0 +1,160 @@
+"""Semantic FPN and UPerNet on RedNet and ResNet, as the paper's segmentation has them (section 4.3).
+
+Both return a dictionary, as torchvision's segmentation models do: "out", logits of the image's size, and in training,
+where there is an auxiliary head, "aux".
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import Conv2dNormActivation
+
+from ...zoo.fpn import PyramidBackbone
+
+Logits = dict[str, Tensor]
+
+
+def _resized(x: Tensor, like: Tensor) -> Tensor:
+    """Bilinear, to the height and width of another tensor."""
+    size = like.shape[-2:]
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+class Classify(nn.Sequential):
+    """Dropout of whole channels, and a 1x1 convolution: [N, in_channels, H, W] -> [N, num_classes, H, W]."""
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__(nn.Dropout2d(dropout), nn.Conv2d(in_channels, num_classes, 1))
+
+
+class SemanticFPN(nn.Module):
+    """Panoptic FPN's branch for semantic segmentation (Kirillov et al., CVPR 2019).
+
+    Every level of the pyramid goes through 3x3 convolutions, each followed by upsampling, until it has stride 4; the
+    four are added.
+
+    Args:
+        backbone: a RedNet or ResNet of timm's registry.
+        neck: "convolution" or "involution", of the pyramid.
+        num_classes: of the logits.
+        channels: of the head.
+        dropout: before the last convolution.
+        **backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+
+    Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}.
+
+    Raises:
+        ValueError: neck is neither.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "rednet50",
+        neck: str = "convolution",
+        num_classes: int = 19,
+        channels: int = 128,
+        dropout: float = 0.1,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.backbone = PyramidBackbone(backbone, neck, **backbone_kwargs)
+        width = self.backbone.out_channels
+        self.branches = nn.ModuleList(_branch(level, width, channels) for level in range(4))
+        self.classify = Classify(channels, num_classes, dropout)
+
+    def forward(self, images: Tensor) -> Logits:
+        """[N, 3, H, W] -> {"out": [N, num_classes, H, W]}."""
+        levels = self.backbone(images).values()
+        first, *others = (branch(level) for branch, level in zip(self.branches, levels, strict=True))
+        for other in others:
+            first = first + _resized(other, first)  # of other size only where the image's is no multiple of 32
+        return {"out": _resized(self.classify(first), images)}
+
+
+def _branch(level: int, in_channels: int, channels: int) -> nn.Sequential:
+    """From stride 4 * 2**level to 4."""
+    steps: list[nn.Module] = []
+    for _ in range(max(1, level)):
+        steps.append(Conv2dNormActivation(in_channels, channels, 3))
+        if level:
+            steps.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        in_channels = channels
+    return nn.Sequential(*steps)
+
+
+class PyramidPooling(nn.Module):
+    """Averages over a grid of 1, 2, 3 and 6 cells beside the features themselves (PSPNet's), made one by a 3x3.
+
+    Args:
+        in_channels: of the features.
+        channels: of every average and of the result.
+        grids: cells along each axis.
+
+    Shapes: [N, in_channels, H, W] -> [N, channels, H, W].
+    """
+
+    def __init__(self, in_channels: int, channels: int, grids: Sequence[int] = (1, 2, 3, 6)) -> None:
+        super().__init__()
+        self.pools = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(grid), Conv2dNormActivation(in_channels, channels, 1)) for grid in grids
+        )
+        self.join = Conv2dNormActivation(in_channels + len(grids) * channels, channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, channels, H, W]."""
+        result: Tensor = self.join(torch.cat([x, *(_resized(pool(x), x) for pool in self.pools)], dim=1))
+        return result
+
+
+class UPerNet(nn.Module):
+    """UPerNet (Xiao et al., ECCV 2018), and in training an auxiliary FCN head on the third stage.
+
+    Args:
+        backbone: a RedNet or ResNet of timm's registry.
+        num_classes: of the logits.
+        channels: of the decoder.
+        auxiliary: have the auxiliary head.
+        dropout: before the last convolution.
+        **backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+
+    Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training also "aux" of the same shape. A training batch
+    wants two images, or a single one would be normalised by itself where pooling leaves one pixel of it.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "rednet50",
+        num_classes: int = 19,
+        channels: int = 512,
+        auxiliary: bool = True,
+        dropout: float = 0.1,
+        **backbone_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.backbone = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3, 4), **backbone_kwargs)
+        *finer, last = self.backbone.feature_info.channels()
+        self.pooling = PyramidPooling(last, channels)
+        self.laterals = nn.ModuleList(Conv2dNormActivation(width, channels, 1) for width in finer)
+        self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in finer)
+        self.join = Conv2dNormActivation((len(finer) + 1) * channels, channels, 3)
+        self.classify = Classify(channels, num_classes, dropout)
+        self.auxiliary = FCNHead(finer[-1], num_classes) if auxiliary else None
+
+    def forward(self, images: Tensor) -> Logits:
+        """[N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training with "aux"."""
+        *finer, last = self.backbone(images)
+        levels = [lateral(level) for lateral, level in zip(self.laterals, finer, strict=True)]
+        levels.append(self.pooling(last))
+        for index in reversed(range(len(finer))):
+            levels[index] = levels[index] + _resized(levels[index + 1], levels[index])
+        smoothed = [smooth(level) for smooth, level in zip(self.smooth, levels[:-1], strict=True)]
+        every = [smoothed[0], *(_resized(level, smoothed[0]) for level in (*smoothed[1:], levels[-1]))]
+        result = {"out": _resized(self.classify(self.join(torch.cat(every, dim=1))), images)}
+        if self.training and self.auxiliary is not None:
+            result["aux"] = _resized(self.auxiliary(finer[-1]), images)
+        return result

@@ -8,7 +8,6 @@ A run is exactly `involution fit` with the options shown by `list`, then COCO's 
 with the weights of its last epoch. It appends a line to docs/results/coco482.jsonl.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -18,8 +17,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
-import torch
-from ledger import FOLDER, append, code_version, finished, quoted, write_tables
+from ledger import FOLDER, Experiment, write_tables
 
 RESULTS = FOLDER / "coco482.jsonl"
 SIZE = (192, 288)  # pixels of the shorter side, and at most of the longer one
@@ -38,16 +36,14 @@ RUNS = {
 }
 
 
-def train(name: str, seed: int, root: str, threads: int) -> dict[str, Any]:
-    """Trains, evaluates, and returns the line."""
+def train(name: str, options: list[str], root: str) -> dict[str, Any]:
+    """Trains, evaluates, and returns what the line says of it."""
     from involution.cost import multiply_adds, parameters
     from involution.cost.detectors import CountedRCNN
     from involution.show.curves import read_curve
     from involution.tasks.command import run as involution
 
-    torch.set_num_threads(threads)
-    options = [*RUNS[name], "--seed_everything", str(seed)]
-    commit, started = code_version(), time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
@@ -56,18 +52,12 @@ def train(name: str, seed: int, root: str, threads: int) -> dict[str, Any]:
         log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
         losses, seconds = (read_curve(log, which)[1] for which in ("train/loss", "train/seconds"))
     return {
-        "name": name,
-        "seed": seed,
-        "options": options,
         **{key.removeprefix("val/"): value for key, value in numbers.items()},
         "train_loss": losses,
         "parameters": parameters(cli.model.net),
         "multiply_adds": multiply_adds(CountedRCNN(cli.model.net), (3, *SIZE)),
         "seconds_of_epochs": seconds,
         "seconds": time.perf_counter() - started,
-        "threads": threads,
-        "torch": torch.__version__,
-        "commit": commit,
     }
 
 
@@ -85,34 +75,17 @@ def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
     return {"coco482": "\n".join(rows)}
 
 
-def main(arguments: list[str]) -> None:
-    """Lists, runs or reports."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["list", "run", "report"])
-    parser.add_argument("--root", help="a folder of COCO's format, as --data.root of the recipe")
-    parser.add_argument("--only", default="", help="runs whose name begins so")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
-    given = parser.parse_args(arguments)
-    if given.what == "report":
-        write_tables(tables(finished(RESULTS)))
-        return
-    if given.what == "run" and given.root is None:
-        parser.error("run wants --root")
-    for name, options in RUNS.items():
-        if not name.startswith(given.only):
-            continue
-        done = any((line["name"], line["seed"]) == (name, given.seed) for line in finished(RESULTS))
-        if given.what == "list":
-            command = " ".join(map(quoted, [*options, "--seed_everything", str(given.seed)]))
-            print("done" if done else "open", f"{name}: involution fit {command}")
-        elif not done:
-            line = train(name, given.seed, given.root, given.threads)
-            what = f"{name}, seed {given.seed}: AP {100 * line['box_AP']:.1f}"
-            append(RESULTS, line, f"COCO-482: {what}" if given.commit else None)
-            print(f"{what} in {line['seconds']:.0f} s", flush=True)
+def report(lines: list[dict[str, Any]]) -> None:
+    """Writes the table into docs/results.md."""
+    write_tables(tables(lines))
 
+
+def headline(line: dict[str, Any]) -> str:
+    """What a run came to."""
+    return f"AP {100 * line['box_AP']:.1f}"
+
+
+EXPERIMENT = Experiment("COCO-482", RESULTS, RUNS, train, headline, report)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    EXPERIMENT.main(sys.argv[1:], __doc__)

@@ -1,9 +1,13 @@
 """What the experiments share: a results file with a line for every finished run, and tables in docs/results.md."""
 
+import argparse
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "results"
 PAGE = FOLDER.parent / "results.md"
@@ -57,3 +61,50 @@ def write_tables(tables: dict[str, str]) -> None:
         print(table, end="\n\n")
     PAGE.write_text(page)
     print(f"wrote {PAGE}")
+
+
+class Experiment(NamedTuple):
+    """A few runs of `involution fit`, each a line of a results file.
+
+    `runs` has every run's options by its name; `train` takes name, options and the data's root, and returns what the
+    line has besides; `headline` says in a few words what came
+    out; `report` writes tables and pictures.
+    """
+
+    title: str
+    results: Path
+    runs: dict[str, list[str]]
+    train: Callable[[str, list[str], str], dict[str, Any]]
+    headline: Callable[[dict[str, Any]], str]
+    report: Callable[[list[dict[str, Any]]], None]
+
+    def main(self, arguments: list[str], description: str | None) -> None:
+        """Lists, runs or reports."""
+        parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("what", choices=["list", "run", "report"])
+        parser.add_argument("--root", help="the folder of the data, as --data.root of the recipe")
+        parser.add_argument("--only", default="", help="runs whose name begins so")
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+        parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
+        given = parser.parse_args(arguments)
+        if given.what == "report":
+            self.report(finished(self.results))
+            return
+        if given.what == "run" and given.root is None:
+            parser.error("run wants --root")
+        torch.set_num_threads(given.threads)
+        for name, some in self.runs.items():
+            if not name.startswith(given.only):
+                continue
+            options = [*some, "--seed_everything", str(given.seed)]
+            done = any((line["name"], line["options"]) == (name, options) for line in finished(self.results))
+            if given.what == "list":
+                print("done" if done else "open", f"{name}: involution fit", *map(quoted, options))
+            elif not done:
+                line = {"name": name, "seed": given.seed, "options": options, "commit": code_version()}
+                line |= {"threads": given.threads, "torch": torch.__version__}
+                line |= self.train(name, options, given.root)
+                what = f"{name}, seed {given.seed}: {self.headline(line)}"
+                append(self.results, line, f"{self.title}: {what}" if given.commit else None)
+                print(f"{what} in {line['seconds']:.0f} s", flush=True)

@@ -20,8 +20,9 @@ class Operation(NamedTuple):
     """What one call of a module costs, for one image.
 
     `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
-    count besides: one for every number that a bias is added to in a convolution, that a ReLU or an upsampling makes or that
-    a pooling reads, and two for every number that a batch norm reads, unless it is synchronised: those count nothing.
+    count besides: one for every number that a bias is added to in a convolution, that a ReLU or an upsampling makes or
+    that a pooling reads, and two for every number that a batch norm reads, unless it is synchronised: those count
+    nothing.
     """
 
     module: str  # as named_modules() calls it

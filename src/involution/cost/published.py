@@ -93,7 +93,7 @@ def _segmenter(
 
     def model() -> nn.Module:
         stem = {"stem_kernel_size": 7} if backbone.startswith("rednet") else {}
-        network = make(backbone, **stem, **options)
+        network = make(backbone, backbone_kwargs=stem, **options)
         return synchronised(network, norms_of_involutions(network))
 
     return Row(name, printed, model, model, input_size=(3, 2048, 1024))

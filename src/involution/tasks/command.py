@@ -12,7 +12,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from .recipes import resolve_configs
-from .recovery import RandomStates, WholeCheckpoints, last_checkpoint
+from .recovery import RandomStates, WholeCheckpoints, WholeEpochs, last_checkpoint
 from .sync_batch_norm import SyncBatchNorms
 
 
@@ -30,6 +30,14 @@ class TaskCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As LightningCLI's, without its warning about `args` beside a filled sys.argv: the dispatcher owns that."""
         self.config = parser.parse_args(args)
+        self._arguments = list(args or [])
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters stand above a config's, and those of the command line above both."""
+        super()._parse_ckpt_path()
+        given = _options(self._arguments, "--model.")
+        if given:
+            self.config = self.parser.parse_args([self.config.subcommand, *given], namespace=self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint` and `recovery`, and takes the number of classes from the data."""
@@ -60,6 +68,15 @@ class TaskCLI(LightningCLI):
         if arguments.get("ckpt_path") == "last":
             arguments["ckpt_path"] = str(last_checkpoint(Path(self.trainer.default_root_dir)))
         return arguments
+
+
+def _options(arguments: list[str], prefix: str) -> list[str]:
+    """Those that begin so, with their values."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith(prefix):
+            found += [argument] if "=" in argument else [argument, following]
+    return found
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -101,6 +118,7 @@ def run(arguments: list[str]) -> TaskCLI:
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    callbacks = [last, RandomStates(), WholeEpochs()]
     return TaskCLI(
         LightningModule,
         LightningDataModule,
@@ -109,7 +127,7 @@ def run(arguments: list[str]) -> TaskCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": [last, RandomStates()]},
+        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": callbacks},
         parser_kwargs={"prog": "involution"},
         args=resolved,
     )

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,18 +44,6 @@ def read_image(source: str | Path | IO[bytes], name: str | None = None) -> Image
 
 def _has_16_bits(pixels: np.ndarray[Any, Any]) -> bool:
     return bool(0 <= pixels.min() <= pixels.max() < 1 << 16)
-
-
-def picture_names(files: Sequence[Path]) -> list[str]:
-    """A name for every file's picture: STEM.png, and STEM_2.png and so on where a stem comes again."""
-    names: dict[str, None] = {}
-    for file in files:
-        name, number = f"{file.stem}.png", 1
-        while name in names:
-            number += 1
-            name = f"{file.stem}_{number}.png"
-        names[name] = None
-    return list(names)
 
 
 class Skipping(Dataset[Any]):

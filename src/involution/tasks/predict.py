@@ -26,7 +26,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from .command import quiet_lightning
 from .images import UnreadableImage
 
-TASKS = {"classify": "Classifier", "detect": "Detector"}  # the room, and the Lightning module in it
+TASKS = {
+    "classify": "Classifier",
+    "detect": "Detector",
+    "segment": "Segmenter",
+}  # the room, and the Lightning module in it
 
 
 class ImageFiles(IterableDataset[tuple[int, Any]]):

@@ -130,6 +130,22 @@ class RandomStates(Callback):
             self._loaded = None
 
 
+class WholeEpochs(Callback):
+    """Begins an epoch where the checkpoint was made at the end of one, in runs whose length is a number of steps, too.
+
+    There, Lightning takes the finished epoch for one to go on with, finds it without batches, and counts it twice: the
+    order of the images would be another one than without the interruption.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says that nothing is left of the finished epoch, as Lightning itself does where epochs are counted."""
+        loop: Any = trainer.fit_loop
+        if loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
+            loop.epoch_progress.increment_completed()
+            loop.reset_restart_stage()
+            loop._restarting = loop.epoch_loop._restarting = False
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes checkpoints beside their place and moves them there when they are on disk: never half of one.
 

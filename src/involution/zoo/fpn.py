@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from ..nn import Involution2d
+from .rednet import draw_weights
 
 LAYERS = ("convolution", "involution")
 
@@ -18,6 +19,17 @@ def check_layer(name: str, value: str) -> None:
     """Refuses what is neither convolution nor involution."""
     if value not in LAYERS:
         raise ValueError(f"{name} must be convolution or involution, got {value!r}")
+
+
+def involution_layer(channels: int) -> Involution2d:
+    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads, its weights drawn as RedNet's are.
+
+    With torch's own weights for convolutions, several in a row without norms begin with losses and gradients ten times
+    as large.
+    """
+    layer = Involution2d(channels)
+    draw_weights(layer)
+    return layer
 
 
 def feature_pyramid(
@@ -40,7 +52,7 @@ def feature_pyramid(
     check_layer("layer", layer)
     pyramid = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks)
     if layer == "involution":
-        pyramid.layer_blocks = nn.ModuleList(Involution2d(out_channels) for _ in in_channels)
+        pyramid.layer_blocks = nn.ModuleList(involution_layer(out_channels) for _ in in_channels)
     return pyramid
 
 

@@ -5,6 +5,7 @@ Where the neck is of involution, every 3x3 convolution of the pyramid is a 7x7 i
 the RPN and those of the mask head.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,8 +18,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
 
-from ...nn import Involution2d
-from ...zoo.fpn import PyramidBackbone, check_layer
+from ...zoo.fpn import PyramidBackbone, check_layer, involution_layer
 
 CHANNELS = 256  # of the pyramid
 RATIOS = (0.5, 1.0, 2.0)  # of anchors: height over width
@@ -109,13 +109,19 @@ def mask_rcnn(
     frozen_stages: int = 0,
     norm_eval: bool = False,
     backbone_kwargs: dict[str, Any] | None = None,
+    head_norm_groups: int | None = None,
     **kwargs: Any,
 ) -> MaskRCNN:
-    """Mask R-CNN with FPN; arguments as in `faster_rcnn`, and `head` is that of the mask head too."""
-    mask_head = MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1)
+    """Mask R-CNN with FPN; arguments as in `faster_rcnn`, and `head` is that of the mask head too.
+
+    Args:
+        head_norm_groups: of group norms in the mask head; None has no norms there, as published. From scratch the mask
+            head hardly learns without them.
+    """
+    mask_head = MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1, norm_layer=_group_norm(head_norm_groups))
     if head == "involution":
         for block in mask_head:
-            block[0] = Involution2d(CHANNELS)
+            block[0] = involution_layer(CHANNELS)
     return MaskRCNN(
         **_two_stage(backbone, neck, head, num_classes, frozen_stages, norm_eval, backbone_kwargs),
         mask_head=mask_head,
@@ -151,9 +157,13 @@ def retinanet(
         **(backbone_kwargs or {}),
     )
     anchors = _retina_anchors()
-    norm = None if head_norm_groups is None else partial(nn.GroupNorm, head_norm_groups)
+    norm = _group_norm(head_norm_groups)
     head = RetinaNetHead(CHANNELS, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return LabelledRetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **kwargs)
+
+
+def _group_norm(groups: int | None) -> Callable[[int], nn.Module] | None:
+    return None if groups is None else partial(nn.GroupNorm, groups)
 
 
 def _retina_anchors() -> AnchorGenerator:
@@ -174,7 +184,7 @@ def _two_stage(
     check_layer("head", head)
     rpn_head = RPNHead(CHANNELS, len(RATIOS))
     if head == "involution":
-        rpn_head.conv[0][0] = Involution2d(CHANNELS)
+        rpn_head.conv[0][0] = involution_layer(CHANNELS)
     return {
         "backbone": PyramidBackbone(
             backbone,

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..images import picture_names, read_image
+from ..images import read_image
+from ..pictures import colour, picture_names
 from .evaluation import Detection
 
 
@@ -33,7 +34,7 @@ def write_pictures(
 def drawn(image: Tensor, found: Sequence[Detection], classes: Sequence[str]) -> Image.Image:
     """An image [3, H, W] uint8 with what was found in it, a colour a class."""
     if found:
-        colours = [_colour(one["label"]) for one in found]
+        colours = [colour(one["label"]) for one in found]
         masks = [run_lengths.decode(one["segmentation"]) for one in found if "segmentation" in one]
         if masks:
             shapes = torch.stack([torch.from_numpy(mask).bool() for mask in masks])
@@ -43,13 +44,6 @@ def drawn(image: Tensor, found: Sequence[Detection], classes: Sequence[str]) -> 
         labels = [f"{classes[one['label'] - 1]} {one['score']:.2f}" for one in found]
         image = draw_bounding_boxes(image, boxes, labels, colours, width=2, label_colors="white", fill_labels=True)
     return to_pil_image(image)
-
-
-def _colour(label: int) -> tuple[int, int, int]:
-    """Far from its neighbours': hues by the golden ratio."""
-    hue = round(255 * (label * 0.618034 % 1))
-    colour: tuple[int, int, int] = Image.new("HSV", (1, 1), (hue, 200, 200)).convert("RGB").getpixel((0, 0))  # type: ignore[assignment]
-    return colour
 
 
 def write_coco(

@@ -44,7 +44,7 @@ class SemanticFPN(nn.Module):
         num_classes: of the logits.
         channels: of the head.
         dropout: before the last convolution.
-        **backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+        backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
 
     Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}.
 
@@ -59,17 +59,23 @@ class SemanticFPN(nn.Module):
         num_classes: int = 19,
         channels: int = 128,
         dropout: float = 0.1,
-        **backbone_kwargs: Any,
+        backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = PyramidBackbone(backbone, neck, **backbone_kwargs)
-        width = self.backbone.out_channels
+        self.pyramid = PyramidBackbone(backbone, neck, **(backbone_kwargs or {}))
+        width = self.pyramid.out_channels
         self.branches = nn.ModuleList(_branch(level, width, channels) for level in range(4))
         self.classify = Classify(channels, num_classes, dropout)
 
+    @property
+    def body(self) -> nn.Module:
+        """timm's network."""
+        body: nn.Module = self.pyramid.body
+        return body
+
     def forward(self, images: Tensor) -> Logits:
         """[N, 3, H, W] -> {"out": [N, num_classes, H, W]}."""
-        levels = self.backbone(images).values()
+        levels = self.pyramid(images).values()
         first, *others = (branch(level) for branch, level in zip(self.branches, levels, strict=True))
         for other in others:
             first = first + _resized(other, first)  # of other size only where the image's is no multiple of 32
@@ -120,7 +126,7 @@ class UPerNet(nn.Module):
         channels: of the decoder.
         auxiliary: have the auxiliary head.
         dropout: before the last convolution.
-        **backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+        backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
 
     Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training also "aux" of the same shape. A training batch
     wants two images, or a single one would be normalised by itself where pooling leaves one pixel of it.
@@ -133,11 +139,11 @@ class UPerNet(nn.Module):
         channels: int = 512,
         auxiliary: bool = True,
         dropout: float = 0.1,
-        **backbone_kwargs: Any,
+        backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3, 4), **backbone_kwargs)
-        *finer, last = self.backbone.feature_info.channels()
+        self.body = timm.create_model(backbone, features_only=True, out_indices=(1, 2, 3, 4), **(backbone_kwargs or {}))
+        *finer, last = self.body.feature_info.channels()
         self.pooling = PyramidPooling(last, channels)
         self.laterals = nn.ModuleList(Conv2dNormActivation(width, channels, 1) for width in finer)
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in finer)
@@ -147,7 +153,7 @@ class UPerNet(nn.Module):
 
     def forward(self, images: Tensor) -> Logits:
         """[N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training with "aux"."""
-        *finer, last = self.backbone(images)
+        *finer, last = self.body(images)
         levels = [lateral(level) for lateral, level in zip(self.laterals, finer, strict=True)]
         levels.append(self.pooling(last))
         for index in reversed(range(len(finer))):

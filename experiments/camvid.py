@@ -1,0 +1,150 @@
+"""The segmentation rehearsal of docs/results.md: road scenes of CamVid, involutions against convolutions.
+
+    python experiments/camvid.py list                        what there is, and which of it is done
+    python experiments/camvid.py run --root DATA --commit    trains what is not done yet
+    python experiments/camvid.py report                      puts its tables into docs/results.md, and draws
+    python experiments/camvid.py time                        the networks timed in turn: on a quiet machine
+
+A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
+its last epoch. It appends a line to docs/results/camvid.jsonl, and draws what it found in four of them.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
+
+import torch
+from ledger import FOLDER, Experiment, write_tables
+from matplotlib.figure import Figure
+from PIL import Image
+
+RESULTS = FOLDER / "camvid.jsonl"
+SIZE = (240, 320)  # height and width of training images; test images are looked at with as many rows
+SHOWN = (20, 90, 150, 210)  # of the test images
+SHARED = [
+    *("-c", "camvid_rednet26", "--data.resize", str(SIZE[0]), "--data.crop", str(list(SIZE))),
+    *("--data.batch_size", "4", "--data.photometric", "false"),
+    *("--model.lr", "0.04", "--model.lr_batch_size", "null", "--model.warmup_steps", "50"),
+    *("--trainer.max_epochs", "13", "--trainer.check_val_every_n_epoch", "4", "--trainer.num_sanity_val_steps", "0"),
+]
+RUNS = {
+    "RedNet-26, involution in the neck": [*SHARED, "--model.backbone", "rednet26", "--model.neck", "involution"],
+    "ResNet-26, convolutions": [*SHARED, "--model.backbone", "resnet26_paper", "--model.neck", "convolution"],
+}
+
+
+def train(name: str, options: list[str], root: str) -> dict[str, Any]:
+    """Trains, tests, draws, and returns what the line says of it."""
+    from involution.cost import multiply_adds, parameters
+    from involution.show.curves import read_curve
+    from involution.tasks.command import run as involution
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
+        cli = involution(["fit", *options, *where, *quiet])
+        [test] = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
+        curves = {what: read_curve(log, what) for what in ("train/loss", "val/mIoU", "train/seconds")}
+    draw_found(cli, FOLDER / f"camvid_{picture_of(name)}.png")
+    return {
+        **{key.removeprefix("test/"): value for key, value in test.items()},
+        "train_loss": curves["train/loss"][1],
+        "val_mIoU": curves["val/mIoU"],
+        "parameters": parameters(cli.model.net),
+        "multiply_adds": multiply_adds(cli.model.net, (3, *SIZE)),
+        "seconds_of_epochs": curves["train/seconds"][1],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def picture_of(name: str) -> str:
+    """The part of a picture's file name that says which network it is of."""
+    return name.partition(",")[0].lower().replace("-", "")
+
+
+@torch.inference_mode()
+def draw_found(cli: Any, file: Path) -> None:
+    """The classes found in some test images, as colours: the photographs may not be copied here."""
+    from involution.tasks.segment.predictions import legend
+
+    model, data = cli.model.eval(), cli.datamodule
+    images = [data.test_set[index] for index in SHOWN]
+    found = model.predict_step([(image, tuple(mask.shape)) for image, mask in images], 0)
+    colours = torch.tensor(model.palette, dtype=torch.uint8)
+    row = Image.fromarray(colours[torch.cat(found, dim=1).long()].numpy())
+    row = row.resize((row.width // 2, row.height // 2), Image.Resampling.NEAREST)
+    below = legend(range(len(model.classes)), model.classes, model.palette, row.width)
+    picture = Image.new("RGB", (row.width, row.height + below.height))
+    picture.paste(row, (0, 0))
+    picture.paste(below, (0, row.height))
+    picture.save(file, optimize=True)
+
+
+def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
+    """The tables in Markdown: the networks, and every class."""
+    lines = [line for name in RUNS for line in lines if line["name"] == name]
+    head = "| semantic FPN of | mIoU | mean accuracy | pixel accuracy | parameters | multiply-adds |"
+    rows = [head, "|---|---|---|---|---|---|"]
+    for line in lines:
+        numbers = " | ".join(f"{100 * line[what]:.1f}" for what in ("mIoU", "mean_accuracy", "pixel_accuracy"))
+        cost = f"{line['parameters'] / 1e6:.2f} M | {line['multiply_adds'] / 1e9:.2f} G"
+        rows.append(f"| {line['name']} | {numbers} | {cost} |")
+    classes = [key for key in lines[0] if key.startswith("IoU_")] if lines else []
+    each = [f"| IoU of | {' | '.join(line['name'] for line in lines)} |", f"|---|{'---|' * len(lines)}"]
+    for key in classes:
+        each.append(f"| {key.removeprefix('IoU_')} | {' | '.join(f'{100 * line[key]:.1f}' for line in lines)} |")
+    return {"camvid": "\n".join(rows), "camvid_classes": "\n".join(each)}
+
+
+def report(lines: list[dict[str, Any]]) -> None:
+    """Writes the tables into docs/results.md, and draws the validation mIoU over epochs."""
+    write_tables(tables(lines))
+    figure = Figure(figsize=(6, 3.4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for line in lines:
+        axes.plot(*line["val_mIoU"], "o-", label=line["name"])
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation mIoU")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(FOLDER / "camvid.png")
+
+
+def headline(line: dict[str, Any]) -> str:
+    """What a run came to."""
+    return f"mIoU {100 * line['mIoU']:.1f}"
+
+
+@torch.inference_mode()
+def time_table() -> str:
+    """Seconds of one image of 240x320, medians of calls that take turns."""
+    from involution.bench.timer import in_turn, quartiles
+    from involution.tasks.segment import SemanticFPN
+
+    image = torch.randn(1, 3, *SIZE).to(memory_format=torch.channels_last)
+    rows = ["| semantic FPN of | milliseconds an image (quartiles) |", "|---|---|"]
+    networks = {
+        name: SemanticFPN(options[-3], options[-1], 11).eval().to(memory_format=torch.channels_last)
+        for name, options in RUNS.items()
+    }
+    calls = {name: lambda network=network: network(image) for name, network in networks.items()}
+    for name, taken in in_turn(calls, 40).items():
+        low, middle, high = quartiles(taken)
+        rows.append(f"| {name} | {middle:.0f} ({low:.0f}-{high:.0f}) |")
+    return "\n".join(rows)
+
+
+EXPERIMENT = Experiment("CamVid", RESULTS, RUNS, train, headline, report)
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["time"]:
+        print(time_table())
+    else:
+        EXPERIMENT.main(sys.argv[1:], __doc__)

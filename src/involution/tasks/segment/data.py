@@ -1,0 +1,182 @@
+"""What the segmentation data modules share: pairs of images and masks, checked as they are read."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from ..data import IMAGENET_MEAN, IMAGENET_STD, TaskData
+from ..images import UnreadableImage, read_image
+from ..pictures import Colour, colour
+from .preprocessing import IGNORED, Preprocessing
+
+Pair = tuple[Path, Path]  # an image and its mask
+Sample = tuple[Tensor, Tensor]
+
+
+def read_mask(file: Path, size: tuple[int, int], ids: Mapping[int, int]) -> Tensor:
+    """A mask's classes, [H, W] uint8.
+
+    Args:
+        file: an image of one channel (grey or palette) whose pixels are ids.
+        size: width and height that it must have.
+        ids: the class of every id that may occur; `IGNORED` is none.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+        ValueError: it has another size, several channels, or another id.
+    """
+    try:
+        with Image.open(file) as image:
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{file} cannot be read as a mask: {error}") from error
+    if image.size != size:
+        found, wanted = (f"{width}x{height}" for width, height in (image.size, size))
+        raise ValueError(f"{file} must have its image's size, {wanted}, got {found}")
+    pixels = np.asarray(image)
+    if pixels.ndim != 2:
+        raise ValueError(f"{file} must have one channel, of ids, got mode {image.mode}")
+    wrong = sorted(set(np.unique(pixels).tolist()) - set(ids))
+    if wrong:
+        raise ValueError(f"{file} must hold ids among {_some(sorted(ids))}, got {_some(wrong)}")
+    table = np.zeros(max(ids) + 1, np.uint8)
+    table[list(ids)] = list(ids.values())
+    return torch.from_numpy(table[pixels.astype(np.int64)])
+
+
+def _some(ids: list[int]) -> str:
+    return ", ".join(map(str, ids[:40])) + (", ..." if len(ids) > 40 else "")
+
+
+class TrainingPairs(Dataset[Sample]):
+    """Images [3, h, w] with masks [h, w], cut and changed by chance.
+
+    Args:
+        pairs: the files.
+        ids: see `read_mask`.
+        transform: of an image and its mask.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], ids: Mapping[int, int], transform: Any) -> None:
+        self.pairs, self.ids, self.transform = pairs, ids, transform
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_image(self.pairs[index][0])
+        mask = read_mask(self.pairs[index][1], image.size, self.ids)
+        result: Sample = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return result
+
+
+class EvaluationPairs(TrainingPairs):
+    """Images [3, h, w] as the network wants them, with masks [H, W] as large as the files."""
+
+    def __getitem__(self, index: int) -> Sample:
+        image = read_image(self.pairs[index][0])
+        return self.transform(image), read_mask(self.pairs[index][1], image.size, self.ids)
+
+
+def batch(samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
+    """Images and masks, each as a list: in evaluation sizes differ."""
+    return [image for image, _ in samples], [mask for _, mask in samples]
+
+
+class SegmentationData(TaskData):
+    """Pairs of images and masks; a subclass says which, and has `classes`.
+
+    Batches are (images, masks), lists of [3, h, w] float32 and [H, W] uint8, of class indices or 255 for pixels that
+    are ignored. In training all are of the size of `crop`; otherwise an image's shorter side is `resize`, and its mask
+    is as large as its file. Checkpoints carry classes, palette and preprocessing.
+
+    Args:
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader.
+        resize: pixels of an image's shorter side, in training before `scale`.
+        scale: range of the factor that scales training images.
+        crop: height and width of a training image, in pixels.
+        flip: probability of a flip from left to right.
+        photometric: change brightness, contrast, saturation and hue of training images by chance.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    classes: Sequence[str]
+    collate = staticmethod(batch)
+
+    def __init__(
+        self,
+        batch_size: int = 2,
+        num_workers: int = 2,
+        resize: int = 512,
+        scale: tuple[float, float] = (0.5, 2.0),
+        crop: tuple[int, int] = (512, 512),
+        flip: float = 0.5,
+        photometric: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        if min(resize, *crop) < 1:
+            raise ValueError(f"resize and crop must be at least 1, got {resize} and {crop}")
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be a range of positive factors, got {scale!r}")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip must be a probability, got {flip!r}")
+        self.preprocessing = Preprocessing(resize, IMAGENET_MEAN, IMAGENET_STD)
+        self._training = self.preprocessing.training(scale, crop, flip, photometric)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
+
+    @cached_property
+    def palette(self) -> list[Colour]:
+        """Every class's colour."""
+        return [colour(index) for index in range(1, self.num_classes + 1)]
+
+    @property
+    def ids(self) -> dict[int, int]:
+        """The class of every id that may occur in a mask file; `IGNORED` is none."""
+        return {**{index: index for index in range(self.num_classes)}, IGNORED: IGNORED}
+
+    def pairs(self, part: str) -> list[Pair]:
+        """The files of "train", "val" or "test".
+
+        Raises:
+            FileNotFoundError: a file or folder is missing.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Lists what the stage needs."""
+        evaluation = self.preprocessing.evaluation()
+        if stage == "fit":
+            self.train_set = TrainingPairs(self.pairs("train"), self.ids, self._training)
+        if stage in ("fit", "validate"):
+            self.val_set = EvaluationPairs(self.pairs("val"), self.ids, evaluation)
+        if stage == "test":
+            self.test_set = EvaluationPairs(self.pairs("test"), self.ids, evaluation)
+
+
+def existing(pairs: Sequence[Pair]) -> list[Pair]:
+    """The same pairs.
+
+    Raises:
+        FileNotFoundError: a file is missing, or there is no pair.
+    """
+    for image, mask in pairs:
+        if not image.is_file():
+            raise FileNotFoundError(f"every mask wants an image, got {mask} without {image}")
+        if not mask.is_file():
+            raise FileNotFoundError(f"every image wants a mask, got {image} without {mask}")
+    return list(pairs)

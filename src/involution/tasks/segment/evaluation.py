@@ -1,0 +1,33 @@
+"""Intersection over union and accuracies, of a confusion matrix of all pixels of all images."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, float]:
+    """What a confusion matrix says.
+
+    Args:
+        matrix: [C, C], true classes in rows and predicted ones in columns.
+        classes: their names.
+
+    Returns:
+        mIoU, mean_accuracy (of the classes), pixel_accuracy, and IoU_NAME of every class. The means are over classes
+        that occur: a class that is neither in the masks nor predicted has an IoU of NaN.
+    """
+    counts = matrix.double()
+    right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    iou, accuracy = right / (true + predicted - right), right / true
+    return {
+        "mIoU": float(iou.nanmean()),
+        "mean_accuracy": float(accuracy.nanmean()),
+        "pixel_accuracy": float(right.sum() / true.sum()),
+        **{f"IoU_{name}": float(value) for name, value in zip(classes, iou, strict=True)},
+    }
+
+
+def table(numbers: dict[str, float]) -> str:
+    """The scores as lines of text, in percent."""
+    width = max(map(len, numbers))
+    return "\n".join(f"{name.ljust(width)} {100 * value:6.2f}" for name, value in numbers.items())

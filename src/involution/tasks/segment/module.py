@@ -1,0 +1,252 @@
+"""Training and evaluating a segmenter."""
+
+from collections.abc import Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchvision.transforms import v2
+
+from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...zoo.checkpoints import load_backbone
+from ..images import read_image
+from ..module import TaskModule
+from ..pictures import Colour, colour
+from ..sync_batch_norm import norms_of_involutions
+from .evaluation import scores, table
+from .inference import Inference
+from .models import SemanticFPN, UPerNet
+from .predictions import write_masks
+from .preprocessing import IGNORED, Preprocessing
+
+MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
+Batch = tuple[list[Tensor], list[Tensor]]
+
+
+def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float) -> float:
+    """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up."""
+    start = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
+    return start * (1 - min(1.0, step / max(1, total))) ** power
+
+
+def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Mean cross entropy of the pixels that are not ignored; zero where all are.
+
+    Args:
+        logits: [N, C, H, W].
+        masks: [N, H, W] int64, of classes or `IGNORED`.
+    """
+    total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
+    return total / (masks != IGNORED).sum().clamp(min=1)
+
+
+class Segmenter(TaskModule):
+    """Semantic FPN or UPerNet, trained with SGD and polynomial decay (the paper's recipe).
+
+    Batches are (images, masks) as `SegmentationData` gives them. Logs train/loss and the learning rate as lr, and under
+    val/ and test/ the mIoU, mean_accuracy (of classes), pixel_accuracy and IoU_NAME of every class (fractions of 1), of
+    all pixels of all images together; train/seconds is the wall time of an epoch.
+
+    A checkpoint carries the model's arguments, class names, palette and preprocessing, for `involution predict`.
+
+    Args:
+        model_name: semantic_fpn or upernet.
+        num_classes: `involution fit` fills it in from the data.
+        backbone: a RedNet or ResNet of timm's registry.
+        neck: "convolution" or "involution", of semantic FPN's pyramid; UPerNet has convolutions.
+        backbone_weights: a checkpoint of a classifier that `involution fit` trained, or a file of weights. None starts
+            from scratch.
+        backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
+        model_kwargs: further arguments of the model, such as channels.
+        auxiliary_weight: of the loss of UPerNet's auxiliary head.
+        lr: peak learning rate.
+        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
+            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
+            nothing scales.
+        momentum: of SGD.
+        weight_decay: of everything that is trained.
+        warmup_steps: optimizer steps of linear warm-up.
+        warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
+        power: of the polynomial decay.
+        window: height and width of the sliding window in evaluation and prediction; None takes the whole image at once.
+        window_stride: its steps; None is `window`.
+        scales: of the image in evaluation and prediction; probabilities are averaged.
+        flip: look at the mirrored image too.
+        channels_last: the memory format of weights and images; on CPU involution is fastest with it.
+
+    Raises:
+        FileNotFoundError: backbone_weights is no file.
+        ValueError: an argument does not fit; the data have another number of classes (once the trainer starts).
+    """
+
+    task = "segment"
+    preprocessing_type = Preprocessing
+    collate = list  # images that `read` returns, as a batch
+
+    def __init__(
+        self,
+        model_name: str,
+        num_classes: int,
+        backbone: str = "rednet50",
+        neck: str = "convolution",
+        backbone_weights: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        auxiliary_weight: float = 0.4,
+        lr: float = 0.01,
+        lr_batch_size: int | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 5e-4,
+        warmup_steps: int = 0,
+        warmup_ratio: float = 0.001,
+        power: float = 0.9,
+        window: tuple[int, int] | None = None,
+        window_stride: tuple[int, int] | None = None,
+        scales: tuple[float, ...] = (1.0,),
+        flip: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__(num_classes, channels_last)
+        self.save_hyperparameters()
+        if model_name not in MODELS:
+            raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
+        options: dict[str, Any] = {"neck": neck}
+        if model_name == "upernet":
+            if neck != "convolution":
+                raise ValueError(f"neck must be convolution for upernet, got {neck!r}")
+            del options["neck"]
+        self.inference = Inference(window, window_stride, tuple(scales), flip)
+        self.inference.check()
+        build: Any = MODELS[model_name]
+        net = build(
+            backbone, num_classes=num_classes, **options, backbone_kwargs=backbone_kwargs, **(model_kwargs or {})
+        )
+        self.net: nn.Module = net.to(memory_format=self.memory_format)
+        if backbone_weights is not None:
+            left_out = load_backbone(net.body, Path(backbone_weights))
+            rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
+            self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+        self.palette: list[Colour] = [colour(index) for index in range(1, num_classes + 1)]
+        self.train_loss = MeanMetric()
+        # Checking every pixel's class would take longer than counting them: masks are checked as they are read.
+        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+
+    def plain_norms(self) -> list[nn.Module]:
+        """Those of involutions, as published."""
+        return norms_of_involutions(self.net)
+
+    def setup(self, stage: str) -> None:
+        """Takes class names, palette and preprocessing from the data."""
+        super().setup(stage)
+        data = getattr(self.trainer, "datamodule", None)
+        self.palette = list(getattr(data, "palette", self.palette))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the palette to what every task's checkpoints carry."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["involution"]["palette"] = self.palette
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes it from there, unless there are data, which have one."""
+        super().on_load_checkpoint(checkpoint)
+        if self._data_classes is None and "involution" in checkpoint:
+            self.palette = checkpoint["involution"]["palette"]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] -> logits [N, num_classes, H, W]."""
+        logits: Tensor = self.net(images.to(memory_format=self.memory_format))["out"]
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mean loss over the batch's pixels, the auxiliary head's included."""
+        images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
+        logits = self.net(images.to(memory_format=self.memory_format))
+        loss = pixel_loss(logits["out"], masks)
+        if "aux" in logits:
+            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+        self.train_loss.update(loss.detach())
+        self.log("train/loss", self.train_loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts pixels."""
+        for image, mask in zip(*batch, strict=True):
+            self.confusion.update(self._classes(image, (mask.shape[0], mask.shape[1])), mask.long())
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the scores under val/."""
+        self._evaluate("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the scores under test/."""
+        self._evaluate("test")
+
+    def _evaluate(self, part: str) -> None:
+        numbers = scores(self.confusion.compute(), self.classes)
+        self.confusion.reset()
+        if not self.trainer.sanity_checking:
+            rank_zero_info(f"{part}, percent:\n{table(numbers)}")
+        self.log_dict({f"{part}/{name}": value for name, value in numbers.items()})
+
+    def _classes(self, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """[3, h, w] -> the likeliest class of each of an image's own pixels, [*size] int64; one image at a time."""
+        return self.inference.probabilities(self, image, size).argmax(0)
+
+    def read(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
+        """An image file as the network wants it, [3, h, w], and its own height and width."""
+        image = read_image(file)
+        return self._evaluation(image), (image.height, image.width)
+
+    @cached_property
+    def _evaluation(self) -> v2.Transform:
+        if self.preprocessing is None:
+            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
+        return self.preprocessing.evaluation()
+
+    def predict_step(self, images: list[tuple[Tensor, tuple[int, int]]], batch_idx: int) -> list[Tensor]:
+        """Of every image, the classes of its pixels: [H, W] uint8."""
+        return [self._classes(image, size).byte().cpu() for image, size in images]
+
+    def write_predictions(
+        self, outputs: Sequence[Tensor], files: Sequence[Path], folder: Path, alpha: float = 0.5
+    ) -> None:
+        """Writes of every image STEM.png, its classes' colours over it and a legend, and ids/STEM.png, class indices.
+
+        Args:
+            outputs: of every image, what `predict_step` returned.
+            files: the images.
+            folder: where the results go.
+            alpha: opacity of the colours.
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha!r}")
+        write_masks(folder, files, outputs, self.classes, self.palette, alpha)
+        print(f"wrote {len(files)} pictures to {folder}, and class indices to {folder / 'ids'}")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """SGD, and the schedule stepped at every batch."""
+        given = self.hparams
+        scale = self.lr_scale(given["lr_batch_size"])
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(
+            trained, lr=given["lr"] * scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
+        )
+        factor = partial(
+            warmup_poly,
+            total=int(self.trainer.estimated_stepping_batches),
+            warmup=round(given["warmup_steps"] / scale),
+            warmup_ratio=given["warmup_ratio"],
+            power=given["power"],
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,207 @@
+"""The data modules: what they read, and what they say of what cannot be right."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from involution.tasks.images import UnreadableImage
+from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
+from involution.tasks.segment.data import SegmentationData
+
+Tree = Callable[[str], Path]
+NAMES = ["ground", "red", "green"]
+
+
+def data(kind: str, root: Path, **options: Any) -> SegmentationData:
+    options = {"num_workers": 0, "batch_size": 2, "resize": 32, "crop": (32, 40), **options}
+    if kind == "masks":
+        return Folders(str(root), NAMES, **options)
+    makers: dict[str, Any] = {"camvid": CamVid, "cityscapes": Cityscapes, "voc": VOC, "pets": Pets}
+    return makers[kind](str(root), **options)
+
+
+# What a tree's masks have as classes, and how many pairs are in train, val and test.
+EXPECTED = {
+    "masks": ({0, 1, 2, 255}, (4, 3, 3)),
+    "camvid": ({0, 4, 8}, (2, 2, 2)),
+    "cityscapes": ({0, 13, 255}, (2, 2, 2)),
+    "voc": ({0, 1, 2, 255}, (2, 2, 2)),
+    "pets": ({0, 1, 2}, (3, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_every_format(kind: str, tree: Tree) -> None:
+    module = data(kind, tree(kind))
+    classes, counts = EXPECTED[kind]
+    module.setup("fit")
+    module.setup("test")
+    sets: list[Any] = [module.train_set, module.val_set, module.test_set]
+    assert tuple(map(len, sets)) == counts
+    assert {int(value) for one in (module.val_set, module.test_set) for _, mask in one for value in mask.unique()} == (
+        classes
+    )
+    assert len(module.palette) == module.num_classes == len(set(module.palette))
+    image, mask = sets[1][0]
+    height, width = mask.shape  # as large as the file; the image has the size of evaluation
+    assert (image.dtype, mask.dtype) == (torch.float32, torch.uint8)
+    assert image.shape == (3, 32 * height // min(mask.shape), 32 * width // min(mask.shape))
+    for images, masks in module.train_dataloader():
+        assert all(one.shape == (3, 32, 40) for one in images)
+        assert all(one.shape == (32, 40) for one in masks)
+        assert {int(value) for one in masks for value in one.unique()} <= classes | {255}
+
+
+def test_published_palettes_and_classes(tree: Tree) -> None:
+    assert data("cityscapes", tree("cityscapes")).palette[:2] == [(128, 64, 128), (244, 35, 232)]
+    assert Cityscapes.classes[13] == "car"
+    assert len(Cityscapes.classes) == 19
+    palette = data("voc", tree("voc")).palette
+    assert palette[:5] == [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128)]
+    assert palette[15] == (192, 128, 128)  # a person
+    assert data("voc", tree("cityscapes")).classes[15] == "person"
+
+
+def test_camvid_is_its_readme(data_folder: Path) -> None:
+    import json
+
+    root = data_folder / "camvid"
+    if not root.is_dir():
+        pytest.skip(f"no {root}")
+    module = CamVid(str(root))
+    module.setup("fit")
+    module.setup("test")
+    assert [len(one) for one in (module.train_set, module.val_set, module.test_set)] == [367, 101, 233]  # type: ignore[arg-type]
+    published = json.loads((root / "classes.json").read_text())
+    assert module.classes == published["classes"][:11]
+    assert module.palette == [tuple(one) for one in published["palette"][:11]]
+    image, mask = module.test_set[0]
+    assert (image.shape, mask.shape) == ((3, 360, 480), (360, 480))
+    assert set(mask.unique().tolist()) <= {*range(11), 255}
+
+
+def test_masks_follow_their_images(tree: Tree) -> None:
+    """Scaled, cut and mirrored together: a pixel's class is that of its colour."""
+    module = data("masks", tree("masks"), photometric=False, crop=(48, 48))
+    module.setup("fit")
+    mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
+    seen = set()
+    for _ in range(5):
+        for images, masks in module.train_dataloader():
+            for image, mask in zip(images, masks, strict=True):
+                colours = image * std + mean
+                for index, channel in ((1, 0), (2, 1)):
+                    inside = mask == index
+                    if inside.sum() > 50:
+                        seen.add(index)
+                        others = colours[[one for one in range(3) if one != channel]].amax(0)
+                        assert (colours[channel][inside] > others[inside]).float().mean() > 0.8
+                padded = mask == 255
+                assert (image[:, padded].abs() < 0.02).float().mean() > 0.3 or padded.sum() < 60
+    assert seen == {1, 2}
+
+
+def test_other_names_and_ids(tmp_path: Path) -> None:
+    """Patterns, suffixes, folders within folders, an id of one's own to ignore."""
+    for part in ("training", "rest"):
+        for name in ("a", "b/c"):
+            image, mask = tmp_path / part / "rgb" / f"{name}.jpg", tmp_path / part / "gt" / f"{name}_gt.png"
+            for file in (image, mask):
+                file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 6)).save(image)
+            Image.fromarray(np.array([[0, 1, 7, 1]] * 6, np.uint8).repeat(2, 1)).save(mask)
+    (tmp_path / "rest" / "gt" / "notes.txt").write_text("left out")
+    where: dict[str, Any] = {"images": "{split}/rgb", "masks": "{split}/gt", "mask_suffix": "_gt"}
+    names = {"train": "training", "val": "rest"}
+    module = Folders(str(tmp_path), ["x", "y"], ignore_index=7, palette=[(1, 2, 3), (4, 5, 6)], **where, **names)
+    module.setup("fit")
+    assert len(module.train_set) == len(module.val_set) == 2  # type: ignore[arg-type]
+    assert module.val_set[0][1][0].tolist() == [0, 0, 1, 1, 255, 255, 1, 1]
+    assert module.palette == [(1, 2, 3), (4, 5, 6)]
+
+
+def damage(root: Path, kind: str) -> tuple[Path, str]:
+    """Spoils a tree of `masks`; returns the file that is to be named and what is to be said."""
+    mask, image = root / "masks" / "val" / "1.png", root / "images" / "val" / "1.png"
+    ids = np.zeros((48, 64), np.uint8)
+    if kind == "missing mask":
+        mask.unlink()
+        return image, "must have its mask in"
+    if kind == "missing image":
+        image.unlink()
+        return mask, "must have its image in"
+    if kind == "other size":
+        Image.fromarray(ids[:, 1:]).save(mask)
+        return mask, "must have its image's size, 64x48, got 63x48"
+    if kind == "unknown id":
+        ids[3, 5], ids[4, 5] = 3, 254
+        Image.fromarray(ids).save(mask)
+        return mask, "must hold ids among 0, 1, 2, 255, got 3, 254"
+    if kind == "16 bits":
+        Image.fromarray(ids.astype(np.uint16) + 300).save(mask)
+        return mask, "must hold ids among 0, 1, 2, 255, got 300"
+    if kind == "colours":
+        Image.fromarray(ids).convert("RGB").save(mask)
+        return mask, "must have one channel, of ids, got mode RGB"
+    if kind == "broken mask":
+        mask.write_bytes(mask.read_bytes()[:60])
+        return mask, "cannot be read as a mask"
+    assert kind == "broken image"
+    image.write_bytes(b"no image")
+    return image, "cannot be read as an image"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["missing mask", "missing image", "other size", "unknown id", "16 bits", "colours", "broken mask", "broken image"],
+)
+def test_errors_name_the_file(kind: str, tree: Tree) -> None:
+    root = tree("masks")
+    file, message = damage(root, kind)
+
+    def read() -> None:
+        module = data("masks", root)
+        module.setup("validate")
+        list(module.val_dataloader())
+
+    with pytest.raises((ValueError, FileNotFoundError, UnreadableImage)) as caught:
+        read()
+    assert str(caught.value).startswith(f"{file} ")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", EXPECTED)
+def test_nothing_there(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"root must hold .*, got {tmp_path}"):
+        data(kind, tmp_path).setup("fit")
+
+
+def test_a_listed_file_that_is_missing(tree: Tree) -> None:
+    root = tree("cityscapes")
+    [mask, _] = sorted((root / "gtFine" / "val").rglob("*.png"))
+    mask.unlink()
+    with pytest.raises(FileNotFoundError, match=f"every image wants a mask, got .* without {mask}"):
+        data("cityscapes", root).setup("validate")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": 0}, "resize and crop must be at least 1, got 0 and (32, 40)"),
+        ({"crop": (0, 4)}, "resize and crop must be at least 1"),
+        ({"scale": (2.0, 0.5)}, "scale must be a range of positive factors, got (2.0, 0.5)"),
+        ({"scale": (0.0, 0.5)}, "scale must be a range"),
+        ({"flip": 1.5}, "flip must be a probability, got 1.5"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"palette": [(0, 0, 0)]}, "palette must have a colour for each of 3 classes, got 1"),
+    ],
+)
+def test_bad_arguments(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        data("masks", tmp_path, **options)
+    assert message in str(caught.value)

@@ -29,6 +29,7 @@ class TaskData(LightningDataModule):
     val_set: Dataset[Any]
     test_set: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None is torch's
+    drop_last = False  # leave out the images of an epoch that make no whole batch
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -69,9 +70,11 @@ class TaskData(LightningDataModule):
         """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
         seed = global_seed()
         sampler = self._sampler(seed)
+        if self.drop_last and len(sampler) < self.batch_size:
+            raise ValueError(f"batch_size must be at most {len(sampler)}, a process's images, got {self.batch_size}")
         sampler.resume(self._place[0], self._place[1] * self.batch_size)
         self._place = 0, 0
-        return self._loader(Seeded(self.train_set, seed), sampler)
+        return self._loader(Seeded(self.train_set, seed), sampler, self.drop_last)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation set, of this process's part."""
@@ -90,11 +93,14 @@ class TaskData(LightningDataModule):
             raise ValueError(f"every process wants an image to evaluate on, got {len(dataset)} for {world} processes")
         return UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
 
-    def _loader(self, dataset: Dataset[Any], sampler: Sampler[Any] | None = None) -> DataLoader[Any]:
+    def _loader(
+        self, dataset: Dataset[Any], sampler: Sampler[Any] | None = None, drop_last: bool = False
+    ) -> DataLoader[Any]:
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
+            drop_last=drop_last,
             collate_fn=self.collate,
             generator=torch.Generator(),  # or making an iterator would draw from the global one
             num_workers=self.num_workers,

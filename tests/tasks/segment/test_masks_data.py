@@ -125,6 +125,16 @@ def test_other_names_and_ids(tmp_path: Path) -> None:
     assert module.palette == [(1, 2, 3), (4, 5, 6)]
 
 
+def test_training_batches_are_whole(tree: Tree) -> None:
+    module = data("masks", tree("masks"), batch_size=3)
+    module.setup("fit")
+    assert [len(images) for images, _ in module.train_dataloader()] == [3]  # of four
+    assert [len(images) for images, _ in module.val_dataloader()] == [3]
+    module.batch_size = 5
+    with pytest.raises(ValueError, match="batch_size must be at most 4, a process's images, got 5"):
+        module.train_dataloader()
+
+
 def damage(root: Path, kind: str) -> tuple[Path, str]:
     """Spoils a tree of `masks`; returns the file that is to be named and what is to be said."""
     mask, image = root / "masks" / "val" / "1.png", root / "images" / "val" / "1.png"

@@ -221,6 +221,12 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         Segmenter(num_classes=2, **options)
 
 
+def test_upernet_wants_two_images(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data.root", str(tree("cityscapes")), "--data.batch_size", "1", *SMALL]
+    assert main(["fit", "-c", "upernet_rednet50_80k", "--model.backbone", "rednet26", *data, *QUIET]) == 1
+    assert "batch_size must be at least 2 for upernet" in capsys.readouterr().err
+
+
 def test_loss_is_of_the_pixels_that_are_known() -> None:
     logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     masks[0, :2] = 255

@@ -95,8 +95,8 @@ class SegmentationData(TaskData):
     """Pairs of images and masks; a subclass says which, and has `classes`.
 
     Batches are (images, masks), lists of [3, h, w] float32 and [H, W] uint8, of class indices or 255 for pixels that
-    are ignored. In training all are of the size of `crop`; otherwise an image's shorter side is `resize`, and its mask
-    is as large as its file. Checkpoints carry classes, palette and preprocessing.
+    are ignored. In training all are of the size of `crop`, and every batch is whole; otherwise an image's shorter side
+    is `resize`, and its mask is as large as its file. Checkpoints carry classes, palette and preprocessing.
 
     Args:
         batch_size: images per batch (per process).
@@ -113,6 +113,7 @@ class SegmentationData(TaskData):
 
     classes: Sequence[str]
     collate = staticmethod(batch)
+    drop_last = True  # one image alone has no statistics where UPerNet pools it to a pixel
 
     def __init__(
         self,

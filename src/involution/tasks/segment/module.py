@@ -147,6 +147,9 @@ class Segmenter(TaskModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.palette = list(getattr(data, "palette", self.palette))
+        alone = getattr(data, "batch_size", 2) * self.trainer.world_size == 1
+        if stage == "fit" and alone and self.hparams["model_name"] == "upernet":
+            raise ValueError("batch_size must be at least 2 for upernet, which pools images to a pixel each, got 1")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the palette to what every task's checkpoints carry."""

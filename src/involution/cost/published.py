@@ -1,7 +1,7 @@
 """The paper's tables, row by row: what they print, and what the networks really cost."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import timm
@@ -129,11 +129,12 @@ ROWS = (
 )
 
 
+@cache
 def count_row(row: Row) -> Counted:
-    """Counts one row."""
+    """Counts one row, once."""
     with torch.device("meta"):  # drawing weights takes longer than counting
-        models = row.counted(), row.model()
-    paper, released = (cost(model, row.input_size) for model in models)
+        paper = cost(row.counted(), row.input_size)
+        released = paper if row.counted is row.model else cost(row.model(), row.input_size)
     counted = sum(o.multiply_adds + o.others for o in paper.operations if o.module not in row.left_out)
     return Counted(row.name, paper.trainable, counted, released.honest, released.multiply_adds)
 

@@ -98,15 +98,6 @@ class Bottleneck(nn.Module):
         return result
 
 
-def draw_weights(network: nn.Module) -> None:
-    """Draws every convolution's weights from He's normal distribution (fan out), kernel generators included."""
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 class RedNet(nn.Module):
     """RedNet (paper, section 3.2), with the interface of timm's ResNet.
 
@@ -217,9 +208,12 @@ class RedNet(nn.Module):
         Args:
             zero_init_last: zeroes the last norm's scale in every block.
         """
-        draw_weights(self)
         for module in self.modules():
-            if zero_init_last and isinstance(module, Bottleneck):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif zero_init_last and isinstance(module, Bottleneck):
                 module.zero_init_last()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import timm
 import torch
@@ -12,7 +12,6 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from ..nn import Involution2d
-from ..nn.generators import BottleneckGenerator
 
 LAYERS = ("convolution", "involution")
 
@@ -30,8 +29,8 @@ def involution_layer(channels: int) -> Involution2d:
     kernels are drawn as usual, and scatter what the mask is to be learnt from.
     """
     layer = Involution2d(channels)
-    span = cast(BottleneckGenerator, layer.generator).span
     taps = math.prod(layer.kernel_size)
+    span: Any = layer.generator.span  # its parameters: weight [G * K * K, width, 1, 1], bias [G * K * K]
     nn.init.kaiming_normal_(span.weight, mode="fan_out", nonlinearity="relu")
     with torch.no_grad():
         span.weight.mul_(0.1)

@@ -5,7 +5,6 @@ Where the neck is of involution, every 3x3 convolution of the pyramid is a 7x7 i
 the RPN and those of the mask head.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,16 +108,10 @@ def mask_rcnn(
     frozen_stages: int = 0,
     norm_eval: bool = False,
     backbone_kwargs: dict[str, Any] | None = None,
-    head_norm_groups: int | None = None,
     **kwargs: Any,
 ) -> MaskRCNN:
-    """Mask R-CNN with FPN; arguments as in `faster_rcnn`, and `head` is that of the mask head too.
-
-    Args:
-        head_norm_groups: of group norms in the mask head; None has no norms there, as published. From scratch the mask
-            head hardly learns without them.
-    """
-    mask_head = MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1, norm_layer=_group_norm(head_norm_groups))
+    """Mask R-CNN with FPN; arguments as in `faster_rcnn`, and `head` is that of the mask head too."""
+    mask_head = MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1)
     if head == "involution":
         for block in mask_head:
             block[0] = involution_layer(CHANNELS)
@@ -157,13 +150,9 @@ def retinanet(
         **(backbone_kwargs or {}),
     )
     anchors = _retina_anchors()
-    norm = _group_norm(head_norm_groups)
+    norm = None if head_norm_groups is None else partial(nn.GroupNorm, head_norm_groups)
     head = RetinaNetHead(CHANNELS, anchors.num_anchors_per_location()[0], num_classes, norm_layer=norm)
     return LabelledRetinaNet(pyramid, num_classes, anchor_generator=anchors, head=head, **kwargs)
-
-
-def _group_norm(groups: int | None) -> Callable[[int], nn.Module] | None:
-    return None if groups is None else partial(nn.GroupNorm, groups)
 
 
 def _retina_anchors() -> AnchorGenerator:

@@ -20,7 +20,7 @@ NAMES = ["ground", "red", "green"]
 def data(kind: str, root: Path, **options: Any) -> SegmentationData:
     options = {"num_workers": 0, "batch_size": 2, "resize": 32, "crop": (32, 40), **options}
     if kind == "masks":
-        return Folders(str(root), NAMES, **options)
+        return Folders(str(root), **{"classes": NAMES, **options})
     makers: dict[str, Any] = {"camvid": CamVid, "cityscapes": Cityscapes, "voc": VOC, "pets": Pets}
     return makers[kind](str(root), **options)
 
@@ -125,6 +125,13 @@ def test_other_names_and_ids(tmp_path: Path) -> None:
     assert module.palette == [(1, 2, 3), (4, 5, 6)]
 
 
+def test_names_that_are_not_one_files(tree: Tree) -> None:
+    root = tree("masks")
+    Image.open(root / "images" / "val" / "1.png").save(root / "images" / "val" / "1.JPG")
+    with pytest.raises(ValueError, match=r"every name must be one file's, got .*1\.(png|JPG) beside .*1\.(png|JPG)"):
+        data("masks", root).setup("validate")
+
+
 def test_training_batches_are_whole(tree: Tree) -> None:
     module = data("masks", tree("masks"), batch_size=3)
     module.setup("fit")
@@ -208,6 +215,7 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
         ({"scale": (0.0, 0.5)}, "scale must be a range"),
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"classes": ["a", "b", "a"]}, "classes must be 1 to 255 different names, got ['a', 'b', 'a']"),
         ({"palette": [(0, 0, 0)]}, "palette must have a colour for each of 3 classes, got 1"),
     ],
 )

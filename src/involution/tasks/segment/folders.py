@@ -31,8 +31,8 @@ class Folders(SegmentationData):
 
     Raises:
         FileNotFoundError: a folder is missing; an image has no mask, or a mask no image.
-        ValueError: an argument does not fit; a mask has another size, several channels or an id of no class (when it is
-            needed).
+        ValueError: an argument does not fit; two files have one name and differ in its ending alone; a mask has another
+            size, several channels or an id of no class (when it is needed).
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Folders(SegmentationData):
         **segmentation: Any,
     ) -> None:
         super().__init__(**segmentation)
-        if not 1 <= len(classes) <= IGNORED:
-            raise ValueError(f"classes must be 1 to {IGNORED} names, got {len(classes)}")
+        if not 1 <= len(classes) <= IGNORED or len(set(classes)) < len(classes):
+            raise ValueError(f"classes must be 1 to {IGNORED} different names, got {classes!r}")
         if palette is not None:
             if len(palette) != len(classes):
                 raise ValueError(f"palette must have a colour for each of {len(classes)} classes, got {len(palette)}")
@@ -85,10 +85,13 @@ class Folders(SegmentationData):
 
 def _by_name(folder: Path, endings: Sequence[str], suffix: str) -> dict[str, Path]:
     """Files by their place below the folder, without ending and suffix; others are left out."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in folder.rglob("*"):
         if file.suffix.lower() in endings and file.stem.endswith(suffix) and not file.name.startswith("."):
-            found[str(file.relative_to(folder).with_name(file.stem.removesuffix(suffix)))] = file
+            name = str(file.relative_to(folder).with_name(file.stem.removesuffix(suffix)))
+            if name in found:
+                raise ValueError(f"every name must be one file's, got {file} beside {found[name]}")
+            found[name] = file
     return found
 
 

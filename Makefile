@@ -16,9 +16,10 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-# Threads that spin while they wait make small tests crawl where another job has a core: let them sleep.
+# Threads that spin while they wait make small tests crawl where another job has a core: let them sleep. Two processes,
+# each with whole files of tests, for much of a test is done by one thread.
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(BIN)/pytest -m "not slow and not gpu"
+	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.02 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
 
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled

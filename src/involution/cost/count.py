@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn.involution import Involution1d, Involution2d, Involution3d
+from ..nn import (
+    Involution1d,
+    Involution2d,
+    Involution3d,
+    LocalSelfAttention1d,
+    LocalSelfAttention2d,
+    LocalSelfAttention3d,
+)
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INVOLUTIONS = (Involution1d, Involution2d, Involution3d)
+_ATTENTIONS = (LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d)
 _POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
 
 
@@ -65,7 +73,8 @@ def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
     """Counts a network in evaluation mode, call by call, by the rules of the paper's tables.
 
     A convolution costs prod(K) * C_in / groups * numel(out), a deconvolution prod(K) * numel(in) * C_out / groups, a
-    linear layer numel(in) * out, an involution what its generator costs and prod(K) * numel(out), padding included.
+    linear layer numel(in) * out, an involution what its generator costs and prod(K) * numel(out), padding included;
+    local self-attention its projections and twice that, and numel(out) * mean(K) for factorised relative positions.
     Functions that are no modules count nothing.
 
     Args:
@@ -102,8 +111,17 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
         return input.numel() * module.out_features, 0
     if isinstance(module, _INVOLUTIONS):
         return math.prod(module.kernel_size) * output.numel(), 0
+    if isinstance(module, _ATTENTIONS):
+        return _products_of_attention(module, output), 0
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return 0, 0 if isinstance(module, nn.SyncBatchNorm) else 2 * input.numel()
     if isinstance(module, nn.ReLU | nn.Upsample):
         return 0, output.numel()
     return (0, input.numel()) if isinstance(module, _POOLS) else None
+
+
+def _products_of_attention(module: Any, output: Tensor) -> int:
+    """Queries times keys and weights times values over the window; queries times factorised relative positions."""
+    sizes = module.kernel_size
+    positions = sum(sizes) / len(sizes) if module.generator.relative_position == "factorised" else 0
+    return round((2 * math.prod(sizes) + positions) * output.numel())

@@ -1,6 +1,23 @@
-"""Layers: involution in one, two and three dimensions, and the kernel generators they take."""
+"""Layers: involution in one, two and three dimensions, the kernel generators they take, and local self-attention."""
 
-from .generators import BottleneckGenerator, LinearGenerator
+from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
+from .generators import BottleneckGenerator, ContextGenerator, LinearGenerator, PositionGenerator, SoftmaxGenerator
 from .involution import Involution1d, Involution2d, Involution3d
+from .replace import Replaced, replace
 
-__all__ = ["BottleneckGenerator", "Involution1d", "Involution2d", "Involution3d", "LinearGenerator"]
+__all__ = [
+    "AttentionGenerator",
+    "BottleneckGenerator",
+    "ContextGenerator",
+    "Involution1d",
+    "Involution2d",
+    "Involution3d",
+    "LinearGenerator",
+    "LocalSelfAttention1d",
+    "LocalSelfAttention2d",
+    "LocalSelfAttention3d",
+    "PositionGenerator",
+    "Replaced",
+    "SoftmaxGenerator",
+    "replace",
+]

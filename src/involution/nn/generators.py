@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..ops.functional import same_padding
 from ..ops.reference import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -114,6 +116,147 @@ class LinearGenerator(nn.Module):
         """[N, C, *S] -> [N, G, *K, *O]."""
         span: Tensor = self.span(self.pool(input))
         return span.unflatten(1, self.map_shape)
+
+
+class ContextGenerator(BottleneckGenerator):
+    """The bottleneck with a 3x3 depthwise convolution before the span, so that a kernel sees its position's neighbours.
+
+    Cost: that of the bottleneck and ``3**dims * C/r * prod(O)`` multiply-adds. Arguments as in `BottleneckGenerator`,
+    but for:
+
+    Args:
+        dilation: one number per spatial axis; makes no difference.
+
+    Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        dilation: Sequence[int] = (),
+        reduction_ratio: int = 4,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(channels, kernel_size, groups, stride, reduction_ratio, norm_layer, act_layer)
+        width = self.span.in_channels
+        self.context = CONVOLUTION[len(kernel_size)](width, width, 3, padding=1, groups=width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, G, *K, *O]."""
+        span: Tensor = self.span(self.act(self.context(self.hidden(input))))
+        return span.unflatten(1, self.map_shape)
+
+
+class PositionGenerator(nn.Module):
+    """Kernels that depend on the position alone, not on the input: a small network of its coordinates.
+
+    Coordinates run from -1 to 1 along every axis, so that it serves any size. Cost: ``(dims * width + width *
+    G*prod(K)) * prod(O)`` multiply-adds, once for a whole batch.
+
+    Args:
+        channels: of the layer's input; makes no difference.
+        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        groups: G, the number of kernels per position.
+        stride: one number per spatial axis.
+        dilation: one number per spatial axis; makes no difference.
+        width: of the hidden layer.
+
+    Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        dilation: Sequence[int] = (),
+        width: int = 32,
+    ) -> None:
+        super().__init__()
+        dims = len(kernel_size)
+        self.stride, self.map_shape = tuple(stride), (groups, *kernel_size)
+        self.embed = CONVOLUTION[dims](dims, width, 1)
+        self.act = nn.GELU()
+        self.span = CONVOLUTION[dims](width, math.prod(self.map_shape), 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, G, *K, *O]."""
+        weight = self.embed.weight
+        sizes = [-(-size // step) for size, step in zip(input.shape[2:], self.stride, strict=True)]
+        axes = [torch.linspace(-1, 1, size, device=weight.device, dtype=weight.dtype) for size in sizes]
+        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"))[None]
+        span: Tensor = self.span(self.act(self.embed(coordinates)))
+        return span.unflatten(1, self.map_shape).expand(len(input), *[-1] * (1 + 2 * len(sizes)))
+
+
+class SoftmaxGenerator(BottleneckGenerator):
+    """The bottleneck, with every kernel's weights positive and summing to 1 over the taps inside the input.
+
+    The layer then averages its window, as attention and kernel-predicting denoisers do. Cost: the bottleneck's.
+    Arguments as in `BottleneckGenerator`, but for:
+
+    Args:
+        dilation: one number per spatial axis.
+
+    Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        reduction_ratio: int = 4,
+        norm_layer: Callable[[int], nn.Module] | None = None,
+        act_layer: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
+        super().__init__(channels, kernel_size, groups, stride, reduction_ratio, norm_layer, act_layer)
+        self.stride, self.dilation = tuple(stride), tuple(dilation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, G, *K, *O]."""
+        padding = same_padding(self.map_shape[1:], self.dilation)
+        return window_softmax(super().forward(input), input.shape[2:], self.stride, padding, self.dilation)
+
+
+def window_softmax(
+    logits: Tensor,
+    sizes: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Softmax over every window's taps that are inside the input.
+
+    The others have weight 0, but where a window has no tap inside (which the operator would not read anyway).
+
+    Args:
+        logits: [N, G, *K, *O].
+        sizes: of the input's spatial axes.
+        stride: one number per spatial axis.
+        padding: left and right, of every spatial axis.
+        dilation: one number per spatial axis.
+
+    Returns:
+        The same shape.
+    """
+    dims, lowest = len(sizes), torch.finfo(logits.dtype).min
+    for axis, size in enumerate(sizes):
+        taps = torch.arange(logits.shape[2 + axis], device=logits.device) * dilation[axis] - padding[axis][0]
+        places = torch.arange(logits.shape[2 + dims + axis], device=logits.device) * stride[axis]
+        where = taps[:, None] + places
+        shape = [1] * (2 * dims)
+        shape[axis], shape[dims + axis] = where.shape
+        logits = logits.masked_fill(((where < 0) | (where >= size)).view(shape), lowest)
+    kernel = logits.shape[2 : 2 + dims]
+    return logits.flatten(2, 1 + dims).softmax(2).unflatten(2, kernel)
 
 
 def _pool(stride: Sequence[int]) -> nn.Module:

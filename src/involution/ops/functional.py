@@ -14,7 +14,7 @@ from .registration import evaluate
 Ints = int | Sequence[int]
 Padding = Ints | Literal["same", "valid"]
 
-_APPLY = MAPS[0]
+_APPLY, _, _CORRELATE = MAPS
 
 
 def involution1d(
@@ -125,6 +125,48 @@ def involve(
     input, kernel_map = _checked(input, kernel_map, stride, padding, dilation)
     size = [input.shape[0], input.shape[1], *kernel_map.shape[2 + len(stride) :]]
     return evaluate(_APPLY, input, kernel_map, size, list(stride), [left for left, _ in padding], list(dilation))
+
+
+def correlate(
+    query: Tensor,
+    key: Tensor,
+    groups: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Products of every position's query with the keys of its window; the gradient of `involve` in its kernel map.
+
+        k[n, g, u, o] = sum over c in group g of query[n, c, o] * key[n, c, o*stride + u*dilation - padding]
+
+    Taps outside the input give 0.
+
+    Args:
+        query: ``[N, C, *O]``.
+        key: ``[N, C, *S]``, of the same dtype and device.
+        groups: G, which divides C.
+        kernel_size: K, one number per spatial axis.
+        stride: likewise.
+        padding: left and right, of every spatial axis.
+        dilation: one number per spatial axis.
+
+    Returns:
+        ``[N, G, *K, *O]``.
+
+    Raises: as involution2d.
+    """
+    size = [key.shape[0], groups, *kernel_size, *query.shape[2:]]
+    query, key = _under_autocast(query, key)
+    _check_kind(query, key)
+    _check_window(key.shape, size, tuple(stride), tuple(padding), tuple(dilation))
+    return evaluate(_CORRELATE, query, key, size, list(stride), [left for left, _ in padding], list(dilation))
+
+
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Left and right padding of every axis with which a layer's output has ceil(size / stride) positions."""
+    totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    return [(total // 2, total - total // 2) for total in totals]
 
 
 def _checked(
@@ -253,8 +295,7 @@ def _sides(
     if isinstance(padding, str) and padding == "same":
         if any(s > 1 for s in stride):
             raise ValueError(f'padding="same" wants stride 1, got stride {list(stride)}')
-        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
+        return same_padding(kernel, dilation)
     if isinstance(padding, str):
         raise ValueError(f'padding must be an int, {len(kernel)} ints, "same" or "valid", got {padding!r}')
     return [(p, p) for p in per_axis("padding", padding, len(kernel), 0)]

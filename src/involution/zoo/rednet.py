@@ -17,12 +17,14 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models import register_model as _register_model
 from torch import Tensor, nn
 
-from ..nn import Involution2d, LinearGenerator
+from ..nn import Involution2d, LinearGenerator, LocalSelfAttention2d
+from ..nn.attention import RELATIVE_POSITIONS
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
 # The layer checks shapes in Python, which symbolic tracing cannot follow.
 register_notrace_module(Involution2d)
+register_notrace_module(LocalSelfAttention2d)
 
 Layer = str | Callable[..., nn.Module]
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
@@ -112,6 +114,8 @@ class RedNet(nn.Module):
         group_channels: channels that share a kernel; must divide every width and stem_channels / 2; or "all".
         reduction_ratio: of the bottleneck kernel generators.
         kernel_generator: "bottleneck", "linear", or a callable as `Involution2d` takes it.
+        attention: has local self-attention over the same windows in the place of every involution (section 3.3), a head
+            for every `group_channels` channels: "none", "bias" or "factorised", its relative positions; None has none.
         stem_channels: of the stem's output.
         stem_layer: the layer in the stem's middle: "involution", or "convolution" (3x3, for comparison).
         stem_kernel_size: of the stem's involution: 3 (classification) or 7 (the paper's dense prediction).
@@ -144,6 +148,7 @@ class RedNet(nn.Module):
         group_channels: int | Literal["all"] = 16,
         reduction_ratio: int = 4,
         kernel_generator: str | Callable[..., nn.Module] = "bottleneck",
+        attention: str | None = None,
         stem_channels: int = 64,
         stem_layer: str = "involution",
         stem_kernel_size: int = 3,
@@ -169,6 +174,10 @@ class RedNet(nn.Module):
             raise TypeError("kernel_generator must make a module for each layer, got a module that all would share")
         if not callable(kernel_generator):
             _check_choice("kernel_generator", kernel_generator, tuple(_GENERATORS))
+        if attention is not None:
+            _check_choice("attention", attention, RELATIVE_POSITIONS)
+            if (kernel_generator, reduction_ratio) != ("bottleneck", 4):
+                raise ValueError("attention makes its own kernels, got a kernel_generator or reduction_ratio besides")
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))
         _check_choice("stem_stride", stem_stride, (1, 2, 4))
         self.num_classes = num_classes
@@ -183,6 +192,8 @@ class RedNet(nn.Module):
             "kernel_generator": kernel_generator if callable(kernel_generator) else _GENERATORS[kernel_generator],
         }
         parts = _parts(norm_layer, generator_norm_layer or norm_layer, act_layer, generator, where)
+        if attention is not None:
+            parts = parts._replace(involution=partial(_attention, where, group_channels, attention))
         self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), parts)
         self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
         stem_info = {"num_chs": stem_channels, "reduction": min(stem_stride, 2), "module": "stem"}
@@ -384,6 +395,20 @@ def _parts(
         norm=partial(get_norm_layer(norm_layer), **where),
         act=partial(create_act_layer, act_layer, inplace=True),
     )
+
+
+def _attention(
+    where: dict[str, Any],
+    group_channels: int | Literal["all"],
+    relative_position: str,
+    channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+) -> LocalSelfAttention2d:
+    """In the place of an involution, with as many heads as that has groups."""
+    heads = 1 if group_channels == "all" else channels // group_channels
+    return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **where)
 
 
 def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, parts: _Parts) -> nn.Sequential:

@@ -1,0 +1,176 @@
+"""Local self-attention as an involution whose kernels are softmaxed products of queries and keys (section 3.3)."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.functional import Ints, correlate, involve, per_axis, same_padding
+from .generators import CONVOLUTION, window_softmax
+
+RELATIVE_POSITIONS = ("none", "bias", "factorised")
+
+
+class AttentionGenerator(nn.Module):
+    """Kernels that are attention weights: of every window, how much its keys agree with the query in its middle.
+
+        k[n, head, u, o] = softmax over u of (q[o*s] . (key[o*s + u*d - p] + r[u])) / sqrt(C / heads)
+
+    Taps outside the input are left out of the softmax. The products are the operator's own map `correlate`: nothing is
+    unfolded. Cost: ``C*C*(prod(O) + prod(S)) + prod(K) * C * prod(O)`` multiply-adds, relative positions apart.
+
+    Args:
+        channels: C of the layer's input.
+        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        groups: the heads; they divide C.
+        stride: one number per spatial axis; queries are at every stride-th position.
+        dilation: one number per spatial axis.
+        relative_position: "none"; "bias", a number for every head and offset; or "factorised", an embedding of every
+            axis's offset that the query is multiplied with, each of its own part of a head's channels (as in
+            stand-alone self-attention, Ramachandran et al. 2019).
+
+    Shapes: ``[N, C, *S] -> [N, heads, *K, *ceil(S / stride)]``.
+
+    Raises:
+        ValueError: relative_position is none of the three; factorised, and the axes do not divide a head's channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Sequence[int],
+        groups: int,
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        relative_position: str = "none",
+    ) -> None:
+        super().__init__()
+        if relative_position not in RELATIVE_POSITIONS:
+            raise ValueError(
+                f"relative_position must be one of {', '.join(RELATIVE_POSITIONS)}, got {relative_position!r}"
+            )
+        dims, width = len(kernel_size), channels // groups
+        self.groups, self.kernel_size = groups, tuple(kernel_size)
+        self.stride, self.dilation = tuple(stride), tuple(dilation)
+        self.query = CONVOLUTION[dims](channels, channels, 1, stride=self.stride, bias=False)  # type: ignore[arg-type]
+        self.key = CONVOLUTION[dims](channels, channels, 1, bias=False)
+        self.relative_position = relative_position
+        if relative_position == "bias":
+            self.bias = nn.Parameter(torch.zeros(groups, *self.kernel_size))
+        elif relative_position == "factorised":
+            if width % dims:
+                raise ValueError(
+                    f"relative_position='factorised' wants heads whose channels divide by {dims}, got {width}"
+                )
+            self.embeddings = nn.ParameterList(
+                nn.Parameter(torch.randn(groups, width // dims, size) * (dims / width) ** 0.5) for size in kernel_size
+            )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, heads, *K, *O]."""
+        query, key = self.query(input), self.key(input)
+        query = query / math.sqrt(query.shape[1] // self.groups)
+        padding = same_padding(self.kernel_size, self.dilation)
+        logits = correlate(query, key, self.groups, self.kernel_size, self.stride, padding, self.dilation)
+        if self.relative_position == "bias":
+            logits = logits + self.bias.reshape(*self.bias.shape, *[1] * len(self.kernel_size))
+        elif self.relative_position == "factorised":
+            logits = self._with_embeddings(logits, query)
+        return window_softmax(logits, input.shape[2:], self.stride, padding, self.dilation)
+
+    def _with_embeddings(self, logits: Tensor, query: Tensor) -> Tensor:
+        """Adds every axis's products of query and embedding, which the other axes' offsets share."""
+        dims = len(self.kernel_size)
+        parts = query.unflatten(1, (self.groups, dims, -1)).unbind(2)
+        for axis, (part, embedding) in enumerate(zip(parts, self.embeddings, strict=True)):
+            products = torch.einsum("ngc...,gck->ngk...", part, embedding.to(part.dtype))
+            for other in range(dims):
+                if other != axis:
+                    products = products.unsqueeze(2 + other)
+            logits = logits + products
+        return logits
+
+
+class _LocalSelfAttention(nn.Module):
+    """The body of all three layers; see :class:`LocalSelfAttention2d`."""
+
+    dims: int
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: Ints = 7,
+        stride: Ints = 1,
+        dilation: Ints = 1,
+        heads: int = 8,
+        relative_position: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or channels % heads:
+            raise ValueError(f"heads must be a positive int that divides channels={channels}, got {heads!r}")
+        self.channels, self.heads = channels, heads
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
+        self.stride = per_axis("stride", stride, self.dims, 1)
+        self.dilation = per_axis("dilation", dilation, self.dims, 1)
+        self.generator = AttentionGenerator(
+            channels, self.kernel_size, heads, self.stride, self.dilation, relative_position
+        )
+        self.value = CONVOLUTION[self.dims](channels, channels, 1, bias=False)
+        self.to(device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> the same with sizes ceil(S / stride)."""
+        if input.dim() != self.dims + 2 or input.shape[1] != self.channels:
+            axes = ", ".join("DHW"[3 - self.dims :])
+            raise ValueError(f"input must be [N, {self.channels}, {axes}], got {list(input.shape)}")
+        padding = same_padding(self.kernel_size, self.dilation)
+        return involve(self.value(input), self.generator(input), self.stride, padding, self.dilation)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        parts: list[Any] = [self.channels, f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
+        if max(self.dilation) > 1:
+            parts.append(f"dilation={self.dilation}")
+        parts += [f"heads={self.heads}", f"relative_position={self.generator.relative_position!r}"]
+        return ", ".join(map(str, parts))
+
+
+class LocalSelfAttention1d(_LocalSelfAttention):
+    """Local self-attention over [N, C, L]; see :class:`LocalSelfAttention2d`."""
+
+    dims = 1
+
+
+class LocalSelfAttention2d(_LocalSelfAttention):
+    """Self-attention of every position over the window around it (paper, section 3.3).
+
+    An involution of the values by :class:`AttentionGenerator`'s kernels: what torch's scaled_dot_product_attention
+    gives under the mask of the neighbourhood, in memory and time that grow with the window and not with the image.
+
+    Args:
+        channels: C, of input and output.
+        kernel_size: K, the window: an int or one per axis.
+        stride: an int or one per axis; queries are at every stride-th position.
+        dilation: an int or one per axis.
+        heads: that divide C.
+        relative_position: "none", "bias" or "factorised", see :class:`AttentionGenerator`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Shapes: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)].
+
+    Raises:
+        ValueError: an argument or the input does not fit.
+    """
+
+    dims = 2
+
+
+class LocalSelfAttention3d(_LocalSelfAttention):
+    """Local self-attention over [N, C, D, H, W]; see :class:`LocalSelfAttention2d`."""
+
+    dims = 3

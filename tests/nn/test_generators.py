@@ -1,0 +1,121 @@
+"""Kernel generators: shapes, what each of them sees, and what they cost."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from involution.nn import (
+    BottleneckGenerator,
+    ContextGenerator,
+    Involution1d,
+    Involution2d,
+    Involution3d,
+    LinearGenerator,
+    PositionGenerator,
+    SoftmaxGenerator,
+)
+
+GENERATORS = [BottleneckGenerator, ContextGenerator, LinearGenerator, PositionGenerator, SoftmaxGenerator]
+LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
+
+
+def made(kind: Any) -> Any:
+    """As Involution2d takes it: the default generator is made by None."""
+    return None if kind is BottleneckGenerator else kind
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_shapes_and_gradients(kind: Any, dims: int) -> None:
+    torch.manual_seed(0)
+    sizes, stride = (7, 6, 5)[:dims], (2, 1, 3)[:dims]
+    layer = LAYERS[dims](8, 3, stride, group_channels=4, kernel_generator=made(kind)).double()
+    x = torch.randn(2, 8, *sizes, dtype=torch.float64, requires_grad=True)
+    outputs = [-(-size // step) for size, step in zip(sizes, stride, strict=True)]
+    assert layer.generator(x).shape == (2, 2, *[3] * dims, *outputs)
+    y = layer(x)
+    assert y.shape == (2, 8, *outputs)
+    y.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    layer.eval()  # or the batch norm would tie the images together
+    assert torch.autograd.gradcheck(layer, x.detach()[:1].requires_grad_())
+
+
+def sees(kind: Any) -> list[tuple[int, int]]:
+    """The offsets of input positions that the kernel in the middle depends on."""
+    torch.manual_seed(0)
+    layer = Involution2d(128, 5, kernel_generator=made(kind)).double().eval()
+    x = torch.randn(1, 128, 9, 9, dtype=torch.float64, requires_grad=True)
+    kernel = layer.generator(x)[..., 4, 4]
+    if not kernel.requires_grad:
+        return []
+    [gradient] = torch.autograd.grad(kernel.square().sum(), x, allow_unused=True)
+    if gradient is None:
+        return []
+    return [(i - 4, j - 4) for i, j in gradient[0].abs().sum(0).nonzero().tolist()]
+
+
+def test_what_a_kernel_depends_on() -> None:
+    assert sees(BottleneckGenerator) == sees(LinearGenerator) == sees(SoftmaxGenerator) == [(0, 0)]
+    assert sees(ContextGenerator) == [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    assert sees(PositionGenerator) == []
+
+
+def test_position_generator_has_its_kernels_for_every_size() -> None:
+    """The corners have the same coordinates, whatever lies between; other images get the same kernels."""
+    layer = Involution2d(16, 3, kernel_generator=PositionGenerator)
+    small, large = layer.generator(torch.randn(1, 16, 4, 4)), layer.generator(torch.randn(2, 16, 9, 6))
+    torch.testing.assert_close(small[0, ..., -1, 0], large[1, ..., -1, 0])
+    torch.testing.assert_close(large[0], large[1])
+    assert not torch.allclose(small[..., 0, 0], small[..., 0, 1])
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_softmax_generator_averages_what_is_inside(dilation: int) -> None:
+    """Of a constant image nothing changes, at the border neither."""
+    layer = Involution2d(16, 5, stride=2, dilation=dilation, kernel_generator=SoftmaxGenerator)
+    x = torch.randn(1, 16, 1, 1).expand(1, 16, 9, 7).contiguous()
+    torch.testing.assert_close(layer(x), x[:, :, ::2, ::2])
+    kernels = layer.generator(torch.randn(1, 16, 9, 7))
+    assert (kernels >= 0).all()
+    torch.testing.assert_close(kernels.sum((2, 3)), torch.ones(1, 1, 5, 4))
+    assert kernels[0, 0, 0, 0, 0, 0] == 0  # outside
+
+
+@pytest.mark.parametrize(
+    ("kind", "multiply_adds"),
+    [  # of one position, 32 channels in 2 groups, 5x5: what the docstrings say
+        (BottleneckGenerator, 32 * 8 + 8 * 50),
+        (ContextGenerator, 32 * 8 + 9 * 8 + 8 * 50),
+        (LinearGenerator, 32 * 50),
+        (SoftmaxGenerator, 32 * 8 + 8 * 50),
+    ],
+)
+def test_costs_are_the_docstrings(kind: Any, multiply_adds: int) -> None:
+    generator = Involution2d(32, 5, kernel_generator=made(kind)).generator.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator(torch.randn(3, 32, 6, 7))
+    assert counter.get_total_flops() == 2 * 3 * 6 * 7 * multiply_adds
+
+
+def test_position_generator_costs_once_a_batch() -> None:
+    generator = Involution2d(32, 5, kernel_generator=PositionGenerator).generator
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator(torch.randn(3, 32, 6, 7))
+    assert counter.get_total_flops() == 2 * 6 * 7 * (2 * 32 + 32 * 50)
+
+
+def test_the_pages_code_runs() -> None:
+    """Block after block, among them a generator of one's own."""
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    layer = Involution2d(64, kernel_size=5, stride=2, kernel_generator=names["Gated"])
+    assert layer(torch.randn(1, 64, 9, 8)).shape == (1, 64, 5, 4)

@@ -1,0 +1,26 @@
+"""What the examples with photographs share: reading one, and writing it beside what became of it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch import Tensor
+
+FOLDER = Path("runs/examples")
+
+
+def load(name: str) -> Tensor:
+    """A photo as [1, 3, H, W] float32 in 0..1, channels-last: a file, or one of scikit-learn's two."""
+    pixels = np.asarray(Image.open(name).convert("RGB")) if Path(name).is_file() else load_sample_image(name)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def before_and_after(name: str, *images: Tensor) -> None:
+    """Writes images of one height side by side."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    row = torch.cat([image[0].clamp(0, 1) for image in images], dim=2)
+    file = FOLDER / f"{name}.png"
+    Image.fromarray((255 * row).round().byte().permute(1, 2, 0).numpy()).save(file)
+    print(f"wrote {file}")

@@ -1,0 +1,55 @@
+"""Spatially varying blur: every pixel has a Gaussian kernel of its own width, as the lens of a camera does it.
+
+    python examples/varying_blur.py [PHOTO]          writes runs/examples/varying_blur.png: before and after
+
+Without a photo it takes scikit-learn's "flower" (CC BY 2.0, danielbuechele).
+"""
+
+import sys
+
+import torch
+from photo import before_and_after, load
+from torch import Tensor
+
+from involution import involution2d
+
+
+def gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
+    """A Gaussian of its own width for every position.
+
+    Args:
+        sigma: standard deviations in pixels, [N, H, W].
+        kernel_size: odd; three times the largest sigma to either side leaves nothing out that shows.
+
+    Returns:
+        [N, 1, K, K, H, W], not yet divided by their sums.
+    """
+    offsets = torch.arange(kernel_size, dtype=sigma.dtype) - kernel_size // 2
+    squares = offsets[:, None] ** 2 + offsets**2
+    return torch.exp(-squares[..., None, None] / (2 * sigma[:, None, None] ** 2))[:, None]
+
+
+def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
+    """Averages every pixel's window with the weights of its Gaussian, as far as the window is inside the image.
+
+    Args:
+        image: [N, C, H, W].
+        sigma: [N, H, W].
+        kernel_size: see `gaussian_kernels`.
+    """
+    kernels = gaussian_kernels(sigma, kernel_size)
+    weights = involution2d(torch.ones_like(image[:, :1]), kernels, padding="same")
+    return involution2d(image, kernels, padding="same") / weights
+
+
+def main(arguments: list[str]) -> None:
+    """Keeps the middle of a photo sharp."""
+    image = load(arguments[0] if arguments else "flower.jpg")
+    height, width = image.shape[-2:]
+    y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
+    sigma = 0.3 + 5 * (x**2 + y**2).clamp(0.05, 1) - 0.25
+    before_and_after("varying_blur", image, blur(image, sigma[None], 31))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,178 @@
+"""Per-pixel kernels against plain loops and SciPy: what the examples compute is what their pages say."""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+from torch import Tensor
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str) -> ModuleType:
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))  # as Python does for a script
+    return importlib.import_module(name)
+
+
+def test_varying_blur_is_the_definition() -> None:
+    torch.manual_seed(0)
+    image, sigma = torch.rand(2, 3, 6, 7, dtype=torch.float64), 0.5 + 2 * torch.rand(2, 6, 7, dtype=torch.float64)
+    got = example("varying_blur").blur(image, sigma, 5)
+    want = torch.zeros_like(image)
+    for n, i, j in np.ndindex(2, 6, 7):
+        total = 0.0
+        for a, b in np.ndindex(6, 7):
+            if max(abs(a - i), abs(b - j)) <= 2:
+                weight = np.exp(-((a - i) ** 2 + (b - j) ** 2) / (2 * float(sigma[n, i, j]) ** 2))
+                want[n, :, i, j] += weight * image[n, :, a, b]
+                total += weight
+        want[n, :, i, j] /= total
+    torch.testing.assert_close(got, want)
+
+
+def test_constant_blur_is_scipys() -> None:
+    """Inside; at the border SciPy mirrors."""
+    image = torch.rand(1, 1, 40, 44, dtype=torch.float64)
+    got = example("varying_blur").blur(image, torch.full((1, 40, 44), 1.5, dtype=torch.float64), 13)
+    want = gaussian_filter(image[0, 0].numpy(), 1.5, radius=6)
+    np.testing.assert_allclose(got[0, 0, 6:-6, 6:-6].numpy(), want[6:-6, 6:-6], rtol=1e-10)
+
+
+@pytest.mark.parametrize("scale", [2, 3])
+def test_content_aware_reassembly_is_the_definition(scale: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    kernels = torch.randn(2, 2, 3, 3, 5 * scale, 4 * scale, dtype=torch.float64)
+    got = example("content_aware_upsampling").reassemble(x, kernels)
+    want = torch.zeros(2, 4, 5 * scale, 4 * scale, dtype=torch.float64)
+    for n, c, i, j, u, v in np.ndindex(2, 4, 5 * scale, 4 * scale, 3, 3):
+        a, b = i // scale + u - 1, j // scale + v - 1
+        if 0 <= a < 5 and 0 <= b < 4:
+            want[n, c, i, j] += kernels[n, c // 2, u, v, i, j] * x[n, c, a, b]
+    torch.testing.assert_close(got, want)
+
+
+def plain_joint_bilateral(coarse: Tensor, guide: Tensor, kernel_size: int, space: float, range_: float) -> Tensor:
+    scale, reach = guide.shape[-1] // coarse.shape[-1], kernel_size // 2
+    low = guide.unflatten(2, (-1, scale)).unflatten(4, (-1, scale)).mean((3, 5))
+    result = torch.zeros(*coarse.shape[:2], *guide.shape[2:], dtype=coarse.dtype)
+    for n, i, j in np.ndindex(len(coarse), *guide.shape[2:]):
+        total = 0.0
+        for a, b in np.ndindex(*coarse.shape[2:]):
+            if max(abs(a - i // scale), abs(b - j // scale)) <= reach:
+                away = ((i + 0.5) / scale - a - 0.5) ** 2 + ((j + 0.5) / scale - b - 0.5) ** 2
+                unlike = float((guide[n, :, i, j] - low[n, :, a, b]).square().sum())
+                weight = np.exp(-away / (2 * space**2) - unlike / (2 * range_**2))
+                result[n, :, i, j] += weight * coarse[n, :, a, b]
+                total += weight
+        result[n, :, i, j] /= total
+    return result
+
+
+@pytest.mark.parametrize(("scale", "kernel_size"), [(2, 3), (4, 5)])
+def test_joint_bilateral_upsampling_is_the_definition(scale: int, kernel_size: int) -> None:
+    torch.manual_seed(0)
+    coarse = torch.rand(2, 3, 4, 3, dtype=torch.float64)
+    guide = torch.rand(2, 2, 4 * scale, 3 * scale, dtype=torch.float64)
+    got = example("joint_bilateral").joint_bilateral_upsample(coarse, guide, kernel_size, 0.8, 0.3)
+    torch.testing.assert_close(got, plain_joint_bilateral(coarse, guide, kernel_size, 0.8, 0.3))
+
+
+def test_joint_bilateral_upsampling_keeps_an_edge_that_bilinear_blurs() -> None:
+    guide = torch.zeros(1, 1, 32, 32)
+    guide[..., 13:] = 1
+    coarse = torch.nn.functional.avg_pool2d(guide, 4)
+    found = example("joint_bilateral").joint_bilateral_upsample(coarse, guide)
+    bilinear = torch.nn.functional.interpolate(coarse, scale_factor=4, mode="bilinear")
+    assert (found - guide).abs().mean() < 0.3 * (bilinear - guide).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["varying_blur", "joint_bilateral"])
+def test_pages_write_their_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(photo)
+    example(name).main([str(photo)])
+    with Image.open(tmp_path / "runs" / "examples" / f"{name}.png") as picture:
+        assert picture.height == 64
+        assert picture.width in (192, 288)
+
+
+def test_content_aware_upsampling_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of training, on any machine: it runs, and says decibels."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    photo = tmp_path / "photo.png"
+    ramp = np.add.outer(np.arange(96), np.arange(96)).astype(np.uint8)
+    Image.fromarray(np.stack([ramp] * 3, -1)).save(photo)
+    found = example("content_aware_upsampling").main([str(photo)], seconds=1)
+    assert set(found) == {"nearest", "bicubic", "content-aware"}
+    assert all(np.isfinite(value) for value in found.values())
+
+
+def test_denoising_averages_with_the_predicted_kernels() -> None:
+    """Against torch's unfold; and weights sum to one, so that a constant stays what it is."""
+    torch.manual_seed(0)
+    model = example("denoising").Denoiser(kernel_size=5).double()
+    image = torch.rand(1, 3, 9, 8, dtype=torch.float64)
+    kernels = model.average.generator(image)
+    windows = torch.nn.functional.unfold(image, 5, padding=2).view(1, 3, 25, 9, 8)
+    torch.testing.assert_close(model(image), (kernels.flatten(2, 3) * windows).sum(2))
+    constant = torch.full_like(image, 0.3)
+    torch.testing.assert_close(model(constant), constant)
+
+
+def test_denoising_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = example("denoising").main([], seconds=1)
+    assert 20 < found["noisy"] < 21.5  # the range is ten times the noise, of which clipping takes a little
+    assert found["best Gaussian blur"] > found["noisy"]
+    assert (tmp_path / "runs" / "examples" / "denoising.png").is_file()
+
+
+def test_audio_is_scipys_filter_where_the_cutoff_stays() -> None:
+    from scipy.signal import firwin
+
+    sound = torch.randn(1, 2, 400, dtype=torch.float64)
+    got = example("audio").low_pass(sound, torch.full((1, 400), 0.1, dtype=torch.float64), 31)
+    taps = firwin(31, 0.2)  # of the Nyquist frequency, half the rate
+    for channel in range(2):
+        want = np.convolve(sound[0, channel].numpy(), taps, mode="same")
+        np.testing.assert_allclose(got[0, channel].numpy(), want, rtol=1e-9, atol=1e-12)
+
+
+def test_audio_has_a_filter_of_its_own_at_every_sample() -> None:
+    low_pass = example("audio").low_pass
+    sound, cutoff = torch.randn(1, 1, 60, dtype=torch.float64), torch.linspace(0.02, 0.4, 60, dtype=torch.float64)
+    got = low_pass(sound, cutoff[None], 15)
+    for sample in (0, 17, 59):
+        alone = low_pass(sound, cutoff[sample].expand(1, 60), 15)
+        torch.testing.assert_close(got[..., sample], alone[..., sample])
+
+
+def test_volume_bilateral_filter_is_the_definition() -> None:
+    torch.manual_seed(0)
+    volume = torch.rand(1, 2, 4, 3, 5, dtype=torch.float64)
+    got = example("volume").bilateral(volume, 3, 1.2, 0.3)
+    want = torch.zeros_like(volume)
+    places = list(np.ndindex(4, 3, 5))
+    for place in places:
+        total = 0.0
+        for other in places:
+            away = np.subtract(place, other)
+            if np.abs(away).max() <= 1:
+                unlike = float((volume[(0, slice(None), *place)] - volume[(0, slice(None), *other)]).square().sum())
+                weight = np.exp(-(away**2).sum() / (2 * 1.2**2) - unlike / (2 * 0.3**2))
+                want[(0, slice(None), *place)] += weight * volume[(0, slice(None), *other)]
+                total += weight
+        want[(0, slice(None), *place)] /= total
+    torch.testing.assert_close(got, want)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from involution import cli
-from involution.bench import baselines, command, kernels, loading, memory, models, paper, report
+from involution import cli, involution3d
+from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roof import Roof
 from involution.ops.gpu import Tile
@@ -33,13 +33,19 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
         "fused": kernels.fused(SMALL, [1], 0.0, Roof(1e11, 1e10)),
         "models": models.models([1], 0.0, names, 32),
         "training": models.training([2], 0.0, names, 32),
-        "memory": memory.memory(Case("tiny", 16, 16, 16, 7, 1)),
+        "memory": memory.memory(Case("tiny", 16, 16, 16, 7, 1), 8),
         "threads": kernels.threads(SMALL, [1], 0.0),
         "overhead": kernels.overhead(0.0),
         "paper": paper.paper(SMALL, [2]),
         "loading": loading.loading(0.0, 2, ["rednet14_cifar"]),
-        "detection": memory.detection(160, 224),
+        "detection": memory.detection(96, 128),
+        "family": family.family(SMALL, [2], 0.0),
     }
+
+
+def test_unfold_of_a_volume_is_the_operator() -> None:
+    x, k = torch.randn(2, 6, 4, 5, 3, dtype=torch.float64), torch.randn(2, 2, 3, 3, 3, 4, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(baselines.unfold3d(x, k), involution3d(x, k, padding="same"))
 
 
 def test_every_subject_is_measured_printed_written_and_drawn(

@@ -23,6 +23,15 @@ def unfold(x: Tensor, k: Tensor, stride: int) -> Tensor:
     return (k.reshape(n, groups, 1, size * size, height, width) * windows).sum(3).view(n, -1, height, width)
 
 
+def unfold3d(x: Tensor, k: Tensor) -> Tensor:
+    """The same of a volume, at stride 1."""
+    groups, size = k.shape[1:3]
+    padded = nn.functional.pad(x, [size // 2] * 6)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1).unfold(4, size, 1)  # [N, C, D, H, W, K, K, K]
+    kernels = k.movedim((2, 3, 4), (5, 6, 7)).unsqueeze(2)
+    return (windows.unflatten(1, (groups, -1)) * kernels).sum((6, 7, 8)).flatten(1, 2)
+
+
 def shifted(x: Tensor, k: Tensor, stride: int) -> Tensor:
     """One multiply-add of the shifted, zero-padded input per tap; made for torch.compile, which fuses all of them."""
     groups, size, _, height, width = k.shape[1:]

@@ -15,6 +15,7 @@ from ..ops import cpu
 from . import kernels
 from .baselines import Prototype
 from .cases import CASES, NECK, Case
+from .family import family
 from .loading import loading
 from .memory import detection, memory
 from .models import models, training
@@ -25,7 +26,7 @@ from .timer import Row
 
 SUBJECTS = (
     *("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper", "loading"),
-    "detection",
+    *("detection", "family"),
 )
 
 
@@ -68,6 +69,8 @@ def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Pro
         return models(options.batch, 10 * seconds, device=device)
     if subject == "detection":
         return detection()
+    if subject == "family":
+        return family(small, options.batch, 5 * seconds)
     if subject == "loading":
         return loading(2 * seconds)
     if subject == "training":

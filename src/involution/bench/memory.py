@@ -1,4 +1,5 @@
-"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient; and of a detector.
+"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient; of an operator on a
+volume; and of a detector.
 
 Every measurement is a process of its own: python -m involution.bench.memory WHAT CHANNELS HEIGHT WIDTH prints MiB.
 """
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..nn.involution import Involution2d
-from .baselines import unfold
+from ..ops.functional import involution3d
+from .baselines import unfold, unfold3d
 from .cases import NECK, Case
 from .timer import Row
 
@@ -27,14 +29,27 @@ MEMORY_CASES = {
 }
 
 
-def memory(case: Case = NECK) -> list[Row]:
-    """Extra peak resident memory in MiB, each in a process that returns freed memory at once."""
+VOLUME_CASES = {"volume": "operator in 3d, forward and backward", "volume-unfold": "unfold in 3d, forward and backward"}
+
+
+def memory(case: Case = NECK, volume: int = 48) -> list[Row]:
+    """Extra peak resident memory in MiB, each in a process that returns freed memory at once.
+
+    Args:
+        case: of the layer.
+        volume: voxels along each axis, of 16 channels, with a window of 5x5x5.
+    """
     mib = 4 * case.channels * case.height * case.width / 2**20
     rows = []
     for what, title in MEMORY_CASES.items():
         row = {"what": title, "case": case.name, "batch": 1}
         row["MiB"] = _in_a_process(what, case.channels, case.height, case.width)
         rows.append(row | {"x, MiB": mib, "y, MiB": mib, "h, MiB": mib / 4})
+    mib = 4 * 16 * volume**3 / 2**20
+    for what, title in VOLUME_CASES.items():
+        row = {"what": title, "case": f"C16@{volume}^3, K5", "batch": 1}
+        row["MiB"] = _in_a_process(what, 16, volume, volume)
+        rows.append(row | {"x, MiB": mib, "y, MiB": mib})
     return rows
 
 
@@ -74,6 +89,24 @@ def measure(what: str, channels: int, height: int, width: int) -> float:
     layer.zero_grad()
     x, g = tensors(height, width)
     return _peak(lambda: run(x, g))
+
+
+def measure_volume(what: str, channels: int, size: int) -> float:
+    """The peak of the operator on a volume and of its gradients, in MiB above input, kernel map and output gradient."""
+
+    def run(x: Tensor, k: Tensor, g: Tensor) -> None:
+        y = unfold3d(x, k) if what.endswith("unfold") else involution3d(x, k, padding="same")
+        torch.autograd.grad(y, (x, k), g)
+
+    def tensors(size: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, g = (torch.randn(1, channels, size, size, size) for _ in range(2))
+        x = x.to(memory_format=torch.channels_last_3d)
+        k = torch.randn(1, size, size, size, 125).permute(0, 4, 1, 2, 3).unflatten(1, (1, 5, 5, 5))
+        return x.requires_grad_(), k.requires_grad_(), g.to(memory_format=torch.channels_last_3d)
+
+    run(*tensors(max(1, size // 4)))  # what is made once is made now
+    arguments = tensors(size)
+    return _peak(lambda: run(*arguments))
 
 
 class Unfolded(Involution2d):
@@ -126,6 +159,10 @@ def _resident() -> float:
 
 
 if __name__ == "__main__":
-    channels, height, width = (int(size) for size in sys.argv[2:5])
-    detector = sys.argv[1].startswith("detector")
-    print(measure_detector(sys.argv[1], height, width) if detector else measure(sys.argv[1], channels, height, width))
+    what, (channels, height, width) = sys.argv[1], (int(size) for size in sys.argv[2:5])
+    if what.startswith("detector"):
+        print(measure_detector(what, height, width))
+    elif what.startswith("volume"):
+        print(measure_volume(what, channels, height))
+    else:
+        print(measure(what, channels, height, width))

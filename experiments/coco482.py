@@ -24,9 +24,10 @@ SIZE = (192, 288)  # pixels of the shorter side, and at most of the longer one
 # From scratch, so with a group norm: running statistics of four images say little.
 SHARED = [
     *("-c", "faster_rcnn_rednet50_neck_head_fpn_1x", "--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}'),
+    *("--model.model_kwargs", '{"box_batch_size_per_image": 128}'),
     *("--data.categories", '["person"]', "--data.min_size", str(SIZE[0]), "--data.max_size", str(SIZE[1])),
-    *("--data.batch_size", "4", "--model.lr_batch_size", "null", "--model.lr", "0.01", "--model.warmup_steps", "50"),
-    *("--model.milestones", "[16, 19]", "--trainer.max_epochs", "20", "--trainer.check_val_every_n_epoch", "10"),
+    *("--data.batch_size", "4", "--model.lr_batch_size", "null", "--model.lr", "0.02", "--model.warmup_steps", "50"),
+    *("--model.milestones", "[8]", "--trainer.max_epochs", "9", "--trainer.check_val_every_n_epoch", "9"),
     *("--trainer.num_sanity_val_steps", "0", "--trainer.log_every_n_steps", "10"),
 ]
 INVOLUTION, CONVOLUTION = (("--model.neck", what, "--model.head", what) for what in ("involution", "convolution"))

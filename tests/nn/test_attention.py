@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from involution.nn import Involution2d, LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
-from involution.nn.attention import AttentionGenerator
+from involution.nn.attention import RELATIVE_POSITIONS, AttentionGenerator
 
 LAYERS = {1: LocalSelfAttention1d, 2: LocalSelfAttention2d, 3: LocalSelfAttention3d}
 
@@ -228,3 +229,17 @@ def test_rednet_with_bad_attention(options: dict[str, Any]) -> None:
 
     with pytest.raises(ValueError, match="attention"):
         timm.create_model("rednet26", **options)
+
+
+def test_costs_are_the_pages() -> None:
+    import timm
+
+    import involution.zoo  # noqa: F401
+    from involution.cost import cost
+
+    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text()
+    for relative in RELATIVE_POSITIONS:
+        with torch.device("meta"):
+            found = cost(timm.create_model("rednet50", attention=relative))
+        row = f'"{relative}" | {found.parameters / 1e6:.2f} M | {found.multiply_adds / 1e9:.2f} G |'
+        assert row in page

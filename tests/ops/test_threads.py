@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,11 +87,18 @@ class Computed(Dataset):
         return call(index, channels_last=bool(index % 2))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_forked_workers(threads: int) -> None:
-    """After the parent has used the kernels, on as many threads."""
+def forked_workers(threads: int) -> None:
+    """Results of forked workers, after the parent has used the kernels on as many threads, against its own."""
     torch.set_num_threads(threads)
     wanted = [Computed()[index] for index in range(8)]
     loader = DataLoader(Computed(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert [same(got, want) for got, want in zip(loader, wanted, strict=True)] == [True] * 8
     assert same(Computed()[0], wanted[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_forked_workers(threads: int) -> None:
+    """In a process of its own: what other tests did with autograd's threads may forbid it to a forked child."""
+    code = f"from test_threads import forked_workers; forked_workers({threads})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

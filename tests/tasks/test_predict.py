@@ -103,7 +103,7 @@ def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -
         ("no checkpoint", "ckpt_path must be a checkpoint, got"),
         ("an image as checkpoint", "ckpt_path must be a checkpoint of involution fit, got"),
         ("weights as checkpoint", "ckpt_path must be a checkpoint of involution fit, got"),
-        ("another task", "ckpt_path must be of a task among classify, detect, got"),
+        ("another task", "ckpt_path must be of a task among classify, detect, segment, got"),
         ("no images", "data.predict_path must be an image or a folder of images, got"),
         ("an empty folder", "data.predict_path must hold images"),
         ("a broken image", r"broken.jpg cannot be read as an image"),

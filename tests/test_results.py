@@ -35,13 +35,16 @@ def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
         assert table in page, f"{name}: run python experiments/cifar10.py report"
 
 
-def test_the_detection_table_is_that_of_its_results_file() -> None:
-    coco482 = experiment("coco482")
-    lines = coco482.finished(coco482.RESULTS)
-    assert {line["name"] for line in lines} == set(coco482.RUNS)
-    assert all(line["options"] == [*coco482.RUNS[line["name"]], "--seed_everything", "0"] for line in lines)
-    [table] = coco482.tables(lines).values()
-    assert table in (ROOT / "docs" / "results.md").read_text(), "run python experiments/coco482.py report"
+@pytest.mark.parametrize(("name", "marks"), [("coco482", {"coco482"}), ("camvid", {"camvid", "camvid_classes"})])
+def test_tables_of_the_dense_tasks_are_those_of_their_results_files(name: str, marks: set[str]) -> None:
+    module = experiment(name)
+    lines = experiment("ledger").finished(module.RESULTS)
+    assert {line["name"] for line in lines} == set(module.RUNS)
+    assert all(line["options"] == [*module.RUNS[line["name"]], "--seed_everything", "0"] for line in lines)
+    tables = module.tables(lines)
+    assert set(tables) == marks
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert all(table in page for table in tables.values()), f"run python experiments/{name}.py report"
 
 
 def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:

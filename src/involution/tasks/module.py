@@ -82,6 +82,17 @@ class TaskModule(LightningModule):
         """Logs train/seconds."""
         self.log("train/seconds", time.perf_counter() - self._started)
 
+    def training_steps(self) -> int:
+        """How many steps the optimizer makes in all; makes the loaders, which know the batches.
+
+        Raises:
+            ValueError: nobody knows.
+        """
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("max_epochs or max_steps must be given, for the learning rate's schedule, got neither")
+        return int(steps)
+
     def lr_scale(self, lr_batch_size: int | None) -> float:
         """How many times as many images as `lr_batch_size` an optimizer step sees; 1 without it.
 

@@ -116,6 +116,8 @@ def main(arguments: list[str]) -> None:
     quiet_lightning()
     files = image_files(Path(options.data.predict_path))
     folder = Path(options.output)
+    if folder.resolve() in {file.resolve().parent for file in files}:
+        raise ValueError(f"output must be another folder than the images', which pictures would replace, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
     dataset = ImageFiles(files, model.read, options.data.on_error)

@@ -131,16 +131,20 @@ class RandomStates(Callback):
 
 
 class WholeEpochs(Callback):
-    """Begins an epoch where the checkpoint was made at the end of one, in runs whose length is a number of steps, too.
+    """Counts the epochs of runs whose length is a number of steps as if they had not been interrupted.
 
-    There, Lightning takes the finished epoch for one to go on with, finds it without batches, and counts it twice: the
-    order of the images would be another one than without the interruption.
+    Lightning takes an epoch that the checkpoint finished for one to go on with, finds it without batches, and counts it
+    twice; and one that the last step broke off for finished. The images' order would be another one.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says that nothing is left of the finished epoch, as Lightning itself does where epochs are counted."""
+        """Says whether anything is left of the checkpoint's epoch."""
         loop: Any = trainer.fit_loop
-        if loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        progress = loop.epoch_progress
+        if not loop.epoch_loop.batch_progress.is_last_batch:
+            progress.current.processed = min(progress.current.processed, progress.current.completed)
+            progress.total.processed = min(progress.total.processed, progress.total.completed)
+        elif loop.restarted_on_epoch_end:
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
             loop._restarting = loop.epoch_loop._restarting = False
@@ -181,8 +185,7 @@ def place_in_epoch(trainer: Trainer) -> tuple[int, int]:
     batches = trainer.fit_loop.epoch_loop.batch_progress
     if epochs.ready == 0:
         return 0, 0
-    finished = epochs.processed == epochs.ready or batches.is_last_batch
-    return (epochs.ready, 0) if finished else (epochs.ready - 1, batches.current.ready)
+    return (epochs.ready, 0) if batches.is_last_batch else (epochs.ready - 1, batches.current.ready)
 
 
 def last_checkpoint(folder: Path) -> Path:

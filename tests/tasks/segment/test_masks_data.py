@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
 
 from involution.tasks.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
@@ -154,7 +155,7 @@ def damage(root: Path, kind: str) -> tuple[Path, str]:
         return mask, "must have its image in"
     if kind == "other size":
         Image.fromarray(ids[:, 1:]).save(mask)
-        return mask, "must have its image's size, 64x48, got 63x48"
+        return mask, "must have the size of its image (upright, as EXIF says), 64x48, got 63x48"
     if kind == "unknown id":
         ids[3, 5], ids[4, 5] = 3, 254
         Image.fromarray(ids).save(mask)
@@ -198,6 +199,28 @@ def test_nothing_there(kind: str, tmp_path: Path) -> None:
         data(kind, tmp_path).setup("fit")
 
 
+def test_a_mask_without_an_image(tree: Tree) -> None:
+    root = tree("cityscapes")
+    sorted((root / "leftImg8bit" / "val").rglob("*.png"))[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"every mask wants an image, got .*000000_000019_gtFine"):
+        data("cityscapes", root).setup("validate")
+
+
+def test_photometric_changes_keep_red_red(tree: Tree) -> None:
+    """Brightness, contrast, saturation and a little of the hue; channels are not exchanged."""
+    module = data("masks", tree("masks"), crop=(48, 48))
+    mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
+    red = torch.zeros(3, 48, 48, dtype=torch.uint8)
+    red[0] = 200
+    seen = []
+    for _ in range(40):
+        image, _mask = module._training(tv_tensors.Image(red), tv_tensors.Mask(torch.zeros(48, 48).byte()))
+        colours = (image * std + mean)[:, 20:28, 20:28].mean((1, 2))
+        assert colours.argmax() == 0
+        seen.append(colours)
+    assert torch.stack(seen).std(0)[0] > 0.02
+
+
 def test_a_listed_file_that_is_missing(tree: Tree) -> None:
     root = tree("cityscapes")
     [mask, _] = sorted((root / "gtFine" / "val").rglob("*.png"))
@@ -216,6 +239,8 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"classes": ["a", "b", "a"]}, "classes must be 1 to 255 different names, got ['a', 'b', 'a']"),
+        ({"ignore_index": -1}, "ignore_index must be an id, from 0 to 65535, got -1"),
+        ({"palette": [(0, 0, 0), (0, 0, 256), (1, 2, 3)]}, "palette must be of colours, three numbers from 0 to 255"),
         ({"palette": [(0, 0, 0)]}, "palette must have a colour for each of 3 classes, got 1"),
     ],
 )

@@ -37,13 +37,13 @@ def test_logits_have_the_images_size(make: Any, options: dict[str, Any], size: t
 
 def test_where_involutions_are() -> None:
     def outside_the_backbone(neck: str) -> int:
-        model = SemanticFPN("rednet26", neck)
+        model = SemanticFPN("rednet26", neck=neck)
         return sum(isinstance(module, Involution2d) for module in model.pyramid.fpn.modules())
 
     assert outside_the_backbone("involution") == 4
     assert outside_the_backbone("convolution") == 0
-    with pytest.raises(ValueError, match="convolution or involution, got 'attention'"):
-        SemanticFPN("rednet26", "attention")
+    with pytest.raises(ValueError, match="neck must be convolution or involution, got 'attention'"):
+        SemanticFPN("rednet26", neck="attention")
 
 
 def test_auxiliary_head_is_optional() -> None:
@@ -80,7 +80,7 @@ def test_batch_norms_that_stay_plain() -> None:
     """The paper's rule: all are synchronised but those of kernel generators and the stem's after its involution."""
     from involution.tasks.sync_batch_norm import norms_of_involutions, synchronised
 
-    model = SemanticFPN("rednet26", "involution")
+    model = SemanticFPN("rednet26", neck="involution")
     converted = synchronised(model, norms_of_involutions(model))
     plain = {name for name, module in converted.named_modules() if type(module) is nn.BatchNorm2d}
     generators = {

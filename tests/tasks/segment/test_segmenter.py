@@ -15,11 +15,12 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.metrics import confusion_matrix
+from torchvision.transforms import v2
 
 from involution.cli import main
 from involution.tasks.command import TaskCLI, run
 from involution.tasks.recipes import recipes
-from involution.tasks.segment import Segmenter
+from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly
 
@@ -123,19 +124,21 @@ def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> No
     assert want["val/mIoU"] > 0.5
 
 
-def test_a_run_goes_on_where_it_ended(make_masks: Callable[..., Path], tmp_path: Path) -> None:
-    """Four steps at once, or two and, from the checkpoint, two more: the same weights and learning rates."""
-    root = make_masks(tmp_path / "masks")
+@pytest.mark.parametrize("first", ["3", "4"])
+def test_a_run_goes_on_where_it_ended(first: str, make_masks: Callable[..., Path], tmp_path: Path) -> None:
+    """Eight steps at once, or some and then the others, from the end or the midst of an epoch of three."""
+    root = make_masks(tmp_path / "masks", train=6)
     weights = []
-    for name, parts in (("whole", ["4"]), ("halves", ["2", "4"])):
+    for name, parts in (("whole", ["8"]), ("halves", [first, "8"])):
         for steps in parts:
             more = ["--trainer.max_epochs", "-1", "--trainer.max_steps", steps, "--data.batch_size", "2"]
             more += ["--trainer.default_root_dir", str(tmp_path / name), "--trainer.deterministic", "true"]
             more += ["--model.warmup_steps", "0", "--model.power", "0"]  # or the schedule's end would move
-            more += ["--ckpt_path", "last"] if (len(parts), steps) == (2, "4") else []
+            more += ["--ckpt_path", "last"] if (len(parts), steps) == (2, "8") else []
             cli = fit(root, *more)
         weights.append(cli.model.state_dict())
-    assert cli.trainer.global_step == 4
+    assert cli.trainer.global_step == 8
+    assert cli.trainer.current_epoch == 3  # two whole ones, and the one that the last step broke off
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
 
 
@@ -221,6 +224,20 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         Segmenter(num_classes=2, **options)
 
 
+def test_runs_of_no_known_length(make_masks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_epochs or max_steps must be given"):
+        fit(make_masks(tmp_path / "masks"), "--trainer.max_epochs", "-1", "--trainer.max_time", "00:00:00:05",
+            "--data.batch_size", "2")  # fmt: skip
+
+
+def test_photographs_are_not_overwritten(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photograph = tmp_path / "a.png"
+    photograph.write_bytes((trained.parents[1] / "masks" / "images" / "val" / "0.png").read_bytes())
+    command = ["predict", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *QUIET[:4]]
+    assert main([*command, "--data.predict_path", str(photograph), "--output", str(tmp_path)]) == 1
+    assert "output must be another folder than the images'" in capsys.readouterr().err
+
+
 def test_upernet_wants_two_images(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data.root", str(tree("cityscapes")), "--data.batch_size", "1", *SMALL]
     assert main(["fit", "-c", "upernet_rednet50_80k", "--model.backbone", "rednet26", *data, *QUIET]) == 1
@@ -274,6 +291,8 @@ def test_recipes_are_the_papers() -> None:
         assert (model.get("neck") == "involution") == ("_neck" in name)
         assert (model["lr"], model["lr_batch_size"]) == (0.01, 8)
         assert (trainer["max_steps"], trainer["sync_batchnorm"]) == (80_000, True)
+        data = Cityscapes("root", **{name: recipe["data"]["init_args"][name] for name in ("batch_size", "num_workers")})
+        assert [step.size for step in data._training.transforms if isinstance(step, v2.RandomCrop)] == [(512, 1024)]
     built = Segmenter("upernet", 19, model_kwargs={"channels": 16})
     assert (built.hparams["power"], built.hparams["auxiliary_weight"], built.hparams["momentum"]) == (0.9, 0.4, 0.9)
 

@@ -212,7 +212,7 @@ class Classifier(TaskModule):
         optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)
         factor = partial(
             warmup_cosine,
-            total=int(self.trainer.estimated_stepping_batches),
+            total=self.training_steps(),
             warmup=round(given["warmup_steps"] / scale),
             warmup_ratio=given["warmup_ratio"],
         )

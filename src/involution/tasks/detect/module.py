@@ -235,7 +235,7 @@ class Detector(TaskModule):
         optimizer = torch.optim.SGD(
             trained, lr=given["lr"] * scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
         )
-        steps = int(self.trainer.estimated_stepping_batches)  # makes the loaders, which know the batches
+        steps = self.training_steps()
         batches = int(self.trainer.num_training_batches)
         factor = partial(
             warmup_steps_down,

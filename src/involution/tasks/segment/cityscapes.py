@@ -54,4 +54,7 @@ class Cityscapes(SegmentationData):
             found.append((image, masks / image.parent.name / f"{name}_gtFine_labelIds.png"))
         if not found:
             raise FileNotFoundError(f"root must hold images in {images}/CITY, got none")
+        alone = sorted(set(masks.glob("*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
+        if alone:
+            raise FileNotFoundError(f"every mask wants an image, got {alone[0]} without one in {images}")
         return existing(found)

@@ -40,7 +40,7 @@ def read_mask(file: Path, size: tuple[int, int], ids: Mapping[int, int]) -> Tens
         raise UnreadableImage(f"{file} cannot be read as a mask: {error}") from error
     if image.size != size:
         found, wanted = (f"{width}x{height}" for width, height in (image.size, size))
-        raise ValueError(f"{file} must have its image's size, {wanted}, got {found}")
+        raise ValueError(f"{file} must have the size of its image (upright, as EXIF says), {wanted}, got {found}")
     pixels = np.asarray(image)
     if pixels.ndim != 2:
         raise ValueError(f"{file} must have one channel, of ids, got mode {image.mode}")
@@ -175,6 +175,8 @@ def existing(pairs: Sequence[Pair]) -> list[Pair]:
     Raises:
         FileNotFoundError: a file is missing, or there is no pair.
     """
+    if not pairs:
+        raise FileNotFoundError("root must hold images and masks of every part, got a list without any")
     for image, mask in pairs:
         if not image.is_file():
             raise FileNotFoundError(f"every mask wants an image, got {mask} without {image}")

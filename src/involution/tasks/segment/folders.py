@@ -52,10 +52,14 @@ class Folders(SegmentationData):
         super().__init__(**segmentation)
         if not 1 <= len(classes) <= IGNORED or len(set(classes)) < len(classes):
             raise ValueError(f"classes must be 1 to {IGNORED} different names, got {classes!r}")
+        if not 0 <= ignore_index < 1 << 16:
+            raise ValueError(f"ignore_index must be an id, from 0 to 65535, got {ignore_index!r}")
         if palette is not None:
             if len(palette) != len(classes):
                 raise ValueError(f"palette must have a colour for each of {len(classes)} classes, got {len(palette)}")
-            self.palette = list(palette)
+            if any(len(one) != 3 or not all(0 <= value <= 255 for value in one) for one in palette):
+                raise ValueError(f"palette must be of colours, three numbers from 0 to 255, got {palette!r}")
+            self.palette = [(one[0], one[1], one[2]) for one in palette]
         self.root, self.classes = Path(root), classes
         self._places, self._suffix, self._ignored = (images, masks), mask_suffix, ignore_index
         self._names = {"train": train, "val": val, "test": test or val}

@@ -32,12 +32,12 @@ class Inference(NamedTuple):
             raise ValueError(f"scales must be positive factors, got {self.scales!r}")
         if self.window is None:
             if self.stride is not None:
-                raise ValueError(f"stride wants a window, got {self.stride!r} without one")
+                raise ValueError(f"window_stride wants a window, got {self.stride!r} without one")
             return
         if min(self.window) < 1:
             raise ValueError(f"window must be at least 1 along each axis, got {self.window!r}")
         if self.stride is not None and any(not 1 <= s <= w for s, w in zip(self.stride, self.window, strict=True)):
-            raise ValueError(f"stride must be from 1 to the window's {self.window!r}, got {self.stride!r}")
+            raise ValueError(f"window_stride must be from 1 to the window's {self.window!r}, got {self.stride!r}")
 
     def probabilities(self, network: Network, image: Tensor, size: tuple[int, int]) -> Tensor:
         """[3, h, w] -> [C, *size], in float32.

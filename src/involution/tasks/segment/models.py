@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import Conv2dNormActivation
 
-from ...zoo.fpn import PyramidBackbone
+from ...zoo.fpn import PyramidBackbone, check_layer
 
 Logits = dict[str, Tensor]
 
@@ -40,8 +40,8 @@ class SemanticFPN(nn.Module):
 
     Args:
         backbone: a RedNet or ResNet of timm's registry.
-        neck: "convolution" or "involution", of the pyramid.
         num_classes: of the logits.
+        neck: "convolution" or "involution", of the pyramid.
         channels: of the head.
         dropout: before the last convolution.
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
@@ -55,13 +55,14 @@ class SemanticFPN(nn.Module):
     def __init__(
         self,
         backbone: str = "rednet50",
-        neck: str = "convolution",
         num_classes: int = 19,
+        neck: str = "convolution",
         channels: int = 128,
         dropout: float = 0.1,
         backbone_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_layer("neck", neck)
         self.pyramid = PyramidBackbone(backbone, neck, **(backbone_kwargs or {}))
         width = self.pyramid.out_channels
         self.branches = nn.ModuleList(_branch(level, width, channels) for level in range(4))

@@ -19,7 +19,7 @@ from ...zoo.checkpoints import load_backbone
 from ..images import read_image
 from ..module import TaskModule
 from ..pictures import Colour, colour
-from ..sync_batch_norm import norms_of_involutions
+from ..sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
@@ -75,7 +75,8 @@ class Segmenter(TaskModule):
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         power: of the polynomial decay.
-        window: height and width of the sliding window in evaluation and prediction; None takes the whole image at once.
+        window: height and width of the sliding window in evaluation and, as it was in training, prediction; None takes
+            the whole image at once.
         window_stride: its steps; None is `window`.
         scales: of the image in evaluation and prediction; probabilities are averaged.
         flip: look at the mirrored image too.
@@ -147,8 +148,13 @@ class Segmenter(TaskModule):
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         self.palette = list(getattr(data, "palette", self.palette))
-        alone = getattr(data, "batch_size", 2) * self.trainer.world_size == 1
-        if stage == "fit" and alone and self.hparams["model_name"] == "upernet":
+
+    def on_train_start(self) -> None:
+        """Refuses batches that UPerNet cannot normalise."""
+        super().on_train_start()
+        shared = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in self.modules())
+        images = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 2)
+        if images * (self.trainer.world_size if shared else 1) == 1 and self.hparams["model_name"] == "upernet":
             raise ValueError("batch_size must be at least 2 for upernet, which pools images to a pixel each, got 1")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -246,7 +252,7 @@ class Segmenter(TaskModule):
         )
         factor = partial(
             warmup_poly,
-            total=int(self.trainer.estimated_stepping_batches),
+            total=self.training_steps(),
             warmup=round(given["warmup_steps"] / scale),
             warmup_ratio=given["warmup_ratio"],
             power=given["power"],

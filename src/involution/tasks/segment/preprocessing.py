@@ -32,7 +32,7 @@ class Preprocessing(NamedTuple):
             scale: the shorter side becomes `resize` times a factor of this range.
             crop: height and width of what is cut out then, or filled up to: with the mean, in masks with IGNORED.
             flip: probability of a flip from left to right.
-            photometric: change brightness, contrast, saturation and hue by chance.
+            photometric: change brightness, contrast, saturation and hue, each with a probability of one half.
         """
         shorter = [max(1, round(self.resize * factor)) for factor in scale]
         fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
@@ -42,7 +42,8 @@ class Preprocessing(NamedTuple):
             v2.RandomHorizontalFlip(flip),
         ]
         if photometric:
-            steps.append(v2.RandomPhotometricDistort())
+            kinds = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
+            steps += [v2.RandomApply([v2.ColorJitter(**kind)]) for kind in kinds]
         return v2.Compose([*steps, *self._to_float()])
 
     def _to_float(self) -> list[v2.Transform]:

@@ -37,7 +37,7 @@ class VOC(SegmentationData):
 
     def prepare_data(self) -> None:
         """Downloads, if asked to and not there."""
-        if self.download and not (self.root / "VOCdevkit" / f"VOC{self.year}").is_dir():
+        if self.download and not (self.root / datasets.voc.DATASET_YEAR_DICT[self.year]["base_dir"]).is_dir():
             datasets.VOCSegmentation(self.root, self.year, "train", download=True)
 
     @cached_property

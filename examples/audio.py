@@ -10,6 +10,7 @@ import wave
 from pathlib import Path
 
 import torch
+from photo import say_time
 from torch import Tensor
 
 from involution import involution1d
@@ -49,6 +50,7 @@ def main() -> None:
         out.setframerate(RATE)
         out.writeframes((32_767 * (sound / sound.abs().max())).short().T.contiguous().numpy().tobytes())
     print(f"wrote {file}")
+    say_time(lambda: low_pass(noise, cutoff[None]))
 
 
 if __name__ == "__main__":

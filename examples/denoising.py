@@ -11,7 +11,7 @@ import sys
 import time
 
 import torch
-from photo import before_and_after, load
+from photo import before_and_after, load, say_time
 from torch import Tensor, nn
 from torch.nn import functional as F
 from varying_blur import blur
@@ -78,6 +78,7 @@ def main(arguments: list[str], seconds: float = 90) -> dict[str, float]:
     }
     print(", ".join(f"{name} {value:.2f} dB" for name, value in scores.items()))
     before_and_after("denoising", noisy, found, clean)
+    say_time(lambda: model(noisy))
     return scores
 
 

@@ -10,7 +10,7 @@ scikit-learn's "china" (CC BY 2.0, danielbuechele); the coarse map is its lumina
 import sys
 
 import torch
-from photo import before_and_after, load
+from photo import before_and_after, load, say_time
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -69,6 +69,7 @@ def main(arguments: list[str]) -> None:
     coarse = F.avg_pool2d(image, 16)
     fine = joint_bilateral_upsample(coarse, grey)
     before_and_after("joint_bilateral", nearest(coarse, 16), fine, image)
+    say_time(lambda: joint_bilateral_upsample(coarse, grey))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
-"""What the examples with photographs share: reading one, and writing it beside what became of it."""
+"""What the examples share: reading a photo, writing it beside what became of it, and saying how long that took."""
 
+import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,3 +27,14 @@ def before_and_after(name: str, *images: Tensor) -> None:
     file = FOLDER / f"{name}.png"
     Image.fromarray((255 * row).round().byte().permute(1, 2, 0).numpy()).save(file)
     print(f"wrote {file}")
+
+
+@torch.inference_mode()
+def say_time(call: Callable[[], object]) -> None:
+    """Prints the median of seven calls, after one to warm up."""
+    taken = []
+    for _ in range(8):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    print(f"takes {1e3 * statistics.median(taken[1:]):.0f} ms on {torch.get_num_threads()} threads")

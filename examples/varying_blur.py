@@ -8,7 +8,7 @@ Without a photo it takes scikit-learn's "flower" (CC BY 2.0, danielbuechele).
 import sys
 
 import torch
-from photo import before_and_after, load
+from photo import before_and_after, load, say_time
 from torch import Tensor
 
 from involution import involution2d
@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
     y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
     sigma = 0.3 + 5 * (x**2 + y**2).clamp(0.05, 1) - 0.25
     before_and_after("varying_blur", image, blur(image, sigma[None], 31))
+    say_time(lambda: blur(image, sigma[None], 31))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python examples/denoising.py [PHOTO]             writes runs/examples/denoising.png: noisy, denoised, clean
 
 The network never makes a colour, only weights that sum to one. It learns for a minute and a half on crops of one photo
-(scikit-learn's "flower", CC BY 2.0, danielbuechele) and is tried on another ("china", likewise), with noise of a
+(scikit-learn's "flower", CC BY 2.0, vultilion) and is tried on another ("china", CC BY 2.0, danielbuechele), with noise of a
 standard deviation of a tenth, beside the best Gaussian blur.
 """
 

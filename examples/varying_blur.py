@@ -2,7 +2,7 @@
 
     python examples/varying_blur.py [PHOTO]          writes runs/examples/varying_blur.png: before and after
 
-Without a photo it takes scikit-learn's "flower" (CC BY 2.0, danielbuechele).
+Without a photo it takes scikit-learn's "flower" (CC BY 2.0, vultilion).
 """
 
 import sys

@@ -176,3 +176,17 @@ def test_volume_bilateral_filter_is_the_definition() -> None:
                 total += weight
         want[(0, slice(None), *place)] /= total
     torch.testing.assert_close(got, want)
+
+
+def test_the_other_pages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wave
+
+    monkeypatch.chdir(tmp_path)
+    example("audio").main()
+    with wave.open(str(tmp_path / "runs" / "examples" / "audio.wav")) as sound:
+        assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 22_050, 4 * 22_050)
+    example("volume").main()
+    noisy, smooth = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "off by" in line)
+    assert smooth < noisy / 4

@@ -3,8 +3,8 @@
     python examples/denoising.py [PHOTO]             writes runs/examples/denoising.png: noisy, denoised, clean
 
 The network never makes a colour, only weights that sum to one. It learns for a minute and a half on crops of one photo
-(scikit-learn's "flower", CC BY 2.0, vultilion) and is tried on another ("china", CC BY 2.0, danielbuechele), with noise of a
-standard deviation of a tenth, beside the best Gaussian blur.
+(scikit-learn's "flower", CC BY 2.0, vultilion) and is tried on another ("china", CC BY 2.0, danielbuechele), with noise
+of a standard deviation of a tenth, beside the best Gaussian blur.
 """
 
 import sys

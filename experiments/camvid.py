@@ -19,7 +19,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
 import torch
-from ledger import FOLDER, Experiment, write_tables
+from ledger import FOLDER, Experiment, curves, fit, write_tables
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -41,25 +41,20 @@ RUNS = {
 def train(name: str, options: list[str], root: str) -> dict[str, Any]:
     """Trains, tests, draws, and returns what the line says of it."""
     from involution.cost import multiply_adds, parameters
-    from involution.show.curves import read_curve
-    from involution.tasks.command import run as involution
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
-        cli = involution(["fit", *options, *where, *quiet])
+        cli = fit(options, root, folder)
         [test] = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
-        curves = {what: read_curve(log, what) for what in ("train/loss", "val/mIoU", "train/seconds")}
+        losses, validation, seconds = curves(cli, "train/loss", "val/mIoU", "train/seconds")
     draw_found(cli, FOLDER / f"camvid_{picture_of(name)}.png")
     return {
         **{key.removeprefix("test/"): value for key, value in test.items()},
-        "train_loss": curves["train/loss"][1],
-        "val_mIoU": curves["val/mIoU"],
+        "train_loss": losses[1],
+        "val_mIoU": validation,
         "parameters": parameters(cli.model.net),
         "multiply_adds": multiply_adds(cli.model.net, (3, *SIZE)),
-        "seconds_of_epochs": curves["train/seconds"][1],
+        "seconds_of_epochs": seconds[1],
         "seconds": time.perf_counter() - started,
     }
 
@@ -72,7 +67,7 @@ def picture_of(name: str) -> str:
 @torch.inference_mode()
 def draw_found(cli: Any, file: Path) -> None:
     """The classes found in some test images, as colours: the photographs may not be copied here."""
-    from involution.tasks.segment.predictions import legend
+    from involution.tasks.segment.predictions import with_legend
 
     model, data = cli.model.eval(), cli.datamodule
     images = [data.test_set[index] for index in SHOWN]
@@ -80,11 +75,7 @@ def draw_found(cli: Any, file: Path) -> None:
     colours = torch.tensor(model.palette, dtype=torch.uint8)
     row = Image.fromarray(colours[torch.cat(found, dim=1).long()].numpy())
     row = row.resize((row.width // 2, row.height // 2), Image.Resampling.NEAREST)
-    below = legend(range(len(model.classes)), model.classes, model.palette, row.width)
-    picture = Image.new("RGB", (row.width, row.height + below.height))
-    picture.paste(row, (0, 0))
-    picture.paste(below, (0, row.height))
-    picture.save(file, optimize=True)
+    with_legend(row, range(len(model.classes)), model.classes, model.palette).save(file, optimize=True)
 
 
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:

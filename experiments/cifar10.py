@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
 import torch
-from ledger import FOLDER, append, code_version, finished, quoted, write_tables
+from ledger import FOLDER, append, code_version, curves, finished, fit, quoted, write_tables
 from matplotlib.figure import Figure
 
 RESULTS = FOLDER / "cifar10.jsonl"
@@ -104,29 +104,24 @@ def is_done(run: Run, lines: list[dict[str, Any]]) -> bool:
 def train(run: Run, root: str, threads: int, commit: str) -> dict[str, Any]:
     """Trains, tests, and returns the line."""
     from involution.cost import multiply_adds, parameters
-    from involution.show.curves import read_curve
-    from involution.tasks.command import run as involution
 
     torch.set_num_threads(threads)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options = [*run.options, "--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
-        cli = involution(["fit", *options, *quiet])
+        cli = fit(run.options, root, folder)
         [test] = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
-        curves = {name: read_curve(log, name)[1] for name in ("train/loss", "val/accuracy", "train/seconds")}
+        (_, losses), (_, accuracies), (_, seconds) = curves(cli, "train/loss", "val/accuracy", "train/seconds")
     return {
         "name": run.name,
         "seed": run.seed,
         "options": run.options,
         "test_accuracy": test["test/accuracy"],
         "test_loss": test["test/loss"],
-        "val_accuracy": curves["val/accuracy"],
-        "train_loss": curves["train/loss"],
+        "val_accuracy": accuracies,
+        "train_loss": losses,
         "parameters": parameters(cli.model.net),
         "multiply_adds": multiply_adds(cli.model.net, (3, 32, 32)),
-        "seconds_per_epoch": statistics.median(curves["train/seconds"]),
+        "seconds_per_epoch": statistics.median(seconds),
         "seconds": time.perf_counter() - started,
         "threads": threads,
         "torch": torch.__version__,

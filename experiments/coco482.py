@@ -12,12 +12,11 @@ import os
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
-from ledger import FOLDER, Experiment, write_tables
+from ledger import FOLDER, Experiment, curves, fit, write_tables
 
 RESULTS = FOLDER / "coco482.jsonl"
 SIZE = (192, 288)  # pixels of the shorter side, and at most of the longer one
@@ -41,17 +40,12 @@ def train(name: str, options: list[str], root: str) -> dict[str, Any]:
     """Trains, evaluates, and returns what the line says of it."""
     from involution.cost import multiply_adds, parameters
     from involution.cost.detectors import CountedRCNN
-    from involution.show.curves import read_curve
-    from involution.tasks.command import run as involution
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-        quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
-        cli = involution(["fit", *options, *where, *quiet])
+        cli = fit(options, root, folder)
         numbers = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("val/")}
-        log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
-        losses, seconds = (read_curve(log, which)[1] for which in ("train/loss", "train/seconds"))
+        (_, losses), (_, seconds) = curves(cli, "train/loss", "train/seconds")
     return {
         **{key.removeprefix("val/"): value for key, value in numbers.items()},
         "train_loss": losses,

@@ -63,12 +63,28 @@ def write_tables(tables: dict[str, str]) -> None:
     print(f"wrote {PAGE}")
 
 
+def fit(options: list[str], root: str, folder: str) -> Any:
+    """`involution fit` on the CPU, quietly, its run in a folder; returns the finished command line."""
+    from involution.tasks.command import run
+
+    where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]
+    return run(["fit", *options, *where, *quiet])
+
+
+def curves(cli: Any, *metrics: str) -> list[tuple[list[int], list[float]]]:
+    """Epochs and values of some metrics of a run."""
+    from involution.show.curves import read_curve
+
+    log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
+    return [read_curve(log, metric) for metric in metrics]
+
+
 class Experiment(NamedTuple):
     """A few runs of `involution fit`, each a line of a results file.
 
     `runs` has every run's options by its name; `train` takes name, options and the data's root, and returns what the
-    line has besides; `headline` says in a few words what came
-    out; `report` writes tables and pictures.
+    line has besides; `headline` says in a few words what came out; `report` writes tables and pictures.
     """
 
     title: str

@@ -54,6 +54,7 @@ class AttentionGenerator(nn.Module):
         dims, width = len(kernel_size), channels // groups
         self.groups, self.kernel_size = groups, tuple(kernel_size)
         self.stride, self.dilation = tuple(stride), tuple(dilation)
+        self.padding = same_padding(self.kernel_size, self.dilation)
         self.query = CONVOLUTION[dims](channels, channels, 1, stride=self.stride, bias=False)  # type: ignore[arg-type]
         self.key = CONVOLUTION[dims](channels, channels, 1, bias=False)
         self.relative_position = relative_position
@@ -72,13 +73,13 @@ class AttentionGenerator(nn.Module):
         """[N, C, *S] -> [N, heads, *K, *O]."""
         query, key = self.query(input), self.key(input)
         query = query / math.sqrt(query.shape[1] // self.groups)
-        padding = same_padding(self.kernel_size, self.dilation)
-        logits = correlate(query, key, self.groups, self.kernel_size, self.stride, padding, self.dilation)
+        window = (self.stride, self.padding, self.dilation)
+        logits = correlate(query, key, self.groups, self.kernel_size, *window)
         if self.relative_position == "bias":
             logits = logits + self.bias.reshape(*self.bias.shape, *[1] * len(self.kernel_size))
         elif self.relative_position == "factorised":
             logits = self._with_embeddings(logits, query)
-        return window_softmax(logits, input.shape[2:], self.stride, padding, self.dilation)
+        return window_softmax(logits, input.shape[2:], *window)
 
     def _with_embeddings(self, logits: Tensor, query: Tensor) -> Tensor:
         """Adds every axis's products of query and embedding, which the other axes' offsets share."""
@@ -127,8 +128,7 @@ class _LocalSelfAttention(nn.Module):
         if input.dim() != self.dims + 2 or input.shape[1] != self.channels:
             axes = ", ".join("DHW"[3 - self.dims :])
             raise ValueError(f"input must be [N, {self.channels}, {axes}], got {list(input.shape)}")
-        padding = same_padding(self.kernel_size, self.dilation)
-        return involve(self.value(input), self.generator(input), self.stride, padding, self.dilation)
+        return involve(self.value(input), self.generator(input), self.stride, self.generator.padding, self.dilation)
 
     def extra_repr(self) -> str:
         """The arguments."""

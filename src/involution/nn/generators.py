@@ -5,6 +5,7 @@ A generator gets the layer's input at full resolution, [N, C, *S], and returns [
 
 import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -145,10 +146,10 @@ class ContextGenerator(BottleneckGenerator):
         width = self.span.in_channels
         self.context = CONVOLUTION[len(kernel_size)](width, width, 3, padding=1, groups=width)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, *S] -> [N, G, *K, *O]."""
-        span: Tensor = self.span(self.act(self.context(self.hidden(input))))
-        return span.unflatten(1, self.map_shape)
+    def hidden(self, input: Tensor) -> Tensor:
+        """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
+        hidden: Tensor = self.act(self.context(super().hidden(input)))
+        return hidden
 
 
 class PositionGenerator(nn.Module):
@@ -218,12 +219,11 @@ class SoftmaxGenerator(BottleneckGenerator):
         act_layer: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__(channels, kernel_size, groups, stride, reduction_ratio, norm_layer, act_layer)
-        self.stride, self.dilation = tuple(stride), tuple(dilation)
+        self.window = (tuple(stride), same_padding(kernel_size, dilation), tuple(dilation))
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *S] -> [N, G, *K, *O]."""
-        padding = same_padding(self.map_shape[1:], self.dilation)
-        return window_softmax(super().forward(input), input.shape[2:], self.stride, padding, self.dilation)
+        return window_softmax(super().forward(input), input.shape[2:], *self.window)
 
 
 def window_softmax(
@@ -247,15 +247,16 @@ def window_softmax(
     Returns:
         The same shape.
     """
-    dims, lowest = len(sizes), torch.finfo(logits.dtype).min
+    dims, outside = len(sizes), []
     for axis, size in enumerate(sizes):
         taps = torch.arange(logits.shape[2 + axis], device=logits.device) * dilation[axis] - padding[axis][0]
         places = torch.arange(logits.shape[2 + dims + axis], device=logits.device) * stride[axis]
         where = taps[:, None] + places
         shape = [1] * (2 * dims)
         shape[axis], shape[dims + axis] = where.shape
-        logits = logits.masked_fill(((where < 0) | (where >= size)).view(shape), lowest)
+        outside.append(((where < 0) | (where >= size)).view(shape))
     kernel = logits.shape[2 : 2 + dims]
+    logits = logits.masked_fill(reduce(torch.logical_or, outside), torch.finfo(logits.dtype).min)
     return logits.flatten(2, 1 + dims).softmax(2).unflatten(2, kernel)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.functional import Ints, involve, per_axis
+from ..ops.functional import Ints, involve, per_axis, same_padding
 from ..ops.fused import fused_involution, has_kernel
 from .generators import BottleneckGenerator
 
@@ -55,9 +55,8 @@ class _Involution(nn.Module):
         self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
         self.stride = per_axis("stride", stride, self.dims, 1)
         self.dilation = per_axis("dilation", dilation, self.dims, 1)
-        totals = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
-        self.padding = tuple(total // 2 for total in totals)
-        self._sides = [(total // 2, total - total // 2) for total in totals]
+        self._sides = same_padding(self.kernel_size, self.dilation)
+        self.padding = tuple(left for left, _ in self._sides)
         if padding is not None and per_axis("padding", padding, self.dims, 0) != self.padding:
             raise ValueError(
                 f"padding must be None or {self.padding}, which gives outputs of ceil(size / stride), got {padding!r} "

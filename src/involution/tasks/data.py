@@ -1,6 +1,6 @@
 """What the data modules of every task share: loaders that resume, and parts for several processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class TaskData(LightningDataModule):
         ValueError: a number is too small.
     """
 
+    classes: Sequence[str]  # their names
     train_set: Dataset[Any]
     val_set: Dataset[Any]
     test_set: Dataset[Any]
@@ -38,6 +39,11 @@ class TaskData(LightningDataModule):
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         self.batch_size, self.num_workers = batch_size, num_workers
         self._place = 0, 0  # epoch and batch that training begins with
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +16,15 @@ from torch.utils.data import Dataset
 
 class UnreadableImage(ValueError):
     """A file that is no image, or a broken one; the message names it."""
+
+
+@contextmanager
+def unreadable(name: object, kind: str = "an image") -> Iterator[None]:
+    """Names the file where PIL cannot decode it."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{name} cannot be read as {kind}: {error}") from error
 
 
 def read_image(source: str | Path | IO[bytes], name: str | None = None) -> Image.Image:
@@ -29,12 +40,9 @@ def read_image(source: str | Path | IO[bytes], name: str | None = None) -> Image
     Raises:
         UnreadableImage: it is no image, a broken one, or one of numbers that are no grey levels of 8 or 16 bits.
     """
-    try:
-        with Image.open(source) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{name or source} cannot be read as an image: {error}") from error
+    with unreadable(name or source), Image.open(source) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(np.asarray(image))):
         raise UnreadableImage(f"{name or source} cannot be read as an image: its numbers are no grey levels of 16 bits")
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16; PIL would clip them at 255

@@ -1,12 +1,18 @@
 """What the Lightning modules of every task share: class names and preprocessing that travel along, an epoch's time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
+
+from ..zoo.checkpoints import load_backbone
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -17,11 +23,16 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     return f"the checkpoint's classes must be the data's, but they are {len(theirs)} there and {len(ours)} here"
 
 
+def linear_warmup(step: int, warmup: int, ratio: float) -> float:
+    """A factor of the learning rate that grows from `ratio` to 1 in `warmup` steps."""
+    return ratio + (1 - ratio) * step / warmup if step < warmup else 1.0
+
+
 class TaskModule(LightningModule):
     """Takes class names and preprocessing from the data module, and carries them in checkpoints.
 
-    A subclass has `task`, the room that it is of, and `preprocessing_type`, a NamedTuple of plain values. An epoch's
-    wall time, its validation included, is logged as train/seconds.
+    A subclass has `net`, the network, `task`, the room that it is of, and `preprocessing_type`, a NamedTuple of plain
+    values. An epoch's wall time, its validation included, is logged as train/seconds.
 
     Args:
         num_classes: that the network is made for.
@@ -30,6 +41,7 @@ class TaskModule(LightningModule):
 
     task: ClassVar[str]
     preprocessing_type: ClassVar[Any]
+    net: Any
 
     def __init__(self, num_classes: int, channels_last: bool) -> None:
         super().__init__()
@@ -81,6 +93,36 @@ class TaskModule(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Logs train/seconds."""
         self.log("train/seconds", time.perf_counter() - self._started)
+
+    @cached_property
+    def evaluation(self) -> Any:
+        """The transform of an image that is no training image.
+
+        Raises:
+            ValueError: neither data nor checkpoint have named it.
+        """
+        if self.preprocessing is None:
+            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
+        return self.preprocessing.evaluation()
+
+    def load_backbone(self, body: nn.Module, file: Path) -> None:
+        """Fills a backbone with a classifier's weights: see `zoo.checkpoints.load_backbone`."""
+        left_out = load_backbone(body, file)
+        rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
+        self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+
+    def sgd(self, lr_scale: float) -> torch.optim.SGD:
+        """Of all that is trained, with the lr, momentum and weight_decay of the hyperparameters."""
+        given = self.hparams
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(
+            trained, lr=given["lr"] * lr_scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
+        )
+
+    def scheduled(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> OptimizerLRSchedulerConfig:
+        """What configure_optimizers returns: the learning rate times `factor` of the step, set at every batch."""
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_steps(self) -> int:
         """How many steps the optimizer makes in all; makes the loaders, which know the batches.

@@ -1,10 +1,6 @@
 """Training, evaluating and predicting with detectors, through the command line."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,15 +16,8 @@ from involution.tasks.command import TaskCLI, run
 from involution.tasks.detect import Detector
 from involution.tasks.detect.module import warmup_steps_down
 from involution.tasks.recipes import recipes
+from runs import QUIET, metrics, validate_alone_and_together
 
-QUIET = [
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.num_sanity_val_steps",
-    "0",
-]
 NORM = ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}']
 # Few regions: what takes the time.
 FEW = {"box_batch_size_per_image": 32, "box_detections_per_img": 10} | {
@@ -54,11 +43,6 @@ def sizes(root: Path, shorter: int) -> list[str]:
 
 def fit(recipe: str, root: Path, shorter: int, *options: str) -> TaskCLI:
     return run(["fit", "-c", recipe, *sizes(root, shorter), "--model.backbone", "rednet26", *NORM, *QUIET, *options])
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 @pytest.fixture(scope="module")
@@ -106,22 +90,12 @@ def test_results_are_cocos_files(trained: Path) -> None:
 
 def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> None:
     """Seven images, four and three of them: the same detections, the same numbers."""
-    checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    options = ["validate", "-c", str(trained / "config.yaml"), "--ckpt_path", checkpoint, *QUIET]
-    options += ["--trainer.default_root_dir", ".", "--data.batch_size", "2"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-    for folder, launcher, more in ((alone, [], []), (together, two, ddp)):
-        folder.mkdir()
-        command = [sys.executable, *launcher, "-m", "involution.cli", *options, *more]
-        done = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-    [[want], [got]] = (metrics(folder / "version_0") for folder in (alone, together))
+    alone, together = validate_alone_and_together(trained, tmp_path)
+    [[want], [got]] = metrics(alone), metrics(together)
     assert got == want
     assert want["val/box_AP50"] > 0
     for kind in ("bbox", "segm"):
-        ours, theirs = (json.loads((folder / f"version_0/val.{kind}.json").read_text()) for folder in (together, alone))
+        ours, theirs = (json.loads((folder / f"val.{kind}.json").read_text()) for folder in (together, alone))
         key = json.dumps
         assert sorted(ours, key=key) == sorted(theirs, key=key)
 

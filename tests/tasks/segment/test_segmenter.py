@@ -1,10 +1,6 @@
 """Training, evaluating and predicting with segmenters, through the command line."""
 
-import csv
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,15 +19,8 @@ from involution.tasks.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly
+from runs import QUIET, metrics, validate_alone_and_together
 
-QUIET = [
-    "--trainer.accelerator",
-    "cpu",
-    "--trainer.enable_progress_bar",
-    "false",
-    "--trainer.num_sanity_val_steps",
-    "0",
-]
 NAMES = ["ground", "red", "green"]
 SMALL = ["--data.num_workers", "0", "--data.resize", "48", "--data.crop", "[48, 64]"]
 RECIPES = {name: file for name, file in recipes().items() if file.parts[-3] == "segment"}
@@ -40,11 +29,6 @@ RECIPES = {name: file for name, file in recipes().items() if file.parts[-3] == "
 def fit(root: Path, *options: str) -> TaskCLI:
     data = ["--data.root", str(root), "--data.classes", json.dumps(NAMES), *SMALL]
     return run(["fit", "-c", "masks_rednet50", "--model.backbone", "rednet26", *data, *QUIET, *options])
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open(newline="") as lines:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
 
 
 @pytest.fixture(scope="module")
@@ -108,18 +92,8 @@ def test_classes_that_do_not_occur_are_left_out_of_means() -> None:
 
 def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> None:
     """Three images, two and one of them."""
-    checkpoint = str(trained / "checkpoints" / "last.ckpt")
-    options = ["validate", "-c", str(trained / "config.yaml"), "--ckpt_path", checkpoint, *QUIET]
-    options += ["--trainer.default_root_dir", ".", "--data.batch_size", "2"]
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
-    for folder, launcher, more in ((alone, [], []), (together, two, ddp)):
-        folder.mkdir()
-        command = [sys.executable, *launcher, "-m", "involution.cli", *options, *more]
-        done = subprocess.run(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
-    [[want], [got]] = (metrics(folder / "version_0") for folder in (alone, together))
+    alone, together = validate_alone_and_together(trained, tmp_path, "--trainer.sync_batchnorm", "true")
+    [[want], [got]] = metrics(alone), metrics(together)
     assert got == pytest.approx(want)
     assert want["val/mIoU"] > 0.5
 

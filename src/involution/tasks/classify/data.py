@@ -1,6 +1,6 @@
 """What the classification data modules share: a data set in memory, and a split that keeps class shares."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +34,7 @@ class ClassificationData(TaskData):
     Loaders give (images [N, 3, H, W] float32, labels [N] int64). Checkpoints carry classes and preprocessing.
     """
 
-    classes: Sequence[str]
     preprocessing: Preprocessing
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.classes)
 
 
 def stratified_split(labels: Tensor, held_out: int | float) -> tuple[Tensor, Tensor]:

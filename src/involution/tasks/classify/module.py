@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ..images import read_image
-from ..module import TaskModule
+from ..module import TaskModule, linear_warmup
 from .predictions import print_table, ranked, write_csv, write_grid
 from .preprocessing import Preprocessing
 
@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]
 def warmup_cosine(step: int, total: int, warmup: int, warmup_ratio: float) -> float:
     """The learning rate at a step, as a factor of its peak: linear from `warmup_ratio` to 1, then cosine to 0."""
     if step < warmup:
-        return warmup_ratio + (1 - warmup_ratio) * step / warmup
+        return linear_warmup(step, warmup, warmup_ratio)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -158,14 +158,8 @@ class Classifier(TaskModule):
 
     def read(self, file: Path) -> Tensor:
         """An image file as the network wants it, [3, H, W]."""
-        image: Tensor = self._evaluation(read_image(file))
+        image: Tensor = self.evaluation(read_image(file))
         return image
-
-    @cached_property
-    def _evaluation(self) -> v2.Transform:
-        if self.preprocessing is None:
-            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
-        return self.preprocessing.evaluation()
 
     def write_predictions(
         self,
@@ -216,5 +210,4 @@ class Classifier(TaskModule):
             warmup=round(given["warmup_steps"] / scale),
             warmup_ratio=given["warmup_ratio"],
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.scheduled(optimizer, factor)

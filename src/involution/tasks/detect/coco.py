@@ -223,14 +223,9 @@ class COCO(TaskData):
         return self._splits[name]
 
     @cached_property
-    def classes(self) -> list[str]:
+    def classes(self) -> list[str]:  # type: ignore[override]  # known once the files are read
         """The categories of the file of `val`, which the others must have too, or those that are kept."""
         return list(self.split("val").annotations.categories.values())
-
-    @property
-    def num_classes(self) -> int:
-        """How many categories there are; background is none."""
-        return len(self.classes)
 
     def setup(self, stage: str) -> None:
         """Reads what the stage needs, and checks that the parts have the same categories."""

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from ...zoo.checkpoints import load_backbone
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..images import read_image
-from ..module import TaskModule
+from ..module import TaskModule, linear_warmup
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
 from .predictions import write_coco, write_pictures
@@ -30,8 +28,7 @@ def warmup_steps_down(
     step: int, warmup: int, warmup_ratio: float, milestones: Sequence[int], steps_per_epoch: int
 ) -> float:
     """The learning rate at a step, as a factor of its peak: linear from `warmup_ratio` to 1; a tenth at a milestone."""
-    start = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
-    return start * 0.1 ** bisect_right(milestones, step / steps_per_epoch)
+    return linear_warmup(step, warmup, warmup_ratio) * 0.1 ** bisect_right(milestones, step / steps_per_epoch)
 
 
 class Detector(TaskModule):
@@ -114,9 +111,7 @@ class Detector(TaskModule):
         build: Any = MODELS[model_name]
         self.net = build(backbone, num_classes=num_classes, **options).to(memory_format=self.memory_format)
         if backbone_weights is not None:
-            left_out = load_backbone(self.net.backbone.body, Path(backbone_weights))
-            rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
-            self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+            self.load_backbone(self.net.backbone.body, Path(backbone_weights))
         self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
         self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
         self._found: dict[int, list[Detection]] = {}
@@ -231,10 +226,6 @@ class Detector(TaskModule):
         """SGD, and the schedule stepped at every batch."""
         given = self.hparams
         scale = self.lr_scale(given["lr_batch_size"])
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(
-            trained, lr=given["lr"] * scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
-        )
         steps = self.training_steps()
         batches = int(self.trainer.num_training_batches)
         factor = partial(
@@ -244,5 +235,4 @@ class Detector(TaskModule):
             milestones=given["milestones"],
             steps_per_epoch=max(1, min(steps, -(-batches // self.trainer.accumulate_grad_batches))),
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.scheduled(self.sgd(scale), factor)

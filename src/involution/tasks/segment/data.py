@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..data import IMAGENET_MEAN, IMAGENET_STD, TaskData
-from ..images import UnreadableImage, read_image
+from ..images import read_image, unreadable
 from ..pictures import Colour, colour
 from .preprocessing import IGNORED, Preprocessing
 
@@ -33,11 +33,8 @@ def read_mask(file: Path, size: tuple[int, int], ids: Mapping[int, int]) -> Tens
         UnreadableImage: it cannot be read.
         ValueError: it has another size, several channels, or another id.
     """
-    try:
-        with Image.open(file) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{file} cannot be read as a mask: {error}") from error
+    with unreadable(file, "a mask"), Image.open(file) as image:
+        image.load()
     if image.size != size:
         found, wanted = (f"{width}x{height}" for width, height in (image.size, size))
         raise ValueError(f"{file} must have the size of its image (upright, as EXIF says), {wanted}, got {found}")
@@ -111,7 +108,6 @@ class SegmentationData(TaskData):
         ValueError: an argument does not fit.
     """
 
-    classes: Sequence[str]
     collate = staticmethod(batch)
     drop_last = True  # one image alone has no statistics where UPerNet pools it to a pixel
 
@@ -134,11 +130,6 @@ class SegmentationData(TaskData):
             raise ValueError(f"flip must be a probability, got {flip!r}")
         self.preprocessing = Preprocessing(resize, IMAGENET_MEAN, IMAGENET_STD)
         self._training = self.preprocessing.training(scale, crop, flip, photometric)
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes there are."""
-        return len(self.classes)
 
     @cached_property
     def palette(self) -> list[Colour]:

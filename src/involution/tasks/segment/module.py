@@ -1,7 +1,7 @@
 """Training and evaluating a segmenter."""
 
 from collections.abc import Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
-from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from ...zoo.checkpoints import load_backbone
 from ..images import read_image
-from ..module import TaskModule
+from ..module import TaskModule, linear_warmup
 from ..pictures import Colour, colour
 from ..sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from .evaluation import scores, table
@@ -32,8 +30,7 @@ Batch = tuple[list[Tensor], list[Tensor]]
 
 def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float) -> float:
     """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up."""
-    start = warmup_ratio + (1 - warmup_ratio) * step / warmup if step < warmup else 1.0
-    return start * (1 - min(1.0, step / max(1, total))) ** power
+    return linear_warmup(step, warmup, warmup_ratio) * (1 - min(1.0, step / max(1, total))) ** power
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -131,9 +128,7 @@ class Segmenter(TaskModule):
         )
         self.net: nn.Module = net.to(memory_format=self.memory_format)
         if backbone_weights is not None:
-            left_out = load_backbone(net.body, Path(backbone_weights))
-            rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
-            self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+            self.load_backbone(net.body, Path(backbone_weights))
         self.palette: list[Colour] = [colour(index) for index in range(1, num_classes + 1)]
         self.train_loss = MeanMetric()
         # Checking every pixel's class would take longer than counting them: masks are checked as they are read.
@@ -214,13 +209,7 @@ class Segmenter(TaskModule):
     def read(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
         """An image file as the network wants it, [3, h, w], and its own height and width."""
         image = read_image(file)
-        return self._evaluation(image), (image.height, image.width)
-
-    @cached_property
-    def _evaluation(self) -> v2.Transform:
-        if self.preprocessing is None:
-            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
-        return self.preprocessing.evaluation()
+        return self.evaluation(image), (image.height, image.width)
 
     def predict_step(self, images: list[tuple[Tensor, tuple[int, int]]], batch_idx: int) -> list[Tensor]:
         """Of every image, the classes of its pixels: [H, W] uint8."""
@@ -246,10 +235,6 @@ class Segmenter(TaskModule):
         """SGD, and the schedule stepped at every batch."""
         given = self.hparams
         scale = self.lr_scale(given["lr_batch_size"])
-        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.SGD(
-            trained, lr=given["lr"] * scale, momentum=given["momentum"], weight_decay=given["weight_decay"]
-        )
         factor = partial(
             warmup_poly,
             total=self.training_steps(),
@@ -257,5 +242,4 @@ class Segmenter(TaskModule):
             warmup_ratio=given["warmup_ratio"],
             power=given["power"],
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self.scheduled(self.sgd(scale), factor)

@@ -42,9 +42,16 @@ def overlay(
     """An image with the colours of a mask [H, W] over it, and below it a legend of the classes that occur."""
     colours = torch.tensor(palette, dtype=torch.float32)[mask.long()].permute(2, 0, 1)
     mixed = to_pil_image(torch.lerp(pil_to_tensor(image).float(), colours, alpha).round().byte())
-    below = legend(mask.unique().tolist(), classes, palette, image.width)
+    return with_legend(mixed, mask.unique().tolist(), classes, palette)
+
+
+def with_legend(
+    image: Image.Image, shown: Sequence[int], classes: Sequence[str], palette: Sequence[Colour]
+) -> Image.Image:
+    """An image, and below it a legend of the classes shown."""
+    below = legend(shown, classes, palette, image.width)
     picture = Image.new("RGB", (image.width, image.height + below.height))
-    picture.paste(mixed, (0, 0))
+    picture.paste(image, (0, 0))
     picture.paste(below, (0, image.height))
     return picture
 

@@ -17,7 +17,14 @@ from timm.models._features_fx import FeatureGraphNet, create_feature_extractor, 
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from involution.nn import Involution2d, LinearGenerator
+from involution.nn import (
+    BottleneckGenerator,
+    ContextGenerator,
+    Involution2d,
+    LinearGenerator,
+    PositionGenerator,
+    SoftmaxGenerator,
+)
 from involution.zoo import RedNet
 
 DEPTHS = {
@@ -609,6 +616,23 @@ def test_generator_and_stem_can_be_compared() -> None:
     assert isinstance(own.stem.conv2.generator, LinearGenerator)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("context", ContextGenerator), ("position", PositionGenerator), ("softmax", SoftmaxGenerator)]
+)
+def test_every_member_by_its_name(name: str, kind: type[nn.Module]) -> None:
+    """Bottlenecks have the network's norm, activation and reduction."""
+    given = {"kernel_generator": name, "reduction_ratio": 2, "norm_layer": "groupnorm1", "act_layer": "gelu"}
+    model = create("rednet14_cifar", **given)
+    generators = [module.generator for module in model.modules() if isinstance(module, Involution2d)]
+    assert len(generators) == 5
+    assert {type(generator) for generator in generators} == {kind}
+    if issubclass(kind, BottleneckGenerator):
+        assert {type(generator.norm).__name__ for generator in generators} == {"GroupNorm1"}
+        assert {type(generator.act).__name__ for generator in generators} == {"GELU"}
+        assert all(2 * generator.reduce.out_channels == generator.reduce.in_channels for generator in generators)
+    assert model(images("rednet14_cifar")).shape == (2, 10)
+
+
 def test_norm_and_activation_layers() -> None:
     model = create("rednet14_cifar", norm_layer="layernorm2d", act_layer="gelu").eval()
     kinds = {type(module).__name__ for module in model.modules()}
@@ -633,7 +657,11 @@ def test_device_and_dtype_reach_every_parameter() -> None:
     [
         ("output_stride", 4, r"output_stride must be one of \(8, 16, 32\), got 4"),
         ("stem_layer", "pool", r"stem_layer must be one of \('involution', 'convolution'\), got 'pool'"),
-        ("kernel_generator", "mlp", r"kernel_generator must be one of \('bottleneck', 'linear'\), got 'mlp'"),
+        (
+            "kernel_generator",
+            "mlp",
+            r"kernel_generator must be one of \('bottleneck', 'linear', .*, 'softmax'\), got 'mlp'",
+        ),
         ("stem_kernel_size", 4, r"stem_kernel_size must be one of \(3, 7\), got 4"),
         ("stem_stride", 3, r"stem_stride must be one of \(1, 2, 4\), got 3"),
         ("layers", (1, 1, 1), r"layers must be four ints .* got \(1, 1, 1\)"),

@@ -74,7 +74,7 @@ def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
 
     A convolution costs prod(K) * C_in / groups * numel(out), a deconvolution prod(K) * numel(in) * C_out / groups, a
     linear layer numel(in) * out, an involution what its generator costs and prod(K) * numel(out), padding included;
-    local self-attention its projections and twice that, and numel(out) * mean(K) for factorised relative positions.
+    local self-attention its projections and twice that, three times with factorised relative positions.
     Functions that are no modules count nothing.
 
     Args:
@@ -121,7 +121,6 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
 
 
 def _products_of_attention(module: Any, output: Tensor) -> int:
-    """Queries times keys and weights times values over the window; queries times factorised relative positions."""
-    sizes = module.kernel_size
-    positions = sum(sizes) / len(sizes) if module.generator.relative_position == "factorised" else 0
-    return round((2 * math.prod(sizes) + positions) * output.numel())
+    """Queries times keys, weights times values and, if factorised, queries times positions, over the window."""
+    products = 3 if module.generator.relative_position == "factorised" else 2
+    return products * math.prod(module.kernel_size) * output.numel()

@@ -255,9 +255,16 @@ def window_softmax(
         shape = [1] * (2 * dims)
         shape[axis], shape[dims + axis] = where.shape
         outside.append(((where < 0) | (where >= size)).view(shape))
+    left_out = reduce(torch.logical_or, outside)
+    left_out = left_out & ~left_out.flatten(0, dims - 1).all(0)
+    mask = torch.zeros(left_out.shape, dtype=logits.dtype, device=logits.device).masked_fill(left_out, -torch.inf)
     kernel = logits.shape[2 : 2 + dims]
-    logits = logits.masked_fill(reduce(torch.logical_or, outside), torch.finfo(logits.dtype).min)
-    return logits.flatten(2, 1 + dims).softmax(2).unflatten(2, kernel)
+    if logits.stride(1 + dims) > logits.stride(-1):
+        return (logits + mask).flatten(2, 1 + dims).softmax(2).unflatten(2, kernel)
+    # channels_last: softmax would copy it there and back. In memory's own order it is [N, *O, G, *K].
+    first, last = tuple(range(1, 2 + dims)), tuple(range(-1 - dims, 0))
+    rows = logits.movedim(first, last) + mask.unsqueeze(0).movedim(tuple(range(1 + dims)), last).contiguous()
+    return rows.flatten(-dims).softmax(-1).unflatten(-1, kernel).movedim(last, first)
 
 
 def _pool(stride: Sequence[int]) -> nn.Module:

@@ -17,7 +17,15 @@ from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_c
 from timm.models import register_model as _register_model
 from torch import Tensor, nn
 
-from ..nn import Involution2d, LinearGenerator, LocalSelfAttention2d
+from ..nn import (
+    BottleneckGenerator,
+    ContextGenerator,
+    Involution2d,
+    LinearGenerator,
+    LocalSelfAttention2d,
+    PositionGenerator,
+    SoftmaxGenerator,
+)
 from ..nn.attention import RELATIVE_POSITIONS
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
@@ -29,7 +37,13 @@ register_notrace_module(LocalSelfAttention2d)
 Layer = str | Callable[..., nn.Module]
 EntryPoint = TypeVar("EntryPoint", bound=Callable[..., nn.Module])
 register_model: Callable[[EntryPoint], EntryPoint] = _register_model  # timm ships without types
-_GENERATORS = {"bottleneck": None, "linear": LinearGenerator}  # None is Involution2d's own
+_GENERATORS: dict[str, type[nn.Module]] = {
+    "bottleneck": BottleneckGenerator,
+    "linear": LinearGenerator,
+    "context": ContextGenerator,
+    "position": PositionGenerator,
+    "softmax": SoftmaxGenerator,
+}
 EXPANSION = 4  # a bottleneck's output channels over its width
 
 
@@ -112,8 +126,9 @@ class RedNet(nn.Module):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
         kernel_size: of the bottlenecks' involutions.
         group_channels: channels that share a kernel; must divide every width and stem_channels / 2; or "all".
-        reduction_ratio: of the bottleneck kernel generators.
-        kernel_generator: "bottleneck", "linear", or a callable as `Involution2d` takes it.
+        reduction_ratio: of the kernel generators that are bottlenecks.
+        kernel_generator: "bottleneck", "linear", "context", "position", "softmax" (of `involution.nn`, in the same
+            order), or a callable as `Involution2d` takes it.
         attention: has local self-attention over the same windows in the place of every involution (section 3.3), a head
             for every `group_channels` channels: "none", "bias" or "factorised", its relative positions; None has none.
         stem_channels: of the stem's output.
@@ -185,13 +200,22 @@ class RedNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        where = {name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None}
-        generator = {
-            "group_channels": group_channels,
-            "reduction_ratio": reduction_ratio,
-            "kernel_generator": kernel_generator if callable(kernel_generator) else _GENERATORS[kernel_generator],
+        where: dict[str, Any] = {
+            name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
         }
-        parts = _parts(norm_layer, generator_norm_layer or norm_layer, act_layer, generator, where)
+        settings: dict[str, Any] = {
+            "reduction_ratio": reduction_ratio,
+            "norm_layer": get_norm_layer(generator_norm_layer or norm_layer),
+            "act_layer": get_act_layer(act_layer),
+        }
+        generator = kernel_generator if callable(kernel_generator) else _generator(kernel_generator, settings)
+        settings |= {"group_channels": group_channels, "kernel_generator": generator}
+        parts = _Parts(
+            convolution=partial(nn.Conv2d, bias=False, **where),
+            involution=partial(Involution2d, **settings, **where),
+            norm=partial(get_norm_layer(norm_layer), **where),
+            act=partial(create_act_layer, act_layer, inplace=True),
+        )
         if attention is not None:
             parts = parts._replace(involution=partial(_attention, where, group_channels, attention))
         self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), parts)
@@ -380,21 +404,12 @@ def _taken_levels(indices: int | Sequence[int] | None, count: int) -> list[int]:
     return [index % count for index in wanted]
 
 
-def _parts(
-    norm_layer: Layer, generator_norm_layer: Layer, act_layer: Layer, generator: dict[str, Any], where: dict[str, Any]
-) -> _Parts:
-    return _Parts(
-        convolution=partial(nn.Conv2d, bias=False, **where),
-        involution=partial(
-            Involution2d,
-            norm_layer=get_norm_layer(generator_norm_layer),
-            act_layer=get_act_layer(act_layer),
-            **generator,
-            **where,
-        ),
-        norm=partial(get_norm_layer(norm_layer), **where),
-        act=partial(create_act_layer, act_layer, inplace=True),
-    )
+def _generator(name: str, settings: dict[str, Any]) -> Callable[..., nn.Module] | None:
+    """What makes the generators of that name, as Involution2d takes it; None is its own, the plain bottleneck."""
+    made = _GENERATORS[name]
+    if not issubclass(made, BottleneckGenerator):
+        return made
+    return None if made is BottleneckGenerator else partial(made, **settings)
 
 
 def _attention(

@@ -1,10 +1,13 @@
 """What the property tests do not reach of the GPU backend, interpreted: TRITON_INTERPRET=1 pytest."""
 
+from typing import Any
+
 import pytest
 import torch
 from definition import INTERPRETED, TILES, backend
 
 from involution import involution2d
+from involution.nn import LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
 from involution.ops import gpu
 from involution.ops.fused import fused_involution
 
@@ -56,6 +59,26 @@ def test_windows_that_reach_beyond_32_bits(channels_last: bool) -> None:
 def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "tiles", lambda *call: [(TILES(*call) * 3)[choice]])
     for got, wanted in zip(results(channels_last), results(channels_last, "reference"), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+@both_layouts
+@pytest.mark.parametrize("layer", [LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d])
+def test_local_self_attention(layer: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its output and all gradients: the three maps in a row."""
+    monkeypatch.setattr(gpu, "tiles", TILES)
+    torch.manual_seed(0)
+    attention = layer(12, 3, stride=2, heads=2, relative_position="factorised", dtype=torch.float64)
+    x = torch.randn(1, 12, *(5, 4, 3)[: layer.dims], dtype=torch.float64)
+    if channels_last:
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x.requires_grad_()
+    found = []
+    for name in ("triton", "reference"):
+        with backend(name):
+            y = attention(x)
+            found.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
+    for got, wanted in zip(*found, strict=True):
         torch.testing.assert_close(got, wanted)
 
 

@@ -1,6 +1,7 @@
 """Kernel generators: shapes, what each of them sees, and what they cost."""
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from involution.nn import (
     PositionGenerator,
     SoftmaxGenerator,
 )
+from involution.nn.generators import window_softmax
 
 GENERATORS = [BottleneckGenerator, ContextGenerator, LinearGenerator, PositionGenerator, SoftmaxGenerator]
 LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -84,6 +86,32 @@ def test_softmax_generator_averages_what_is_inside(dilation: int) -> None:
     assert (kernels >= 0).all()
     torch.testing.assert_close(kernels.sum((2, 3)), torch.ones(1, 1, 5, 4))
     assert kernels[0, 0, 0, 0, 0, 0] == 0  # outside
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_window_softmax_is_that_of_every_window(dtype: torch.dtype, channels_last: bool) -> None:
+    """With the lowest logits that there are inside, and windows whose taps all miss the input."""
+    torch.manual_seed(0)
+    sizes, kernel_size, stride, padding, dilation = (2, 5), (2, 3), (1, 2), [(1, 2), (2, 2)], (3, 2)
+    logits = torch.randn(2, 3, *kernel_size, 2, 3, dtype=dtype)
+    logits[0] += torch.finfo(dtype).min
+    if channels_last:
+        logits = logits.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
+    found = window_softmax(logits, sizes, stride, padding, dilation)
+    assert found.stride() == logits.stride()
+    missed = 0
+    for o, p in product(range(2), range(3)):
+        lines = [u for u in range(2) if 0 <= o + 3 * u - 1 < 2]
+        columns = [v for v in range(3) if 0 <= 2 * p + 2 * v - 2 < 5]
+        window = found[..., o, p]
+        if lines and columns:
+            inside = logits[..., o, p][:, :, lines][..., columns]
+            want = inside.flatten(2).softmax(2).view_as(inside)
+            torch.testing.assert_close(window[:, :, lines][..., columns], want)
+        missed += not (lines and columns)
+        torch.testing.assert_close(window.sum((2, 3)), torch.ones(2, 3, dtype=dtype))
+    assert missed == 3
 
 
 @pytest.mark.parametrize(

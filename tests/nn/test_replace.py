@@ -101,3 +101,31 @@ def test_filter_dtype_and_further_arguments() -> None:
 def test_bad_arguments(module: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         replace(module)
+
+
+@pytest.mark.parametrize("group_channels", [0, 1.5, "each", True])
+def test_bad_group_channels(group_channels: Any) -> None:
+    with pytest.raises(ValueError, match="group_channels must be a positive int or 'all', got"):
+        replace(resnet18(), group_channels=group_channels)
+
+
+def test_one_kernel_for_all_channels() -> None:
+    network = nn.Sequential(nn.Conv2d(24, 24, 3, padding=1))
+    replace(network, group_channels="all")
+    assert (network[0].groups, network[0].group_channels) == (1, 24)
+
+
+def test_what_fails_changes_nothing() -> None:
+    network, asked = resnet18(), []
+
+    def third(name: str, convolution: nn.Conv2d) -> bool:
+        asked.append(name)
+        if len(asked) == 3:
+            raise KeyError(name)
+        return True
+
+    with pytest.raises(KeyError):
+        replace(network, third)
+    with pytest.raises(TypeError, match="heads"):
+        replace(network, heads=3)
+    assert not any(isinstance(module, Involution2d) for module in network.modules())

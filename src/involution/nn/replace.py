@@ -1,7 +1,7 @@
 """Involutions in the place of the 3x3 convolutions of somebody else's network."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def replace(
     module: nn.Module,
     filter: Callable[[str, nn.Conv2d], bool] | None = None,
     kernel_size: Ints = 7,
-    group_channels: int = 16,
+    group_channels: int | Literal["all"] = 16,
     example_input: Tensor | None = None,
     **involution: Any,
 ) -> Replaced:
@@ -51,7 +51,7 @@ def replace(
         module: is changed; not a bare convolution itself.
         filter: called with name and convolution; where it says False, the convolution stays.
         kernel_size: of the involutions.
-        group_channels: channels that share a kernel.
+        group_channels: channels that share a kernel, or "all".
         example_input: what the network takes, to count its multiply-adds before and after.
         **involution: further arguments of `Involution2d`.
 
@@ -66,8 +66,11 @@ def replace(
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
     if isinstance(module, nn.Conv2d):
         raise ValueError("module must be a network that holds convolutions, got a convolution itself")
+    width = group_channels
+    if width != "all" and (not isinstance(width, int) or isinstance(width, bool) or width < 1):
+        raise ValueError(f"group_channels must be a positive int or 'all', got {width!r}")
     before = _cost(module, example_input)
-    replaced: list[str] = []
+    replaced: dict[str, Involution2d] = {}
     left: dict[str, str] = {}
     made: dict[nn.Module, Involution2d] = {}  # a convolution may be in several places
     for name, found in list(module.named_modules(remove_duplicate=False)):
@@ -79,14 +82,15 @@ def replace(
             continue
         if found not in made:
             made[found] = _involution(found, kernel_size, group_channels, involution)
-        module.set_submodule(name, made[found])
-        replaced.append(name)
+        replaced[name] = made[found]
+    for name, layer in replaced.items():  # only now, when nothing can fail any more
+        module.set_submodule(name, layer)
     after = _cost(module, example_input)
     products = None if example_input is None else (before[1], after[1])
-    return Replaced(replaced, left, (before[0], after[0]), products)
+    return Replaced(list(replaced), left, (before[0], after[0]), products)
 
 
-def _misfit(convolution: nn.Conv2d, group_channels: int) -> str:
+def _misfit(convolution: nn.Conv2d, group_channels: int | Literal["all"]) -> str:
     """Why no involution can stand for it, or nothing."""
     ins, outs = convolution.in_channels, convolution.out_channels
     if type(convolution) is not nn.Conv2d:
@@ -95,7 +99,7 @@ def _misfit(convolution: nn.Conv2d, group_channels: int) -> str:
         return f"it has {convolution.groups} groups"
     if ins != outs:
         return f"it has {ins} input and {outs} output channels"
-    if ins % group_channels:
+    if group_channels != "all" and ins % group_channels:
         return f"its {ins} channels do not divide by {group_channels}"
     padding = convolution.padding
     if padding != convolution.dilation and not (padding == "same" and convolution.stride == (1, 1)):
@@ -106,7 +110,7 @@ def _misfit(convolution: nn.Conv2d, group_channels: int) -> str:
 
 
 def _involution(
-    convolution: nn.Conv2d, kernel_size: Ints, group_channels: int, further: dict[str, Any]
+    convolution: nn.Conv2d, kernel_size: Ints, group_channels: int | Literal["all"], further: dict[str, Any]
 ) -> Involution2d:
     weight = convolution.weight
     layer = Involution2d(

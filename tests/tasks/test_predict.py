@@ -146,6 +146,16 @@ def test_a_broken_image_among_others_can_be_skipped(
     assert "skipped 1 of 5 files" in capsys.readouterr().out
 
 
+def test_what_is_done_before_an_error_is_kept(
+    checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photographs / "bad.jpg").write_bytes(b"no image")  # the third of five, each a batch
+    assert predict(checkpoint, photographs, tmp_path, "--data.batch_size", "1") == 1
+    assert "bad.jpg cannot be read as an image" in capsys.readouterr().err
+    kept = {Path(row["image"]).name for row in table(tmp_path / "predictions.csv")}
+    assert {"a.JPG"} <= kept <= {"a.JPG", "b.png"}  # Lightning reads a batch ahead
+
+
 def test_workers_do_not_change_the_order(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     for index in range(5):
         Image.new("RGB", (40 + index, 40), (index, 99, 0)).save(photographs / f"{index}.png")

@@ -105,6 +105,9 @@ class TaskModule(LightningModule):
             raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
         return self.preprocessing.evaluation()
 
+    def look(self) -> None:
+        """Sets how images are looked at in prediction: there is one way."""
+
     def load_backbone(self, body: nn.Module, file: Path) -> None:
         """Fills a backbone with a classifier's weights: see `zoo.checkpoints.load_backbone`."""
         left_out = load_backbone(body, file)

@@ -4,8 +4,11 @@ A checkpoint of `involution fit` says which task it is for. The task's Lightning
 
 - `read(file)`: an image as the network wants it;
 - `collate(images)`: several of them as a batch for its `predict_step`, which gives one output an image;
-- `write_predictions(outputs, files, folder, ...)`: writes the results, one output a file, and says so; its further
-  arguments are options.
+- `look(...)`: sets how images are looked at; its arguments are options;
+- `writer(folder, files, ...)`: an object whose `add(index, output)` takes each file's output, in any order, and writes
+  it, and whose `close()` writes what wants all of them, and says so; its further arguments are options.
+
+What has been written stays, whatever comes after it.
 """
 
 import argparse
@@ -111,7 +114,7 @@ def main(arguments: list[str]) -> None:
     first.add_argument("--ckpt_path")  # it decides which options there are
     checkpoint = first.parse_known_args(arguments)[0].ckpt_path
     task: Any = task_of(Path(checkpoint)) if checkpoint else None
-    parser, own = _parser(task)
+    parser, looks, writes = _parser(task)
     options = parser.parse_args(arguments)
     quiet_lightning()
     files = image_files(Path(options.data.predict_path))
@@ -120,39 +123,44 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"output must be another folder than the images', which pictures would replace, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
+    model.look(**{name: options[name] for name in looks})
+    writer = model.writer(folder, files, **{name: options[name] for name in writes})
     dataset = ImageFiles(files, model.read, options.data.on_error)
-    collate = partial(_with_places, model.collate)
+    collate = partial(_with_indices, model.collate)
     loader = DataLoader(dataset, options.data.batch_size, num_workers=options.data.num_workers, collate_fn=collate)
     trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
-    outputs: dict[int, Any] = {}
-    for places, results in trainer.predict(_Placed(model), loader) or []:
-        outputs |= zip(places, results, strict=True)
-    if len(outputs) < len(files):
-        print(f"skipped {len(files) - len(outputs)} of {len(files)} files, which cannot be read")
-    if outputs:
-        kept = sorted(outputs)
-        shown = {name: options[name] for name in own}
-        model.write_predictions([outputs[i] for i in kept], [files[i] for i in kept], folder, **shown)
+    predicting = _Predicting(model, writer.add)
+    try:
+        trainer.predict(predicting, loader, return_predictions=False)
+        if predicting.done < len(files):
+            print(f"skipped {len(files) - predicting.done} of {len(files)} files, which cannot be read")
+    finally:
+        if predicting.done:
+            writer.close()
 
 
-def _with_places(collate: Callable[[list[Any]], Any], samples: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-    return [place for place, _ in samples], collate([image for _, image in samples])
+def _with_indices(collate: Callable[[list[Any]], Any], samples: list[tuple[int, Any]]) -> tuple[list[int], Any]:
+    return [index for index, _ in samples], collate([image for _, image in samples])
 
 
-class _Placed(LightningModule):
-    """Carries the images' places along with what a module predicts for them."""
+class _Predicting(LightningModule):
+    """Hands on what a module predicts, image by image, and counts them."""
 
-    def __init__(self, model: LightningModule) -> None:
+    def __init__(self, model: LightningModule, add: Callable[[int, Any], None]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.add, self.done = model, add, 0
 
-    def predict_step(self, batch: tuple[list[int], Any], batch_idx: int) -> tuple[list[int], Any]:
-        places, images = batch
-        return places, self.model.predict_step(images, batch_idx)
+    def predict_step(self, batch: tuple[list[int], Any], batch_idx: int) -> list[int]:
+        """The images' indices among the files."""
+        indices, images = batch
+        for index, output in zip(indices, self.model.predict_step(images, batch_idx), strict=True):
+            self.add(index, output)
+            self.done += 1
+        return indices
 
 
-def _parser(task: Any) -> tuple[ArgumentParser, list[str]]:
-    """The command's options, and the names of those that are the task's own."""
+def _parser(task: Any) -> tuple[ArgumentParser, list[str], list[str]]:
+    """The command's options, and the names of those that are the task's: of `look`, and of `writer`."""
     parser = ArgumentParser(
         prog="involution predict",
         description="Runs a checkpoint over images. The checkpoint knows its task, model, classes and preprocessing; "
@@ -168,6 +176,7 @@ def _parser(task: Any) -> tuple[ArgumentParser, list[str]]:
     parser.add_argument("--trainer.precision", default="32-true", type=str, help="32-true, bf16-mixed, ...")
     parser.add_argument("--trainer.enable_progress_bar", default=True, type=bool)
     if task is None:
-        return parser, []
-    own = parser.add_method_arguments(task, "write_predictions", skip={"outputs", "files", "folder"})
-    return parser, own
+        return parser, [], []
+    looks = parser.add_method_arguments(task, "look")
+    writes = parser.add_method_arguments(task, "writer", skip={"folder", "files"})
+    return parser, looks, writes

@@ -169,6 +169,34 @@ def test_other_ways_to_look_at_an_image(trained: Path, options: dict[str, Any]) 
         assert model.predict_step([(image, size)], 0)[0].shape == size
 
 
+def test_prediction_looks_at_images_as_it_is_told(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, photograph = trained / "checkpoints" / "last.ckpt", tmp_path / "0.png"
+    Image.open(trained.parents[1] / "masks" / "images" / "val" / "0.png").save(photograph)
+    command = ["predict", "--ckpt_path", str(checkpoint), *QUIET[:4], "--data.predict_path", str(photograph)]
+    found = []
+    for name, given, options in (
+        ("plain", [], {}),
+        (
+            "window",
+            ["--window", "[24, 32]", "--window_stride", "[12, 16]"],
+            {"window": (24, 32), "window_stride": (12, 16)},
+        ),
+        ("scales", ["--scales", "[0.5]", "--flip", "true"], {"scales": (0.5,), "flip": True}),
+    ):
+        assert main([*command, "--output", str(tmp_path / name), *given]) == 0
+        model = Segmenter.load_from_checkpoint(checkpoint, map_location="cpu", **options).eval()
+        with torch.no_grad():
+            [want] = model.predict_step([model.read(photograph)], 0)
+        found.append(np.asarray(Image.open(tmp_path / name / "ids" / "0.png")))
+        assert np.array_equal(found[-1], want.numpy())
+    assert not np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+    assert main([*command, "--output", str(tmp_path / "out"), "--window_stride", "[12, 16]"]) == 1
+    assert "window_stride wants a window, got (12, 16) without one" in capsys.readouterr().err
+
+
 def test_backbone_weights(tmp_path: Path) -> None:
     import timm
 

@@ -19,7 +19,7 @@ from torchvision.transforms import v2
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
-from .predictions import print_table, ranked, write_csv, write_grid
+from .predictions import RankingWriter
 from .preprocessing import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
@@ -161,33 +161,24 @@ class Classifier(TaskModule):
         image: Tensor = self.evaluation(read_image(file))
         return image
 
-    def write_predictions(
+    def writer(
         self,
-        outputs: Sequence[Tensor],
-        files: Sequence[Path],
         folder: Path,
+        files: Sequence[Path],
         top_k: PositiveInt = 5,
         grid: NonNegativeInt = 0,
         grid_columns: PositiveInt = 6,
-    ) -> None:
+    ) -> RankingWriter:
         """Writes predictions.csv, and shows the first images' likeliest classes.
 
         Args:
-            outputs: of every image, its row of what `predict_step` returned.
-            files: the images.
             folder: where the results go.
+            files: the images.
             top_k: classes per image.
             grid: write predictions.png too, so many of the images with their classes.
             grid_columns: images in a row of it.
         """
-        names = [str(file) for file in files]
-        rows = ranked(torch.stack(list(outputs)).float(), self.classes, top_k)
-        write_csv(folder / "predictions.csv", names, rows)
-        print_table(names, rows)
-        print(f"wrote {folder / 'predictions.csv'}")
-        if grid:
-            write_grid(folder / "predictions.png", files[:grid], rows[:grid], grid_columns)
-            print(f"wrote {folder / 'predictions.png'}")
+        return RankingWriter(folder, files, self.classes, top_k, grid, grid_columns)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""

@@ -16,14 +16,47 @@ _SHOWN = 20  # images in the table on the screen
 _CELL, _LINE = 192, 16  # pixels: a picture's side in the grid, and a line of text under it
 
 
-def ranked(probabilities: Tensor, classes: Sequence[str], top_k: int) -> list[list[tuple[str, float]]]:
-    """For every image the `top_k` likeliest classes (fewer if there are not so many) and their probabilities."""
-    values, indices = probabilities.topk(min(top_k, len(classes)), dim=1)
-    pairs = zip(indices.tolist(), values.tolist(), strict=True)
-    return [[(classes[i], p) for i, p in zip(*pair, strict=True)] for pair in pairs]
+Ranking = list[tuple[str, float]]  # the likeliest classes of an image and their probabilities, the likeliest first
 
 
-def write_csv(file: Path, names: Sequence[str], rows: Sequence[Sequence[tuple[str, float]]]) -> None:
+class RankingWriter:
+    """Writes predictions.csv, and shows the first images' likeliest classes.
+
+    Args:
+        folder: where the results go.
+        files: the images.
+        classes: their names.
+        top_k: classes per image; fewer if there are not so many.
+        grid: write predictions.png too, so many of the images with their classes.
+        grid_columns: images in a row of it.
+    """
+
+    def __init__(
+        self, folder: Path, files: Sequence[Path], classes: Sequence[str], top_k: int, grid: int, grid_columns: int
+    ) -> None:
+        self.folder, self.files, self.classes, self.top_k = folder, files, classes, min(top_k, len(classes))
+        self.grid, self.grid_columns = grid, grid_columns
+        self._rankings: dict[int, Ranking] = {}
+
+    def add(self, index: int, probabilities: Tensor) -> None:
+        """Keeps the likeliest classes of files[index]; probabilities are [num_classes]."""
+        values, classes = probabilities.float().topk(self.top_k)
+        self._rankings[index] = [(self.classes[i], p) for i, p in zip(classes.tolist(), values.tolist(), strict=True)]
+
+    def close(self) -> None:
+        """Writes and shows them, in the files' order."""
+        kept = sorted(self._rankings)
+        files, rows = [self.files[index] for index in kept], [self._rankings[index] for index in kept]
+        names = [str(file) for file in files]
+        write_csv(self.folder / "predictions.csv", names, rows)
+        print_table(names, rows)
+        print(f"wrote {self.folder / 'predictions.csv'}")
+        if self.grid:
+            write_grid(self.folder / "predictions.png", files[: self.grid], rows[: self.grid], self.grid_columns)
+            print(f"wrote {self.folder / 'predictions.png'}")
+
+
+def write_csv(file: Path, names: Sequence[str], rows: Sequence[Ranking]) -> None:
     """Writes a line for every image and rank: image, rank (from 1), class, probability."""
     with file.open("w", newline="") as stream:
         writer = csv.writer(stream)
@@ -33,7 +66,7 @@ def write_csv(file: Path, names: Sequence[str], rows: Sequence[Sequence[tuple[st
                 writer.writerow([name, rank, label, f"{probability:.4f}"])
 
 
-def print_table(names: Sequence[str], rows: Sequence[Sequence[tuple[str, float]]]) -> None:
+def print_table(names: Sequence[str], rows: Sequence[Ranking]) -> None:
     """Shows the first images on the screen."""
     table = Table("image", *(f"top {rank}" for rank in range(1, len(rows[0]) + 1)))
     for name, row in list(zip(names, rows, strict=True))[:_SHOWN]:
@@ -44,7 +77,7 @@ def print_table(names: Sequence[str], rows: Sequence[Sequence[tuple[str, float]]
         console.print(f"... and {len(names) - _SHOWN} more")
 
 
-def write_grid(file: Path, images: Sequence[Path], rows: Sequence[Sequence[tuple[str, float]]], columns: int) -> None:
+def write_grid(file: Path, images: Sequence[Path], rows: Sequence[Ranking], columns: int) -> None:
     """Writes a picture of all images in a grid, the likeliest classes under each."""
     lines = len(rows[0])
     height = _CELL + _LINE * lines + 4

@@ -17,7 +17,7 @@ from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
-from .predictions import write_coco, write_pictures
+from .predictions import DetectionWriter
 from .preprocessing import Preprocessing, to_tensor
 
 MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
@@ -201,26 +201,15 @@ class Detector(TaskModule):
         """Of one image at a time: in a batch, what is found depends on how much of it is padding."""
         return [detections(self([image])[0]) for image in images]
 
-    def write_predictions(
-        self,
-        outputs: Sequence[list[Detection]],
-        files: Sequence[Path],
-        folder: Path,
-        score_threshold: float = 0.5,
-    ) -> None:
+    def writer(self, folder: Path, files: Sequence[Path], score_threshold: float = 0.5) -> DetectionWriter:
         """Writes predictions.json in COCO's format, and of every image a picture of what was found in it.
 
         Args:
-            outputs: of every image, what `predict_step` returned.
-            files: the images.
             folder: where the results go.
+            files: the images.
             score_threshold: what scores less is in predictions.json, but not in the pictures.
         """
-        if not 0 <= score_threshold <= 1:
-            raise ValueError(f"score_threshold must be in 0..1, got {score_threshold!r}")
-        pictures = write_pictures(folder, files, outputs, self.classes, score_threshold)
-        write_coco(folder / "predictions.json", files, pictures, outputs, self.classes)
-        print(f"wrote {folder / 'predictions.json'} and {len(pictures)} pictures beside it")
+        return DetectionWriter(folder, files, self.classes, score_threshold)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""

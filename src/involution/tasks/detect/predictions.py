@@ -16,19 +16,64 @@ from ..pictures import colour, picture_names
 from .evaluation import Detection
 
 
-def write_pictures(
-    folder: Path, files: Sequence[Path], outputs: Sequence[list[Detection]], classes: Sequence[str], threshold: float
-) -> list[str]:
-    """Draws boxes, masks, labels and scores into every image.
+class DetectionWriter:
+    """Draws what is found in images, and writes it down in COCO's format.
 
-    Returns:
-        The pictures' names in the folder: STEM.png.
+    Args:
+        folder: where the results go.
+        files: the images.
+        classes: their names.
+        score_threshold: what scores less is in predictions.json, but not in the pictures.
+
+    Raises:
+        ValueError: score_threshold is not in 0..1.
     """
-    names = picture_names(files)
-    for name, file, found in zip(names, files, outputs, strict=True):
-        shown = [one for one in found if one["score"] >= threshold]
-        drawn(pil_to_tensor(read_image(file)), shown, classes).save(folder / name)
-    return names
+
+    def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str], score_threshold: float) -> None:
+        if not 0 <= score_threshold <= 1:
+            raise ValueError(f"score_threshold must be in 0..1, got {score_threshold!r}")
+        self.folder, self.files, self.names = folder, files, picture_names(files)
+        self.classes, self.score_threshold = classes, score_threshold
+        self._found: dict[int, tuple[tuple[int, int], list[Detection]]] = {}  # sizes, and what was found
+
+    def add(self, index: int, found: list[Detection]) -> None:
+        """Draws boxes, masks, labels and scores into files[index]: STEM.png."""
+        image = read_image(self.files[index])
+        shown = [one for one in found if one["score"] >= self.score_threshold]
+        drawn(pil_to_tensor(image), shown, self.classes).save(self.folder / self.names[index])
+        self._found[index] = image.size, found
+
+    def close(self) -> None:
+        """Writes predictions.json: images, categories and annotations with scores; ids count from 1."""
+        content: dict[str, list[dict[str, object]]] = {
+            "images": [],
+            "categories": [{"id": label, "name": name} for label, name in enumerate(self.classes, start=1)],
+            "annotations": [],
+        }
+        for number, index in enumerate(sorted(self._found), start=1):
+            (width, height), found = self._found[index]
+            entry = {"id": number, "file_name": str(self.files[index]), "width": width, "height": height}
+            content["images"].append(entry | {"picture": self.names[index]})
+            for one in found:
+                content["annotations"].append(annotation(one, len(content["annotations"]) + 1, number))
+        file = self.folder / "predictions.json"
+        file.write_text(json.dumps(content))
+        print(f"wrote {file} and {len(self._found)} pictures beside it")
+
+
+def annotation(found: Detection, number: int, image: int) -> dict[str, object]:
+    """A detection as COCO's annotation of that id, in the image of that id."""
+    runs = found.get("segmentation")
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": found["label"],
+        "bbox": found["bbox"],
+        "area": float(run_lengths.area(runs)) if runs else found["bbox"][2] * found["bbox"][3],
+        "iscrowd": 0,
+        "score": found["score"],
+        **({"segmentation": runs} if runs else {}),
+    }
 
 
 def drawn(image: Tensor, found: Sequence[Detection], classes: Sequence[str]) -> Image.Image:
@@ -44,38 +89,3 @@ def drawn(image: Tensor, found: Sequence[Detection], classes: Sequence[str]) -> 
         labels = [f"{classes[one['label'] - 1]} {one['score']:.2f}" for one in found]
         image = draw_bounding_boxes(image, boxes, labels, colours, width=2, label_colors="white", fill_labels=True)
     return to_pil_image(image)
-
-
-def write_coco(
-    file: Path,
-    images: Sequence[Path],
-    pictures: Sequence[str],
-    outputs: Sequence[list[Detection]],
-    classes: Sequence[str],
-) -> None:
-    """Writes images, categories and annotations (with scores) in COCO's format; ids count from 1."""
-    content: dict[str, list[dict[str, object]]] = {
-        "images": [],
-        "categories": [{"id": label, "name": name} for label, name in enumerate(classes, start=1)],
-        "annotations": [],
-    }
-    for number, (path, picture, found) in enumerate(zip(images, pictures, outputs, strict=True), start=1):
-        size = read_image(path).size
-        entry = {"id": number, "file_name": str(path), "width": size[0], "height": size[1], "picture": picture}
-        content["images"].append(entry)
-        for one in found:
-            runs = one.get("segmentation")
-            area = float(run_lengths.area(runs)) if runs else one["bbox"][2] * one["bbox"][3]
-            content["annotations"].append(
-                {
-                    "id": len(content["annotations"]) + 1,
-                    "image_id": number,
-                    "category_id": one["label"],
-                    "bbox": one["bbox"],
-                    "area": area,
-                    "iscrowd": 0,
-                    "score": one["score"],
-                    **({"segmentation": runs} if runs else {}),
-                }
-            )
-    file.write_text(json.dumps(content))

@@ -21,7 +21,7 @@ from ..sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
-from .predictions import write_masks
+from .predictions import MaskWriter
 from .preprocessing import IGNORED, Preprocessing
 
 MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
@@ -215,21 +215,42 @@ class Segmenter(TaskModule):
         """Of every image, the classes of its pixels: [H, W] uint8."""
         return [self._classes(image, size).byte().cpu() for image, size in images]
 
-    def write_predictions(
-        self, outputs: Sequence[Tensor], files: Sequence[Path], folder: Path, alpha: float = 0.5
+    def look(
+        self,
+        window: tuple[int, int] | None = None,
+        window_stride: tuple[int, int] | None = None,
+        scales: tuple[float, ...] | None = None,
+        flip: bool | None = None,
     ) -> None:
+        """Sets how images are looked at in prediction.
+
+        Args:
+            window: height and width of the sliding window; None is as in training, with its steps.
+            window_stride: the window's steps; None is as in training or, with another window, `window`.
+            scales: of the image; probabilities are averaged. None is as in training.
+            flip: look at the mirrored image too; None is as in training.
+
+        Raises:
+            ValueError: a value does not fit.
+        """
+        before = self.inference
+        self.inference = Inference(
+            before.window if window is None else window,
+            window_stride or (before.stride if window is None else None),
+            before.scales if scales is None else tuple(scales),
+            before.flip if flip is None else flip,
+        )
+        self.inference.check()
+
+    def writer(self, folder: Path, files: Sequence[Path], alpha: float = 0.5) -> MaskWriter:
         """Writes of every image STEM.png, its classes' colours over it and a legend, and ids/STEM.png, class indices.
 
         Args:
-            outputs: of every image, what `predict_step` returned.
-            files: the images.
             folder: where the results go.
+            files: the images.
             alpha: opacity of the colours.
         """
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be in 0..1, got {alpha!r}")
-        write_masks(folder, files, outputs, self.classes, self.palette, alpha)
-        print(f"wrote {len(files)} pictures to {folder}, and class indices to {folder / 'ids'}")
+        return MaskWriter(folder, files, self.classes, self.palette, alpha)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """SGD, and the schedule stepped at every batch."""

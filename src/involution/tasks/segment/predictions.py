@@ -12,28 +12,40 @@ from ..images import read_image
 from ..pictures import Colour, picture_names
 
 
-def write_masks(
-    folder: Path,
-    files: Sequence[Path],
-    masks: Sequence[Tensor],
-    classes: Sequence[str],
-    palette: Sequence[Colour],
-    alpha: float,
-) -> None:
+class MaskWriter:
     """Writes of every image STEM.png, its classes' colours over it and a legend, and ids/STEM.png, class indices.
 
     Args:
         folder: where they go.
         files: the images.
-        masks: of every image, [H, W] uint8.
         classes: their names.
         palette: their colours.
         alpha: opacity of the colours.
+
+    Raises:
+        ValueError: alpha is not in 0..1.
     """
-    (folder / "ids").mkdir(exist_ok=True)
-    for name, file, mask in zip(picture_names(files), files, masks, strict=True):
-        overlay(read_image(file), mask, classes, palette, alpha).save(folder / name)
-        Image.fromarray(mask.numpy()).save(folder / "ids" / name)
+
+    def __init__(
+        self, folder: Path, files: Sequence[Path], classes: Sequence[str], palette: Sequence[Colour], alpha: float
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be in 0..1, got {alpha!r}")
+        self.folder, self.files, self.names = folder, files, picture_names(files)
+        self.classes, self.palette, self.alpha = classes, palette, alpha
+        self.written = 0
+
+    def add(self, index: int, mask: Tensor) -> None:
+        """Writes both pictures of files[index]; the mask is [H, W] uint8."""
+        (self.folder / "ids").mkdir(exist_ok=True)
+        picture = overlay(read_image(self.files[index]), mask, self.classes, self.palette, self.alpha)
+        picture.save(self.folder / self.names[index])
+        Image.fromarray(mask.numpy()).save(self.folder / "ids" / self.names[index])
+        self.written += 1
+
+    def close(self) -> None:
+        """Says how many there are."""
+        print(f"wrote {self.written} pictures to {self.folder}, and class indices to {self.folder / 'ids'}")
 
 
 def overlay(

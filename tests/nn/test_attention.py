@@ -180,8 +180,9 @@ def test_compiled_and_half_precision() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"heads": 3}, "heads must be a positive int that divides channels=8, got 3"),
-        ({"heads": 0}, "heads must be a positive int"),
+        ({"heads": 3}, "heads must divide channels, got heads=3, channels=8"),
+        ({"heads": 0}, "heads must be a positive int, got 0"),
+        ({"channels": 8.0}, "channels must be a positive int, got 8.0"),
         ({"relative_position": "rotary"}, "relative_position must be one of none, bias, factorised, got 'rotary'"),
         ({"relative_position": "factorised", "heads": 8}, "wants heads whose channels divide by 2, got 1"),
         ({"kernel_size": 0}, "kernel_size must be at least 1, got"),
@@ -189,10 +190,15 @@ def test_compiled_and_half_precision() -> None:
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
-        LocalSelfAttention2d(8, **{"heads": 2, **options})
+        LocalSelfAttention2d(**{"channels": 8, "heads": 2, **options})
     assert message in str(caught.value)
-    with pytest.raises(ValueError, match=r"input must be \[N, 8, H, W\], got \[1, 4, 5, 5\]"):
+    with pytest.raises(ValueError, match=r"input must be \[N, 8, H, W\] or \[8, H, W\], got \[1, 4, 5, 5\]"):
         LocalSelfAttention2d(8, heads=2)(torch.zeros(1, 4, 5, 5))
+
+
+def test_one_image_without_a_batch() -> None:
+    layer, x = LocalSelfAttention2d(8, 3, stride=2, heads=2), torch.randn(8, 6, 5)
+    torch.testing.assert_close(layer(x), layer(x[None])[0])
 
 
 @pytest.mark.parametrize("relative", ["none", "bias", "factorised"])

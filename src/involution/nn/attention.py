@@ -111,8 +111,11 @@ class _LocalSelfAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or channels % heads:
-            raise ValueError(f"heads must be a positive int that divides channels={channels}, got {heads!r}")
+        for name, value in (("channels", channels), ("heads", heads)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if channels % heads:
+            raise ValueError(f"heads must divide channels, got heads={heads}, channels={channels}")
         self.channels, self.heads = channels, heads
         self.kernel_size = per_axis("kernel_size", kernel_size, self.dims, 1)
         self.stride = per_axis("stride", stride, self.dims, 1)
@@ -124,10 +127,15 @@ class _LocalSelfAttention(nn.Module):
         self.to(device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, *S] -> the same with sizes ceil(S / stride)."""
+        """[N, C, *S] or [C, *S] -> the same with sizes ceil(S / stride)."""
+        if input.dim() == self.dims + 1:
+            batched: Tensor = self(input.unsqueeze(0))
+            return batched.squeeze(0)
         if input.dim() != self.dims + 2 or input.shape[1] != self.channels:
             axes = ", ".join("DHW"[3 - self.dims :])
-            raise ValueError(f"input must be [N, {self.channels}, {axes}], got {list(input.shape)}")
+            raise ValueError(
+                f"input must be [N, {self.channels}, {axes}] or [{self.channels}, {axes}], got {list(input.shape)}"
+            )
         return involve(self.value(input), self.generator(input), self.stride, self.generator.padding, self.dilation)
 
     def extra_repr(self) -> str:
@@ -161,7 +169,7 @@ class LocalSelfAttention2d(_LocalSelfAttention):
         device: of the parameters.
         dtype: of the parameters.
 
-    Shapes: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)].
+    Shapes: [N, C, H, W] or [C, H, W] -> the same with ceil(H / stride), ceil(W / stride).
 
     Raises:
         ValueError: an argument or the input does not fit.

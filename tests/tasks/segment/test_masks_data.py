@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from involution.tasks.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
 from involution.tasks.segment.data import SegmentationData
+from involution.tasks.segment.preprocessing import RandomCrop
 
 Tree = Callable[[str], Path]
 NAMES = ["ground", "red", "green"]
@@ -221,6 +222,37 @@ def test_photometric_changes_keep_red_red(tree: Tree) -> None:
     assert torch.stack(seen).std(0)[0] > 0.02
 
 
+def known_share(mask: torch.Tensor) -> float:
+    counts = mask[mask != 255].long().bincount()
+    return float(counts.max() / counts.sum())
+
+
+def test_crops_are_drawn_again_where_one_class_takes_too_much() -> None:
+    torch.manual_seed(0)
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[:, 48:] = 1  # a quarter of a crop or more from column 24 on: nine of the 33 places
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    within = []
+    for limit in (1.0, 0.75):
+        crop = RandomCrop((32, 32), {tv_tensors.Mask: 255, tv_tensors.Image: 0}, limit)
+        shares = [known_share(crop(image, tv_tensors.Mask(mask))[1]) for _ in range(60)]
+        within.append(sum(share <= 0.75 for share in shares))
+    assert within[0] < 30
+    assert within[1] > 50  # one in 24 has none after ten
+
+
+def test_the_share_is_that_of_the_crop() -> None:
+    """Also where the image is smaller than the crop along an axis, and pixels are ignored."""
+    torch.manual_seed(0)
+    crop = RandomCrop((24, 20), {tv_tensors.Mask: 255}, 0.75)
+    for size in ((40, 30), (16, 30), (40, 12), (9, 7)):
+        mask = tv_tensors.Mask(torch.randint(0, 4, size, dtype=torch.uint8))
+        mask[:, ::3] = 255
+        for _ in range(5):
+            params = crop.make_params([mask])
+            assert crop._largest_share(mask, params) == known_share(crop.transform(mask, params))
+
+
 def test_a_listed_file_that_is_missing(tree: Tree) -> None:
     root = tree("cityscapes")
     [mask, _] = sorted((root / "gtFine" / "val").rglob("*.png"))
@@ -234,6 +266,7 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
     [
         ({"resize": 0}, "resize and crop must be at least 1, got 0 and (32, 40)"),
         ({"crop": (0, 4)}, "resize and crop must be at least 1"),
+        ({"max_share": 0}, "max_share must be in 0..1 and not 0, got 0"),
         ({"scale": (2.0, 0.5)}, "scale must be a range of positive factors, got (2.0, 0.5)"),
         ({"scale": (0.0, 0.5)}, "scale must be a range"),
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),

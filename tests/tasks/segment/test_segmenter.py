@@ -293,8 +293,9 @@ def test_recipes_are_the_papers() -> None:
         assert (model.get("neck") == "involution") == ("_neck" in name)
         assert (model["lr"], model["lr_batch_size"]) == (0.01, 8)
         assert (trainer["max_steps"], trainer["sync_batchnorm"]) == (80_000, True)
-        data = Cityscapes("root", **{name: recipe["data"]["init_args"][name] for name in ("batch_size", "num_workers")})
-        assert [step.size for step in data._training.transforms if isinstance(step, v2.RandomCrop)] == [(512, 1024)]
+        given = {name: value for name, value in recipe["data"]["init_args"].items() if name != "root"}
+        [crop] = [step for step in Cityscapes("root", **given)._training.transforms if isinstance(step, v2.RandomCrop)]
+        assert (crop.size, crop.max_share) == ((512, 1024), 0.75)  # the share is mmseg's cat_max_ratio
     built = Segmenter("upernet", 19, model_kwargs={"channels": 16})
     assert (built.hparams["power"], built.hparams["auxiliary_weight"], built.hparams["momentum"]) == (0.9, 0.4, 0.9)
 

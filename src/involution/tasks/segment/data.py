@@ -101,6 +101,7 @@ class SegmentationData(TaskData):
         resize: pixels of an image's shorter side, in training before `scale`.
         scale: range of the factor that scales training images.
         crop: height and width of a training image, in pixels.
+        max_share: of a crop's known pixels that one class may take; else another crop is tried, ten in all.
         flip: probability of a flip from left to right.
         photometric: change brightness, contrast, saturation and hue of training images by chance.
 
@@ -118,6 +119,7 @@ class SegmentationData(TaskData):
         resize: int = 512,
         scale: tuple[float, float] = (0.5, 2.0),
         crop: tuple[int, int] = (512, 512),
+        max_share: float = 1.0,
         flip: float = 0.5,
         photometric: bool = True,
     ) -> None:
@@ -126,10 +128,12 @@ class SegmentationData(TaskData):
             raise ValueError(f"resize and crop must be at least 1, got {resize} and {crop}")
         if not 0 < scale[0] <= scale[1]:
             raise ValueError(f"scale must be a range of positive factors, got {scale!r}")
+        if not 0 < max_share <= 1:
+            raise ValueError(f"max_share must be in 0..1 and not 0, got {max_share!r}")
         if not 0 <= flip <= 1:
             raise ValueError(f"flip must be a probability, got {flip!r}")
         self.preprocessing = Preprocessing(resize, IMAGENET_MEAN, IMAGENET_STD)
-        self._training = self.preprocessing.training(scale, crop, flip, photometric)
+        self._training = self.preprocessing.training(scale, crop, max_share, flip, photometric)
 
     @cached_property
     def palette(self) -> list[Colour]:

@@ -1,13 +1,45 @@
 """How a photograph and its mask become what a segmenter reads, in training and outside of it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
 IGNORED = 255  # in masks: pixels that neither train nor count
+
+
+class RandomCrop(v2.RandomCrop):
+    """torchvision's, filled up to the size, but drawn again, up to nine times, where one class takes too much of it.
+
+    Args:
+        size: height and width.
+        fill: of images and masks.
+        max_share: a single class's, of the crop's pixels that are not ignored.
+    """
+
+    def __init__(self, size: Sequence[int], fill: dict[type, Any], max_share: float) -> None:
+        super().__init__(tuple(size), pad_if_needed=True, fill=fill)
+        self.max_share = max_share
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Where to cut."""
+        params: dict[str, Any] = super().make_params(flat_inputs)
+        masks = [one for one in flat_inputs if isinstance(one, Mask)]
+        for _ in range(9 if self.max_share < 1 else 0):
+            if all(self._largest_share(mask, params) <= self.max_share for mask in masks):
+                break
+            params = super().make_params(flat_inputs)
+        return params
+
+    def _largest_share(self, mask: Mask, params: dict[str, Any]) -> float:
+        left, above = params["padding"][:2]  # which come before the mask's own pixels
+        top, start = params["top"] - above, params["left"] - left
+        rows = slice(max(0, top), max(0, top + params["height"]))
+        ids = mask[..., rows, max(0, start) : max(0, start + params["width"])]
+        counts = ids[ids != IGNORED].long().bincount()
+        return float(counts.max() / counts.sum()) if counts.numel() else 1.0
 
 
 class Preprocessing(NamedTuple):
@@ -25,12 +57,15 @@ class Preprocessing(NamedTuple):
         """The transform: PIL image -> [3, h, w] float32."""
         return v2.Compose([v2.ToImage(), v2.Resize(self.resize), *self._to_float()])
 
-    def training(self, scale: Sequence[float], crop: Sequence[int], flip: float, photometric: bool) -> v2.Transform:
+    def training(
+        self, scale: Sequence[float], crop: Sequence[int], max_share: float, flip: float, photometric: bool
+    ) -> v2.Transform:
         """The transform of an image and its mask (tv_tensors).
 
         Args:
             scale: the shorter side becomes `resize` times a factor of this range.
             crop: height and width of what is cut out then, or filled up to: with the mean, in masks with IGNORED.
+            max_share: of the crop's known pixels that one class may take, or another crop is tried; 1 takes the first.
             flip: probability of a flip from left to right.
             photometric: change brightness, contrast, saturation and hue, each with a probability of one half.
         """
@@ -38,7 +73,7 @@ class Preprocessing(NamedTuple):
         fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
         steps: list[v2.Transform] = [
             v2.RandomResize(shorter[0], shorter[1] + 1),
-            v2.RandomCrop(tuple(crop), pad_if_needed=True, fill=fill),
+            RandomCrop(crop, fill, max_share),
             v2.RandomHorizontalFlip(flip),
         ]
         if photometric:

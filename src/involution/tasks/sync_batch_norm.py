@@ -2,18 +2,34 @@
 
 from collections.abc import Collection
 from itertools import pairwise
+from typing import Any
 
 import torch
 from lightning.pytorch.plugins.layer_sync import LayerSync
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.distributed import is_initialized
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed import all_reduce, is_initialized
 
 from ..nn import Involution2d
 from .module import TaskModule
 
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class _OverProcesses(torch.autograd.Function):
+    """The sum of all processes' tensors. Every process's result depends on every tensor: gradients are summed, too."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        total = own.clone()
+        all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        all_reduce(total)
+        return total
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -27,11 +43,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         own = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype, device=x.device)
-        sums = all_reduce(torch.cat([x.sum(axes), own]))
+        sums: Tensor = _OverProcesses.apply(torch.cat([x.sum(axes), own]))
         count = sums[-1].detach()
         mean = sums[:-1] / count
         centred = x - mean.view(shape)
-        variance = all_reduce(centred.square().sum(axes)) / count
+        variance: Tensor = _OverProcesses.apply(centred.square().sum(axes)) / count
         self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         normal = centred * (variance + self.eps).rsqrt().view(shape)
         result = normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal

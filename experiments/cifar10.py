@@ -50,7 +50,7 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "stem": {"convolution in the stem": {"stem_layer": "convolution"}},
 }
 # Section 3.3: members of the family over the same windows, each in the place of every involution of RedNet-14, by
-# learning rate: the one that involution turned out to want, and attention the recipe's too.
+# learning rate: the one that involution turned out to want, and for attention two smaller ones, too.
 ATTENTIONS = {
     "self-attention, no positions": {"attention": "none"},
     "self-attention, bias": {"attention": "bias"},
@@ -59,8 +59,9 @@ ATTENTIONS = {
 FAMILY: dict[str, dict[str, dict[str, Any]]] = {
     "0.3": {"involution": {}, "softmaxed kernels": {"kernel_generator": "softmax"}, **ATTENTIONS},
     "0.1": ATTENTIONS,
+    "0.03": ATTENTIONS,
 }
-FAMILY_SEEDS = {"0.3": (0, 1, 2), "0.1": (0,)}
+FAMILY_SEEDS = {"0.3": (0, 1, 2), "0.1": (0,), "0.03": (0,)}
 # Does either network want another recipe? The model's options, and those of `involution fit`.
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"lr/{lr}": ({}, ("--model.lr", str(lr))) for lr in (0.03, 0.1, 0.3, 1.0)},

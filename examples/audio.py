@@ -6,11 +6,12 @@ White noise through a low-pass whose cutoff sweeps from 200 Hz to 8 kHz: at ever
 255 taps, which an ordinary (time-invariant) filter cannot do. Four seconds at 22,050 Hz, in stereo.
 """
 
+import sys
 import wave
 from pathlib import Path
 
 import torch
-from photo import say_time
+from photo import options, say_time
 from torch import Tensor
 
 from involution import involution1d
@@ -36,8 +37,9 @@ def low_pass(sound: Tensor, cutoff: Tensor, taps: int = 255) -> Tensor:
     return involution1d(sound, kernels[:, None], padding="same")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Sweeps."""
+    options(__doc__, arguments)
     torch.manual_seed(0)
     noise = 0.3 * torch.randn(1, 2, 4 * RATE)
     cutoff = torch.logspace(torch.log10(torch.tensor(200.0)), torch.log10(torch.tensor(8000.0)), 4 * RATE) / RATE
@@ -54,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -4,17 +4,19 @@
 
 Every fine pixel averages the coarse values around it, weighted by their distance and by how like the photo is there:
 a kernel of its own for every pixel, on a grid that is `scale` times finer than what it reads. Without a photo it takes
-scikit-learn's "china" (CC BY 2.0, danielbuechele); the coarse map is its luminance's colours, a sixteenth as wide.
+scikit-learn's "china" (CC BY 2.0, danielbuechele); the coarse map is its colours, a sixteenth as wide, and the guide
+its grey levels.
 """
 
 import sys
 
 import torch
-from photo import before_and_after, load, say_time
+from photo import before_and_after, load, options, say_time
 from torch import Tensor
 from torch.nn import functional as F
 
 from involution import involution2d
+from involution.nn import window_softmax
 from involution.ops.functional import correlate, same_padding
 
 
@@ -30,7 +32,8 @@ def joint_bilateral_upsample(
 
     Read at steps of `scale`, the nearest neighbours' copy of the coarse map is the coarse map itself: so this is an
     involution with dilation. The squared differences of the guide, |a - b|^2 = |a|^2 - 2ab + |b|^2, are products of
-    every window with its middle, which is the map `correlate`; nothing is unfolded.
+    every window with its middle, which is the map `correlate`; nothing is unfolded. Weights that sum to one over what
+    is inside the map are a softmax of their exponents, which cannot all underflow.
 
     Args:
         coarse: [N, C, h, w].
@@ -44,25 +47,25 @@ def joint_bilateral_upsample(
     """
     scale = guide.shape[-1] // coarse.shape[-1]
     low = nearest(F.avg_pool2d(guide, scale), scale)
-    window = ((kernel_size,) * 2, (1, 1), same_padding((kernel_size,) * 2, (scale,) * 2), (scale,) * 2)
+    kernel, stride, dilation = (kernel_size,) * 2, (1, 1), (scale,) * 2
+    padding = same_padding(kernel, dilation)
     square = low.square().sum(1, keepdim=True)
-    products = correlate(guide, low, 1, *window)
-    squares = correlate(torch.ones_like(square), square, 1, *window)
+    products = correlate(guide, low, 1, kernel, stride, padding, dilation)
+    squares = correlate(torch.ones_like(square), square, 1, kernel, stride, padding, dilation)
     difference = guide.square().sum(1)[:, None, None, None] - 2 * products + squares
     offsets = torch.arange(kernel_size, dtype=guide.dtype, device=guide.device) - kernel_size // 2
     # A fine pixel's place within its coarse one moves the middle of its window.
     places = (torch.arange(scale, dtype=guide.dtype, device=guide.device) + 0.5) / scale - 0.5
     rows, columns = (places.repeat(size // scale) for size in guide.shape[-2:])
     distance = (offsets[:, None] - rows)[:, None, :, None] ** 2 + (offsets[:, None] - columns)[None, :, None] ** 2
-    kernels = torch.exp(-distance / (2 * sigma_space**2) - difference / (2 * sigma_range**2))
-    options = {"padding": window[2][0][0], "dilation": scale}
-    total = involution2d(torch.ones_like(square), kernels, **options)
-    return involution2d(nearest(coarse, scale), kernels, **options) / total
+    exponents = -distance / (2 * sigma_space**2) - difference / (2 * sigma_range**2)
+    kernels = window_softmax(exponents, guide.shape[2:], stride, padding, dilation)
+    return involution2d(nearest(coarse, scale), kernels, padding=scale * (kernel_size // 2), dilation=scale)
 
 
 def main(arguments: list[str]) -> None:
     """A photo's colours, a sixteenth as wide, follow its grey levels."""
-    image = load(arguments[0] if arguments else "china.jpg")
+    image = load(options(__doc__, arguments, "china.jpg").photo)
     height, width = (side // 16 * 16 for side in image.shape[-2:])
     image = image[..., :height, :width]
     grey = image.mean(1, keepdim=True)

@@ -1,5 +1,6 @@
 """What the examples share: reading a photo, writing it beside what became of it, and saying how long that took."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +19,17 @@ def load(name: str) -> Tensor:
     """A photo as [1, 3, H, W] float32 in 0..1, channels-last: a file, or one of scikit-learn's two."""
     pixels = np.asarray(Image.open(name).convert("RGB")) if Path(name).is_file() else load_sample_image(name)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
+
+
+def options(description: str | None, arguments: list[str], photo: str | None = None) -> argparse.Namespace:
+    """A page's command line; `photo` is what it takes where none is given, or None for a page without photos."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if photo is not None:
+        parser.add_argument("photo", nargs="?", default=photo, help=f"a file (default: scikit-learn's {photo})")
+    given = parser.parse_args(arguments)
+    if photo is not None and given.photo != photo and not Path(given.photo).is_file():
+        parser.error(f"photo must be a file, got {given.photo}, which is none")
+    return given
 
 
 def before_and_after(name: str, *images: Tensor) -> None:

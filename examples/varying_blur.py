@@ -8,7 +8,7 @@ Without a photo it takes scikit-learn's "flower" (CC BY 2.0, vultilion).
 import sys
 
 import torch
-from photo import before_and_after, load, say_time
+from photo import before_and_after, load, options, say_time
 from torch import Tensor
 
 from involution import involution2d
@@ -18,7 +18,7 @@ def gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
     """A Gaussian of its own width for every position.
 
     Args:
-        sigma: standard deviations in pixels, [N, H, W].
+        sigma: standard deviations in pixels, positive, [N, H, W].
         kernel_size: odd; three times the largest sigma to either side leaves nothing out that shows.
 
     Returns:
@@ -34,7 +34,7 @@ def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
     Args:
         image: [N, C, H, W].
-        sigma: [N, H, W].
+        sigma: see `gaussian_kernels`.
         kernel_size: see `gaussian_kernels`.
     """
     kernels = gaussian_kernels(sigma, kernel_size)
@@ -44,10 +44,10 @@ def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 def main(arguments: list[str]) -> None:
     """Keeps the middle of a photo sharp."""
-    image = load(arguments[0] if arguments else "flower.jpg")
+    image = load(options(__doc__, arguments, "flower.jpg").photo)
     height, width = image.shape[-2:]
     y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)
-    sigma = 0.3 + 5 * (x**2 + y**2).clamp(0.05, 1) - 0.25
+    sigma = 0.05 + 5 * (x**2 + y**2).clamp(0.05, 1)
     before_and_after("varying_blur", image, blur(image, sigma[None], 31))
     say_time(lambda: blur(image, sigma[None], 31))
 

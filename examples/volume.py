@@ -6,8 +6,10 @@ Every voxel's kernel weighs its 5x5x5 window by distance and by likeness. The di
 with its middle, the operator's map `correlate`: nothing is unfolded, which would take 125 times the volume.
 """
 
+import sys
+
 import torch
-from photo import say_time
+from photo import options, say_time
 from torch import Tensor
 
 from involution import involution3d
@@ -45,8 +47,9 @@ def ball(size: int) -> Tensor:
     return inside.float()[None, None]
 
 
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """A noisy ball."""
+    options(__doc__, arguments)
     torch.manual_seed(0)
     clean = ball(64)
     noisy = clean + 0.1 * torch.randn_like(clean)
@@ -57,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -226,7 +226,7 @@ def twins_table(lines: list[dict[str, Any]], group: str) -> str:
         some = [line for line in lines if line["name"] == name]
         found = sorted(line["test_accuracy"] for line in some)
         each = ", ".join(f"{one:.2%}" for one in found)
-        spread = f"{100 * (found[-1] - found[0]):.2f}"
+        spread = f"{100 * (found[-1] - found[0]):.2f}" if len(found) > 1 else ""
         rows.append(
             f"| {title(name)} | {statistics.mean(found):.2%} ({each}) | {spread} | {some[0]['parameters']:,} "
             f"| {some[0]['multiply_adds'] / 1e6:.2f} M |"

@@ -8,7 +8,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -84,6 +86,15 @@ def test_joint_bilateral_upsampling_is_the_definition(scale: int, kernel_size: i
     torch.testing.assert_close(got, plain_joint_bilateral(coarse, guide, kernel_size, 0.8, 0.3))
 
 
+def test_joint_bilateral_upsampling_where_nothing_is_alike() -> None:
+    """A white pixel on black: every weight by itself is 0 in float32."""
+    guide, coarse = torch.zeros(1, 3, 32, 32), torch.rand(1, 2, 4, 4)
+    guide[..., 13, 17] = 1
+    found = example("joint_bilateral").joint_bilateral_upsample(coarse, guide)
+    assert found.min() >= coarse.min() - 1e-6
+    assert found.max() <= coarse.max() + 1e-6
+
+
 def test_joint_bilateral_upsampling_keeps_an_edge_that_bilinear_blurs() -> None:
     guide = torch.zeros(1, 1, 32, 32)
     guide[..., 13:] = 1
@@ -93,50 +104,80 @@ def test_joint_bilateral_upsampling_keeps_an_edge_that_bilinear_blurs() -> None:
     assert (found - guide).abs().mean() < 0.3 * (bilinear - guide).abs().mean()
 
 
-@pytest.mark.parametrize("name", ["varying_blur", "joint_bilateral"])
-def test_pages_write_their_pictures(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from PIL import Image
-
+@pytest.fixture
+def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A part of scikit-learn's "china", where the pages' pictures go."""
     monkeypatch.chdir(tmp_path)
-    photo = tmp_path / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(photo)
-    example(name).main([str(photo)])
-    with Image.open(tmp_path / "runs" / "examples" / f"{name}.png") as picture:
-        assert picture.height == 64
-        assert picture.width in (192, 288)
+    file = tmp_path / "photo.png"
+    Image.fromarray(load_sample_image("china.jpg")[160:256, 200:344]).save(file)
+    return file
 
 
-def test_content_aware_upsampling_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second of training, on any machine: it runs, and says decibels."""
-    from PIL import Image
+def picture(photo: Path, name: str) -> np.ndarray:
+    """What a page wrote, cut into pictures of the photo's size."""
+    row = np.asarray(Image.open(photo.parent / "runs" / "examples" / f"{name}.png")).astype(float)
+    assert len(row) == 96
+    return np.stack(np.split(row, row.shape[1] // 144, axis=1))
 
-    monkeypatch.chdir(tmp_path)
-    photo = tmp_path / "photo.png"
-    ramp = np.add.outer(np.arange(96), np.arange(96)).astype(np.uint8)
-    Image.fromarray(np.stack([ramp] * 3, -1)).save(photo)
-    found = example("content_aware_upsampling").main([str(photo)], seconds=1)
-    assert set(found) == {"nearest", "bicubic", "content-aware"}
-    assert all(np.isfinite(value) for value in found.values())
+
+def test_the_blurs_picture(photo: Path) -> None:
+    """The middle stays, the corners lose their detail."""
+    example("varying_blur").main([str(photo)])
+    before, after = picture(photo, "varying_blur")
+    assert np.array_equal(before, np.asarray(Image.open(photo)))
+    assert np.abs(after - before)[40:56, 60:84].mean() < 1
+    assert after[:16, :16].std() < 0.5 * before[:16, :16].std()
+
+
+def test_the_joint_bilaterals_picture(photo: Path) -> None:
+    """Nearer to the photo than what it was made from."""
+    example("joint_bilateral").main([str(photo)])
+    coarse, fine, whole = picture(photo, "joint_bilateral")
+    assert np.abs(fine - whole).mean() < 0.8 * np.abs(coarse - whole).mean()
+
+
+@pytest.mark.parametrize("name", ["varying_blur", "joint_bilateral", "content_aware_upsampling", "denoising"])
+def test_a_photo_that_is_not_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        example(name).main(["nowhere.jpg"])
+    assert "photo must be a file, got nowhere.jpg, which is none" in capsys.readouterr().err
+
+
+def test_content_aware_upsampling_learns(photo: Path) -> None:
+    """From a copy to better than bicubic."""
+    page = example("content_aware_upsampling")
+    found = page.main([str(photo)], steps=0)
+    assert found["content-aware"] == pytest.approx(found["nearest"], abs=1e-3)
+    found = page.main([str(photo)], steps=60)
+    assert found["content-aware"] > found["bicubic"] + 0.2
+    *_, upsampled, whole = picture(photo, "content_aware_upsampling")
+    off = np.square((upsampled - whole) / 255).mean()
+    assert -10 * np.log10(off) == pytest.approx(found["content-aware"], abs=0.1)
 
 
 def test_denoising_averages_with_the_predicted_kernels() -> None:
-    """Against torch's unfold; and weights sum to one, so that a constant stays what it is."""
+    """Against plain loops; and weights sum to one, so that a constant stays what it is."""
     torch.manual_seed(0)
     model = example("denoising").Denoiser(kernel_size=5).double()
     image = torch.rand(1, 3, 9, 8, dtype=torch.float64)
     kernels = model.average.generator(image)
-    windows = torch.nn.functional.unfold(image, 5, padding=2).view(1, 3, 25, 9, 8)
-    torch.testing.assert_close(model(image), (kernels.flatten(2, 3) * windows).sum(2))
+    want = torch.zeros_like(image)
+    for i, j, u, v in np.ndindex(9, 8, 5, 5):
+        if 0 <= i + u - 2 < 9 and 0 <= j + v - 2 < 8:
+            want[..., i, j] += kernels[0, 0, u, v, i, j] * image[..., i + u - 2, j + v - 2]
+    torch.testing.assert_close(model(image), want)
+    assert (kernels >= 0).all()
     constant = torch.full_like(image, 0.3)
     torch.testing.assert_close(model(constant), constant)
 
 
-def test_denoising_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    found = example("denoising").main([], seconds=1)
+def test_denoising_learns(photo: Path) -> None:
+    page = example("denoising")
+    found = page.main([str(photo)], steps=60)
     assert 20 < found["noisy"] < 21.5  # the range is ten times the noise, of which clipping takes a little
     assert found["best Gaussian blur"] > found["noisy"]
-    assert (tmp_path / "runs" / "examples" / "denoising.png").is_file()
+    assert found["kernel prediction"] > page.main([str(photo)], steps=0)["kernel prediction"] + 0.5
+    assert page.decibels(*(torch.from_numpy(one / 255) for one in picture(photo, "denoising")[[0, 2]])) < 21.5
 
 
 def test_audio_is_scipys_filter_where_the_cutoff_stays() -> None:
@@ -150,13 +191,14 @@ def test_audio_is_scipys_filter_where_the_cutoff_stays() -> None:
         np.testing.assert_allclose(got[0, channel].numpy(), want, rtol=1e-9, atol=1e-12)
 
 
-def test_audio_has_a_filter_of_its_own_at_every_sample() -> None:
-    low_pass = example("audio").low_pass
+def test_audio_has_scipys_filter_of_its_own_at_every_sample() -> None:
+    from scipy.signal import firwin
+
     sound, cutoff = torch.randn(1, 1, 60, dtype=torch.float64), torch.linspace(0.02, 0.4, 60, dtype=torch.float64)
-    got = low_pass(sound, cutoff[None], 15)
-    for sample in (0, 17, 59):
-        alone = low_pass(sound, cutoff[sample].expand(1, 60), 15)
-        torch.testing.assert_close(got[..., sample], alone[..., sample])
+    got = example("audio").low_pass(sound, cutoff[None], 15)
+    filled = np.pad(sound[0, 0].numpy(), 7)
+    want = [firwin(15, 2 * float(cutoff[sample])) @ filled[sample : sample + 15] for sample in range(60)]
+    np.testing.assert_allclose(got[0, 0].numpy(), want, rtol=1e-9, atol=1e-12)
 
 
 def test_volume_bilateral_filter_is_the_definition() -> None:
@@ -184,9 +226,14 @@ def test_the_other_pages_run(
     import wave
 
     monkeypatch.chdir(tmp_path)
-    example("audio").main()
+    example("audio").main([])
     with wave.open(str(tmp_path / "runs" / "examples" / "audio.wav")) as sound:
         assert (sound.getnchannels(), sound.getframerate(), sound.getnframes()) == (2, 22_050, 4 * 22_050)
-    example("volume").main()
+        left = np.frombuffer(sound.readframes(sound.getnframes()), np.int16)[::2].astype(float)
+    start, end = (np.abs(np.fft.rfft(part)) ** 2 for part in (left[:8192], left[-8192:]))
+    middles = [float((np.arange(len(one)) * one).sum() / one.sum() / 8192 * 22_050) for one in (start, end)]
+    assert middles[0] < 300  # hertz: the noise is below 200 to 280 there
+    assert 3000 < middles[1] < 4500  # half of what a cutoff of 6600 to 8000 leaves
+    example("volume").main([])
     noisy, smooth = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "off by" in line)
     assert smooth < noisy / 4

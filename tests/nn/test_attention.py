@@ -228,6 +228,18 @@ def test_rednet_with_attention_in_the_place_of_involution(relative: str) -> None
     assert [level.shape[-1] for level in levels] == [32, 16, 8, 4, 2]
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("relative", RELATIVE_POSITIONS)
+def test_the_cost_of_a_layer_is_the_pages(relative: str, stride: int) -> None:
+    """For every output position: the generator's, the values' and the operator's multiply-adds."""
+    from involution.cost import multiply_adds
+
+    layer = LocalSelfAttention2d(64, 7, stride, heads=4, relative_position=relative)
+    generator = (1 + stride**2) * 64 * 64 + 49 * 64 * (2 if relative == "factorised" else 1)
+    wanted = generator + stride**2 * 64 * 64 + 49 * 64
+    assert multiply_adds(layer, (64, 8, 8)) == wanted * (8 // stride) ** 2
+
+
 @pytest.mark.parametrize("options", [{"attention": "rotary"}, {"attention": "bias", "kernel_generator": "linear"}])
 def test_rednet_with_bad_attention(options: dict[str, Any]) -> None:
     import timm

@@ -25,17 +25,12 @@ GENERATORS = [BottleneckGenerator, ContextGenerator, LinearGenerator, PositionGe
 LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
 
 
-def made(kind: Any) -> Any:
-    """As Involution2d takes it: the default generator is made by None."""
-    return None if kind is BottleneckGenerator else kind
-
-
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("kind", GENERATORS)
 def test_shapes_and_gradients(kind: Any, dims: int) -> None:
     torch.manual_seed(0)
     sizes, stride = (7, 6, 5)[:dims], (2, 1, 3)[:dims]
-    layer = LAYERS[dims](8, 3, stride, group_channels=4, kernel_generator=made(kind)).double()
+    layer = LAYERS[dims](8, 3, stride, group_channels=4, kernel_generator=kind).double()
     x = torch.randn(2, 8, *sizes, dtype=torch.float64, requires_grad=True)
     outputs = [-(-size // step) for size, step in zip(sizes, stride, strict=True)]
     assert layer.generator(x).shape == (2, 2, *[3] * dims, *outputs)
@@ -50,7 +45,7 @@ def test_shapes_and_gradients(kind: Any, dims: int) -> None:
 def sees(kind: Any) -> list[tuple[int, int]]:
     """The offsets of input positions that the kernel in the middle depends on."""
     torch.manual_seed(0)
-    layer = Involution2d(128, 5, kernel_generator=made(kind)).double().eval()
+    layer = Involution2d(128, 5, kernel_generator=kind).double().eval()
     x = torch.randn(1, 128, 9, 9, dtype=torch.float64, requires_grad=True)
     kernel = layer.generator(x)[..., 4, 4]
     if not kernel.requires_grad:
@@ -124,7 +119,7 @@ def test_window_softmax_is_that_of_every_window(dtype: torch.dtype, channels_las
     ],
 )
 def test_costs_are_the_docstrings(kind: Any, multiply_adds: int) -> None:
-    generator = Involution2d(32, 5, kernel_generator=made(kind)).generator.eval()
+    generator = Involution2d(32, 5, kernel_generator=kind).generator.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         generator(torch.randn(3, 32, 6, 7))
     assert counter.get_total_flops() == 2 * 3 * 6 * 7 * multiply_adds

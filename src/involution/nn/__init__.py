@@ -1,7 +1,14 @@
 """Layers: involution in one, two and three dimensions, the kernel generators they take, and local self-attention."""
 
 from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
-from .generators import BottleneckGenerator, ContextGenerator, LinearGenerator, PositionGenerator, SoftmaxGenerator
+from .generators import (
+    BottleneckGenerator,
+    ContextGenerator,
+    LinearGenerator,
+    PositionGenerator,
+    SoftmaxGenerator,
+    window_softmax,
+)
 from .involution import Involution1d, Involution2d, Involution3d
 from .replace import Replaced, replace
 
@@ -20,4 +27,5 @@ __all__ = [
     "Replaced",
     "SoftmaxGenerator",
     "replace",
+    "window_softmax",
 ]

@@ -39,6 +39,7 @@ class BottleneckGenerator(nn.Module):
         kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
         groups: G, the number of kernels per position.
         stride: one number per spatial axis.
+        dilation: one number per spatial axis; makes no difference.
         reduction_ratio: r; the width in between is max(1, C // r).
         norm_layer: called with the width; None takes BatchNorm of the right dimension.
         act_layer: called without arguments.
@@ -52,6 +53,7 @@ class BottleneckGenerator(nn.Module):
         kernel_size: Sequence[int],
         groups: int,
         stride: Sequence[int],
+        dilation: Sequence[int] = (),
         reduction_ratio: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
@@ -122,11 +124,7 @@ class LinearGenerator(nn.Module):
 class ContextGenerator(BottleneckGenerator):
     """The bottleneck with a 3x3 depthwise convolution before the span, so that a kernel sees its position's neighbours.
 
-    Cost: that of the bottleneck and ``3**dims * C/r * prod(O)`` multiply-adds. Arguments as in `BottleneckGenerator`,
-    but for:
-
-    Args:
-        dilation: one number per spatial axis; makes no difference.
+    Cost: that of the bottleneck and ``3**dims * C/r * prod(O)`` multiply-adds. Arguments as in `BottleneckGenerator`.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -142,7 +140,7 @@ class ContextGenerator(BottleneckGenerator):
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__(channels, kernel_size, groups, stride, reduction_ratio, norm_layer, act_layer)
+        super().__init__(channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer)
         width = self.span.in_channels
         self.context = CONVOLUTION[len(kernel_size)](width, width, 3, padding=1, groups=width)
 
@@ -199,10 +197,7 @@ class SoftmaxGenerator(BottleneckGenerator):
     """The bottleneck, with every kernel's weights positive and summing to 1 over the taps inside the input.
 
     The layer then averages its window, as attention and kernel-predicting denoisers do. Cost: the bottleneck's.
-    Arguments as in `BottleneckGenerator`, but for:
-
-    Args:
-        dilation: one number per spatial axis.
+    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -218,7 +213,7 @@ class SoftmaxGenerator(BottleneckGenerator):
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__(channels, kernel_size, groups, stride, reduction_ratio, norm_layer, act_layer)
+        super().__init__(channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer)
         self.window = (tuple(stride), same_padding(kernel_size, dilation), tuple(dilation))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -238,7 +233,7 @@ def window_softmax(
     The others have weight 0, but where a window has no tap inside (which the operator would not read anyway).
 
     Args:
-        logits: [N, G, *K, *O].
+        logits: ``[N, G, *K, *O]``.
         sizes: of the input's spatial axes.
         stride: one number per spatial axis.
         padding: left and right, of every spatial axis.

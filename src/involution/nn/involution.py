@@ -64,7 +64,14 @@ class _Involution(nn.Module):
             )
         if kernel_generator is None:
             self.generator: nn.Module = BottleneckGenerator(
-                channels, self.kernel_size, self.groups, self.stride, reduction_ratio, norm_layer, act_layer
+                channels,
+                self.kernel_size,
+                self.groups,
+                self.stride,
+                self.dilation,
+                reduction_ratio,
+                norm_layer,
+                act_layer,
             )
         elif isinstance(kernel_generator, nn.Module):
             self.generator = kernel_generator

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from runs import metrics
+from command_line import metrics
 
 OPTIONS = [
     *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),

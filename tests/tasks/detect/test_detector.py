@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from pycocotools.coco import COCO as TheirCOCO
 
@@ -16,7 +17,6 @@ from involution.tasks.command import TaskCLI, run
 from involution.tasks.detect import Detector
 from involution.tasks.detect.module import warmup_steps_down
 from involution.tasks.recipes import recipes
-from runs import QUIET, metrics, validate_alone_and_together
 
 NORM = ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}']
 # Few regions: what takes the time.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torchvision.transforms import v2
@@ -19,7 +20,6 @@ from involution.tasks.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly
-from runs import QUIET, metrics, validate_alone_and_together
 
 NAMES = ["ground", "red", "green"]
 SMALL = ["--data.num_workers", "0", "--data.resize", "48", "--data.crop", "[48, 64]"]

@@ -1,4 +1,4 @@
-"""The CIFAR-10 experiments of docs/results.md: RedNet against its convolution twin, and the paper's ablations.
+"""The CIFAR-10 experiments of docs/results.md: RedNet against its convolutional counterpart, and the paper's ablations.
 
     python experiments/cifar10.py list                        what there is, and which of it is done
     python experiments/cifar10.py run --root DATA             trains what is not done yet
@@ -37,6 +37,7 @@ COMPARED_EPOCHS = 4  # of ablations, members of the family and recipes
 # Half the image's resolution from the stem on: four times the images a second. So short a schedule wants every block
 # from the start, and no long warm-up.
 SHARED = {"stem_stride": 2, "zero_init_last": False}
+PAPER = SHARED | {"kernel_init": "paper"}  # rednet14_cifar and rednet26_cifar as the paper starts them
 BASELINE = "lr/0.3/rednet"  # what ablations are compared with: K = 7, 16 channels a group, reduction 4
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "kernel_size": {f"K{size}": {"kernel_size": size} for size in (3, 5, 9)},
@@ -94,24 +95,31 @@ class Run(NamedTuple):
 
 def runs() -> Iterator[Run]:
     """All: twins seed by seed, for equal numbers in an unfinished set; ablations; the family; other recipes."""
-    pairs = [(depth, family) for depth in (14, 26) for family in ("rednet", "resnet")]
+    kinds = {
+        "rednetv2": ("rednetv2_{}_cifar", SHARED),
+        "rednet": ("rednet{}_cifar", PAPER),
+        "resnet": ("resnet{}_cifar", SHARED),
+    }
+    pairs = [(depth, family) for depth in (14, 26) for family in kinds]
     for seed in SEEDS:
         for depth, family in pairs:
-            yield Run(f"twins/{depth}/{family}", f"{family}{depth}_cifar", SHARED, EPOCHS, seed, BETTER)
+            name, options = kinds[family]
+            yield Run(f"twins/{depth}/{family}", name.format(depth), options, EPOCHS, seed, BETTER)
     for part, rows in ABLATIONS.items():
         for row, options in rows.items():
-            yield Run(f"ablation/{part}/{row}", "rednet14_cifar", SHARED | options, COMPARED_EPOCHS, 0, BETTER)
+            yield Run(f"ablation/{part}/{row}", "rednet14_cifar", PAPER | options, COMPARED_EPOCHS, 0, BETTER)
     for seed in SEEDS:
         for lr, members in FAMILY.items():
             for row, options in members.items() if seed in FAMILY_SEEDS[lr] else ():
                 name, rate = f"family/{lr}/{row}", ("--model.lr", lr)
-                yield Run(name, "rednet14_cifar", SHARED | options, COMPARED_EPOCHS, seed, rate)
+                yield Run(name, "rednet14_cifar", PAPER | options, COMPARED_EPOCHS, seed, rate)
     for recipe, (options, further) in RECIPES.items():
-        for family in ("rednet", "resnet"):
-            yield Run(f"{recipe}/{family}", f"{family}14_cifar", SHARED | options, COMPARED_EPOCHS, 0, further)
+        for family, start in (("rednet", PAPER), ("resnet", SHARED)):
+            yield Run(f"{recipe}/{family}", f"{family}14_cifar", start | options, COMPARED_EPOCHS, 0, further)
     for depth, family in pairs:
         for seed in FIRST_SEEDS[depth]:
-            yield Run(f"first/{depth}/{family}", f"{family}{depth}_cifar", SHARED, FIRST_EPOCHS, seed)
+            name, options = kinds[family]
+            yield Run(f"first/{depth}/{family}", name.format(depth), options, FIRST_EPOCHS, seed)
 
 
 def is_done(run: Run, lines: list[dict[str, Any]]) -> bool:
@@ -243,12 +251,12 @@ def time_table(threads: int) -> str:
 
     torch.set_num_threads(threads)
     images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
-    twins = [f"{family}{depth}_cifar" for depth in (14, 26) for family in ("rednet", "resnet")]
+    twins = [f"{family}{depth}_cifar" for depth in (14, 26) for family in ("rednetv2_", "rednet", "resnet")]
     steps = {name: training_step(timm.create_model(name, **SHARED), images, compiled=False) for name in twins}
     rows = ["| network | seconds per epoch (quartiles) |", "|---|---|"]
     for name, taken in in_turn(steps, 40).items():
         low, middle, high = (45_000 / 128 * quartile / 1e3 for quartile in quartiles(taken))
-        family, depth = name[:6], name[6:8]
+        family, depth = name.removesuffix("_cifar").replace("_", "")[:-2], name.removesuffix("_cifar")[-2:]
         rows.append(f"| {title(f'twins/{depth}/{family}')} | {middle:.1f} ({low:.1f}-{high:.1f}) |")
     return "\n".join(rows)
 
@@ -266,14 +274,19 @@ def title(name: str) -> str:
     group, part, row = name.split("/")
     if group == "family":
         return f"{row}, learning rate {part}"
-    return {"rednet": f"RedNet-{part}", "resnet": f"ResNet-{part}"}.get(row, row)
+    networks = {
+        "rednetv2": "RedNetV2-{}",
+        "rednet": "RedNet-{}, the paper's generator and start",
+        "resnet": "ResNet-{}",
+    }
+    return networks[row].format(part) if row in networks else row
 
 
 def draw_twins(lines: list[dict[str, Any]]) -> Path:
-    """Validation accuracy over epochs, a line a seed, RedNet solid and its twin dashed."""
+    """Validation accuracy over epochs, a line a seed: RedNet solid, with the paper's start dotted, ResNet dashed."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     for axes, depth in zip(figure.subplots(1, 2, sharey=True), (14, 26), strict=True):
-        for colour, family, style in (("C0", "rednet", "-"), ("C1", "resnet", "--")):
+        for colour, family, style in (("C2", "rednetv2", "-"), ("C0", "rednet", ":"), ("C1", "resnet", "--")):
             name = f"twins/{depth}/{family}"
             for index, line in enumerate(line for line in lines if line["name"] == name):
                 epochs = range(1, len(line["val_accuracy"]) + 1)

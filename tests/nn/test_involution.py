@@ -23,7 +23,11 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
     (k, _), (s, _), g = layer.kernel_size, layer.stride, layer.groups
     pooled = nn.functional.avg_pool2d(x, s, s) if s > 1 else x
     generator = layer.generator
-    weights = generator.span(torch.relu(generator.norm(generator.reduce(pooled))))
+    reduced = nn.functional.conv2d(pooled, generator.reduce.weight)
+    if generator.reduce.bias is not None:  # the default: the convolution reads x / rms(x)
+        normed = pooled / (pooled.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        reduced = nn.functional.conv2d(normed, generator.reduce.weight, generator.reduce.bias)
+    weights = generator.span(torch.relu(generator.norm(reduced)))
     weights = weights.view(n, g, 1, k * k, h // s, w // s)
     windows = nn.functional.unfold(x, k, padding=(k - 1) // 2, stride=s).view(n, g, c // g, k * k, h // s, w // s)
     return (weights * windows).sum(3).reshape(n, c, h // s, w // s)
@@ -32,9 +36,10 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("stride", [1, 2, 4])
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_equals_the_official_formula(stride: int, kernel_size: int, channels_last: bool) -> None:
+@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, None])
+def test_equals_the_official_formula(stride: int, kernel_size: int, channels_last: bool, norm_layer) -> None:
     torch.manual_seed(0)
-    layer = Involution2d(32, kernel_size, stride).double()
+    layer = Involution2d(32, kernel_size, stride, norm_layer=norm_layer, kernel_init="paper").double()
     x = torch.randn(2, 32, 8, 12, dtype=torch.float64)
     if channels_last:
         x, layer = x.to(memory_format=torch.channels_last), layer.to(memory_format=torch.channels_last)
@@ -63,8 +68,18 @@ def test_pooling_at_sizes_the_stride_does_not_divide_averages_what_is_there(size
         torch.testing.assert_close(pooled[..., i], x[..., i * stride : (i + 1) * stride].mean(-1))
 
 
-def test_default_generator_is_the_papers() -> None:
-    layer = Involution2d(64)
+def test_the_default_generators_parameters() -> None:
+    shapes = {name: tuple(p.shape) for name, p in Involution2d(64).named_parameters()}
+    assert shapes == {
+        "generator.reduce.weight": (16, 64, 1, 1),
+        "generator.reduce.bias": (16,),
+        "generator.span.weight": (4 * 49, 16, 1, 1),
+        "generator.span.bias": (4 * 49,),
+    }
+
+
+def test_the_papers_generators_parameters() -> None:
+    layer = Involution2d(64, norm_layer=nn.BatchNorm2d)
     shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
     assert shapes == {
         "generator.reduce.weight": (16, 64, 1, 1),
@@ -156,7 +171,7 @@ def test_a_generator_that_is_no_module_is_an_error() -> None:
 
 
 def test_unbatched_input() -> None:
-    layer = Involution2d(32).eval()
+    layer = Involution2d(32, kernel_init="paper").eval()
     x = torch.randn(32, 6, 7)
     torch.testing.assert_close(layer(x), layer(x[None])[0])
 
@@ -167,7 +182,7 @@ def test_device_and_dtype() -> None:
 
 
 def test_copies_pickles_and_prints() -> None:
-    layer = Involution2d(32, dilation=2).eval()
+    layer = Involution2d(32, dilation=2, kernel_init="paper").eval()
     x = torch.randn(1, 32, 6, 6)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         torch.testing.assert_close(other(x), layer(x))
@@ -177,7 +192,7 @@ def test_copies_pickles_and_prints() -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_compile_export_autocast_and_training_agree_with_eager(dims: int) -> None:
     torch.manual_seed(0)
-    layer = LAYERS[dims](32, 3, 2).eval()
+    layer = LAYERS[dims](32, 3, 2, kernel_init="paper").eval()
     x = torch.randn(2, 32, *ONES[dims])
     expected = layer(x).detach()
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
@@ -192,7 +207,7 @@ def test_compile_export_autocast_and_training_agree_with_eager(dims: int) -> Non
 def test_five_image_sizes_make_at_most_two_graphs(stride: int, sizes: tuple[int, ...]) -> None:
     """Two things are torch's own: with gradients its convolutions specialise to every size on CPU, and its average
     pooling specialises to even sizes (odd ones make a third graph)."""
-    layer = Involution2d(32, 3, stride).eval()
+    layer = Involution2d(32, 3, stride, kernel_init="paper").eval()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(layer, fullgraph=True)
@@ -239,6 +254,7 @@ def test_bad_input() -> None:
 def both(dims: int = 2, stride: int = 1, **options) -> tuple[nn.Module, nn.Module]:
     """The plain layer, and the memory-efficient one with the same weights; in float64."""
     torch.manual_seed(0)
+    options = {"kernel_init": "paper", **options}
     plain = LAYERS[dims](32, 3, stride, **options).double()
     efficient = LAYERS[dims](32, 3, stride, memory_efficient=True, **options).double()
     efficient.load_state_dict(plain.state_dict())
@@ -281,7 +297,9 @@ def test_memory_efficient_layers_keep_no_kernel_map(stride: int) -> None:
     x = torch.randn(2, 32, 8, 8, dtype=torch.float64, requires_grad=True)
     kernel_map = 2 * 2 * 9 * (8 // stride) ** 2
     if stride == 1:  # where the map is larger than the input is
-        plain, efficient = (LAYERS[2](32, 7, memory_efficient=choice).double() for choice in (False, True))
+        plain, efficient = (
+            LAYERS[2](32, 7, memory_efficient=choice, kernel_init="paper").double() for choice in (False, True)
+        )
         kernel_map = 2 * 2 * 49 * 64
     assert largest_saved(plain, x) >= kernel_map
     assert largest_saved(efficient, x) == x.numel()
@@ -428,6 +446,6 @@ def test_another_span_is_respected(span, training: bool) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("gradient", [False, True])
 def test_an_image_smaller_than_the_stride(dims: int, gradient: bool) -> None:
-    layer, x = LAYERS[dims](16, 3, 2).eval(), torch.randn(2, 16, *[1] * dims)
+    layer, x = LAYERS[dims](16, 3, 2, kernel_init="paper").eval(), torch.randn(2, 16, *[1] * dims)
     with torch.set_grad_enabled(gradient):
         assert layer(x).shape == x.shape

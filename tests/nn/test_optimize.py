@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
+from involution.nn import BottleneckGenerator
 from involution.nn.optimize import fuse
 from involution.ops import selection
 
@@ -46,7 +47,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
 
 
 def settle(model: nn.Module, x: Tensor) -> nn.Module:
-    """In evaluation mode, with norms that matter: statistics near those of `x`, and nothing that is 0 or 1."""
+    """In evaluation mode, with norms and kernels that matter: statistics near those of `x`, and no 0, 1 or identity."""
+    for module in model.modules():
+        if isinstance(module, BottleneckGenerator):
+            module.span.reset_parameters()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         if norm.affine:
@@ -115,9 +119,10 @@ class Net(nn.Module):
         return self.finish(self.bottleneck(self.begin(x)))
 
 
-def test_rednet_compiled_by_inductor() -> None:
+@pytest.mark.parametrize("name", ["rednet14_cifar", "rednetv2_14_cifar"])
+def test_rednet_compiled_by_inductor(name: str) -> None:
     x = torch.randn(2, 3, 32, 32)
-    model = settle(timm.create_model("rednet14_cifar"), torch.randn(8, 3, 32, 32))
+    model = settle(timm.create_model(name), torch.randn(8, 3, 32, 32))
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     assert_same(optimized, model, 3 * torch.randn(2, 3, 32, 32))
@@ -134,9 +139,10 @@ def test_resnet_compiled_by_inductor() -> None:
     assert optimized.unfused == []
 
 
-def test_every_involution_of_a_rednet_is_fused_with_its_neighbours(graphs: list[fx.GraphModule]) -> None:
+@pytest.mark.parametrize("name", ["rednet14_cifar", "rednetv2_14_cifar"])
+def test_every_involution_of_a_rednet_is_fused_with_its_neighbours(graphs: list[fx.GraphModule], name: str) -> None:
     x = torch.randn(2, 3, 32, 32)
-    model = settle(timm.create_model("rednet14_cifar"), x)
+    model = settle(timm.create_model(name), x)
     optimized = optimize(model, x)
     assert optimized.unfused == []
     (graph,) = graphs
@@ -146,8 +152,10 @@ def test_every_involution_of_a_rednet_is_fused_with_its_neighbours(graphs: list[
     assert [call["shortcut"] is not None for call in found] == [False, True, True, True, True]
     assert [call["following_weight"] is not None for call in found] == [False, True, True, True, False]
     assert all(call["scale"] is not None and call["relu"] for call in found)
+    assert {call["rms_eps"] > 0 for call in found} == {name.startswith("rednetv2")}
     left = [node.target for node in graph.graph.nodes]
-    assert not {torch.ops.involution.fused.default, torch.ops.involution.apply.default} & set(left)
+    ops = torch.ops.involution
+    assert not {ops.fused.default, ops.apply.default, ops.rms_norm_pointwise.default} & set(left)
     # What is left to normalise: the stem's two convolutions, one before the first block, and four shortcuts.
     assert left.count(F.batch_norm) == 7
     assert_same(optimized, model, torch.randn(5, 3, 33, 31))

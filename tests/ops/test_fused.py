@@ -222,6 +222,7 @@ class Block(NamedTuple):
     layer: Layer
     packed: bool
     reduce_bias: bool
+    rms_eps: float
     next: int  # its channels, or 0
     next_bias: bool
     shortcut: bool
@@ -241,6 +242,7 @@ class Block(NamedTuple):
             "input": x,
             "reduce_weight": normal(self.layer.hidden, self.layer.channels),
             "reduce_bias": normal(self.layer.hidden) if self.reduce_bias else None,
+            "rms_eps": self.rms_eps,
             "span_weight": span,
             "span_bias": bias,
             "scale": scale,
@@ -285,7 +287,10 @@ def averaged(x: Tensor, stride: list[int]) -> Tensor:
 def composed_block(block: Block, given: dict[str, Any]) -> list[Tensor]:
     """Step by step; for absolute values, the sizes of the sums that were rounded."""
     x, window = given["input"], block.layer.window
-    hidden = pointwise(averaged(x, window[1]), given["reduce_weight"], given["reduce_bias"]).relu()
+    pooled = averaged(x, window[1])
+    if given["rms_eps"]:
+        pooled = pooled / (pooled.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
+    hidden = pointwise(pooled, given["reduce_weight"], given["reduce_bias"]).relu()
     y = composed(x, hidden, given["span_weight"], given["span_bias"], given["scale"], given["shift"], *window)
     y = y.relu() if given["relu"] else y
     if given["next_weight"] is None:
@@ -313,6 +318,7 @@ def blocks(draw: st.DrawFn, dims: int) -> Block:
         layer=layer._replace(bias=packed or layer.bias),
         packed=packed,
         reduce_bias=packed or draw(st.booleans()),
+        rms_eps=draw(st.sampled_from([0.0, 1e-6, 0.1])),
         next=draw(st.sampled_from([5, 16, 33, 64] if following else [0, 0, 1, 32, 40])),
         next_bias=packed or draw(st.booleans()),
         shortcut=draw(st.booleans()),
@@ -353,7 +359,7 @@ def test_an_image_smaller_than_the_stride(name: str, dims: int) -> None:
         2, 1, 4, (1,) * dims, (3,) * dims, (2,) * dims, (1,) * dims, 3, True, False, False,
         torch.float64, "contiguous", INSTRUCTION_SETS[0], 1,
     )  # fmt: skip
-    block = Block(layer, False, True, 0, False, False, False, 0, False)
+    block = Block(layer, False, True, 1e-6, 0, False, False, False, 0, False)
     given = block.tensors(0)
     with backend(name):
         torch.testing.assert_close(block.run(given), composed_block(block, given))
@@ -367,7 +373,7 @@ def test_outputs_that_no_cache_would_keep(following: int, dtype: torch.dtype) ->
         4, 1, 16, (64, 64), (3, 3), (1, 1), (1, 1), 4, True, True, True,
         dtype, "channels_last", INSTRUCTION_SETS[0], 2,
     )  # fmt: skip
-    block = Block(layer, True, True, 256, True, True, True, following, True)
+    block = Block(layer, True, True, 1e-6, 256, True, True, True, following, True)
     assert layer.batch * block.next * math.prod(layer.output) >= 4 << 20
     assert_block_agrees(block, 0, tuple(INSTRUCTION_SETS))
 
@@ -590,9 +596,25 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
     reduce, after, last = torch.randn(5, 8), torch.randn(12, 8), torch.randn(7, 12)
     sizes = {"reduce": 5 * 8, "next": 12 * 8, "following": 7 * 12}
     around = 2 * 2 * math.prod(output) * sum(sizes.values())
-    given = (x, reduce, torch.zeros(5), span, None, None, None, True, after, torch.zeros(12), None, True, last, None)
+    given = (
+        x,
+        reduce,
+        torch.zeros(5),
+        0.0,
+        span,
+        None,
+        None,
+        None,
+        True,
+        after,
+        torch.zeros(12),
+        None,
+        True,
+        last,
+        None,
+    )
     assert flops(lambda: ops.bottleneck(*given, *window)) == forward + around
-    packed = (*given[:1], panels(reduce), *given[2:8], panels(after), *given[9:])
+    packed = (*given[:1], panels(reduce), *given[2:9], panels(after), *given[10:])
     assert flops(lambda: ops.bottleneck(*packed, *window)) == forward + around
 
 
@@ -680,7 +702,11 @@ def bottleneck_arguments() -> dict[str, Any]:
     del call["hidden"]
     shapes = {"reduce_weight": (5, 8), "reduce_bias": (5,), "next_weight": (12, 8), "next_bias": (12,)}
     shapes |= {"shortcut": (2, 12, 3, 3), "following_weight": (7, 12), "following_bias": (7,)}
-    return call | {name: torch.randn(shape) for name, shape in shapes.items()} | {"relu": True, "next_relu": True}
+    return (
+        call
+        | {name: torch.randn(shape) for name, shape in shapes.items()}
+        | {"relu": True, "next_relu": True, "rms_eps": 1e-6}
+    )
 
 
 def test_bad_gradients() -> None:
@@ -798,7 +824,7 @@ def test_nan_stays_nan_through_relu(name: str, instruction_set: str | None, chan
         wanted[0, 2, 2:5, 3:6] = True
         assert torch.equal(y.isnan(), wanted)
         assert y[~wanted].min() == 0
-        block = Block(layer, True, True, 19, True, True, True, 33, True)
+        block = Block(layer, True, True, 0.0, 19, True, True, True, 33, True)
         given = block.tensors(0)
         given["input"][0, 2, 3, 4] = math.nan
         for y in block.run(given):
@@ -830,7 +856,7 @@ def test_results_do_not_depend_on_the_thread_count(
             batch, 4, 16, size, (7, 7), (1, 1), (1, 1), 16, True, True, True, dtype, layout, instruction_set, 1
         )
         tensors, g = layer.tensors(0)
-        block = Block(layer, False, True, 128, True, True, True, 32, True)
+        block = Block(layer, False, True, 1e-6, 128, True, True, True, 32, True)
         given = block.tensors(0)
         results = []
         for count in (1, 2, 2):

@@ -16,6 +16,7 @@ from ..nn import (
     LocalSelfAttention2d,
     LocalSelfAttention3d,
 )
+from ..nn.generators import RMSNormConvolution
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -28,9 +29,9 @@ class Operation(NamedTuple):
     """What one call of a module costs, for one image.
 
     `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
-    count besides: one for every number that a bias is added to in a convolution, that a ReLU or an upsampling makes or
-    that a pooling reads, and two for every number that a batch norm reads, unless it is synchronised: those count
-    nothing.
+    count besides: one for every element that a bias is added to in a convolution, that a ReLU or an upsampling makes or
+    that a pooling reads, and two for every element that a batch norm, or the RMS norm before a generator's reduction,
+    reads; synchronised norms count nothing.
     """
 
     module: str  # as named_modules() calls it
@@ -104,7 +105,8 @@ def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
 def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | None:
     """Multiply-adds and other operations of one call, or None for a module that counts nothing of its own."""
     if isinstance(module, _CONVOLUTIONS):
-        return module.weight[0].numel() * output.numel(), 0 if module.bias is None else output.numel()
+        norm = 2 * input.numel() if isinstance(module, RMSNormConvolution) else 0
+        return module.weight[0].numel() * output.numel(), norm + (0 if module.bias is None else output.numel())
     if isinstance(module, _DECONVOLUTIONS):
         return module.weight[0].numel() * input.numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, nn.Linear):

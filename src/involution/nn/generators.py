@@ -6,12 +6,13 @@ A generator gets the layer's input at full resolution, [N, C, *S], and returns [
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.functional import same_padding
+from ..ops.fused import RMS_EPS
 from ..ops.reference import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -28,8 +29,46 @@ class _AvgPool3d(nn.AvgPool3d):
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
 
 
+class RMSNormConvolution:
+    """A 1x1 convolution of what RMS norm makes of every position: ``conv(x / rms(x)) + bias``.
+
+    rms(x) is over the channels of a position, so that the result does not depend on the input's scale, on other
+    positions or on other images. A mixin for torch's convolutions; weight and bias are theirs.
+    """
+
+    weight: Any
+    bias: Any
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, *S] -> [N, out_channels, *S]; float16 and bfloat16 take the norm in float32."""
+        reduced: Tensor = torch.ops.involution.rms_norm_pointwise.default(input, self.weight, self.bias, RMS_EPS)
+        return reduced
+
+
+class _RMSNormConv1d(RMSNormConvolution, nn.Conv1d):
+    pass
+
+
+class _RMSNormConv2d(RMSNormConvolution, nn.Conv2d):
+    pass
+
+
+class _RMSNormConv3d(RMSNormConvolution, nn.Conv3d):
+    pass
+
+
+_RMS_NORM_CONVOLUTION = {1: _RMSNormConv1d, 2: _RMSNormConv2d, 3: _RMSNormConv3d}
+
+KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], None]
+
+
 class BottleneckGenerator(nn.Module):
-    """The paper's generator (section 3.2): reduce, normalise, activate, span.
+    """The paper's form of generator (section 3.2), reduce, activate, span, which the input's scale does not change.
+
+    By default the reduction reads ``x / rms(x)``, the RMS over a position's channels, and the kernels begin as the
+    identity. The layer is then of degree one in its input, as a convolution is, at any depth. In the paper's own
+    generator, ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, so that the layer is
+    quadratic in its input, and begin with random signs.
 
     With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
     border. Cost: ``(C*C/r + C/r * G*prod(K)) * prod(O)`` multiply-adds.
@@ -40,11 +79,19 @@ class BottleneckGenerator(nn.Module):
         groups: G, the number of kernels per position.
         stride: one number per spatial axis.
         dilation: one number per spatial axis; makes no difference.
-        reduction_ratio: r; the width in between is max(1, C // r).
-        norm_layer: called with the width; None takes BatchNorm of the right dimension.
+        reduction_ratio: r; the hidden width is max(1, C // r).
+        norm_layer: None normalises the reduction's input by its RMS; else called with the hidden width for a norm after
+            the reduction, which then has no bias.
         act_layer: called without arguments.
+        kernel_init: how kernels begin. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box": the
+            window's average. Both zero the span's weight, which training moves at once. "paper": random, by the span
+            convolution's usual initialisation. Or a callable, which gets the span's weight as [G, prod(K), C/r] and its
+            bias as [G, prod(K)], and fills them in place.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
+
+    Raises:
+        ValueError: kernel_init is none of these.
     """
 
     def __init__(
@@ -57,16 +104,43 @@ class BottleneckGenerator(nn.Module):
         reduction_ratio: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
+        kernel_init: KernelInit = "identity",
     ) -> None:
         super().__init__()
+        if not callable(kernel_init) and kernel_init not in ("identity", "box", "paper"):
+            raise ValueError(f"kernel_init must be identity, box, paper or a callable, got {kernel_init!r}")
         dims = len(kernel_size)
         width = max(1, channels // reduction_ratio)
         self.map_shape = (groups, *kernel_size)
+        self.kernel_init = kernel_init
         self.pool = _pool(stride)
-        self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
-        self.norm = (norm_layer or BATCH_NORM[dims])(width)
+        if norm_layer is None:
+            self.reduce: nn.Module = _RMS_NORM_CONVOLUTION[dims](channels, width, 1)
+            self.norm: nn.Module = nn.Identity()
+        else:
+            self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
+            self.norm = norm_layer(width)
         self.act = act_layer()
         self.span = CONVOLUTION[dims](width, groups * math.prod(kernel_size), 1)
+        self.init_kernels()
+
+    @torch.no_grad()
+    def init_kernels(self) -> None:
+        """Lets the kernels begin as `kernel_init` says; "paper" leaves the span's parameters as they are."""
+        if self.kernel_init == "paper":
+            return
+        groups, taps = self.map_shape[0], math.prod(self.map_shape[1:])
+        weight, bias = self.span.weight.view(groups, taps, -1), self.span.bias.view(groups, taps)  # type: ignore[union-attr]
+        if callable(self.kernel_init):
+            self.kernel_init(weight, bias)
+            return
+        weight.zero_()
+        if self.kernel_init == "box":
+            bias.fill_(1 / taps)
+        else:
+            bias.zero_()
+            centre: tuple[Any, ...] = (slice(None), *((size - 1) // 2 for size in self.map_shape[1:]))
+            bias.view(self.map_shape)[centre] = 1
 
     def hidden(self, input: Tensor) -> Tensor:
         """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
@@ -139,8 +213,11 @@ class ContextGenerator(BottleneckGenerator):
         reduction_ratio: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
+        kernel_init: KernelInit = "identity",
     ) -> None:
-        super().__init__(channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer)
+        super().__init__(
+            channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer, kernel_init
+        )
         width = self.span.in_channels
         self.context = CONVOLUTION[len(kernel_size)](width, width, 3, padding=1, groups=width)
 
@@ -196,8 +273,9 @@ class PositionGenerator(nn.Module):
 class SoftmaxGenerator(BottleneckGenerator):
     """The bottleneck, with every kernel's weights positive and summing to 1 over the taps inside the input.
 
-    The layer then averages its window, as attention and kernel-predicting denoisers do. Cost: the bottleneck's.
-    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside.
+    The layer then averages its window, as attention and kernel-predicting denoisers do. Costs what the bottleneck does.
+    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside, and that kernels begin with
+    random logits.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -213,7 +291,9 @@ class SoftmaxGenerator(BottleneckGenerator):
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
     ) -> None:
-        super().__init__(channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer)
+        super().__init__(
+            channels, kernel_size, groups, stride, dilation, reduction_ratio, norm_layer, act_layer, "paper"
+        )
         self.window = (tuple(stride), same_padding(kernel_size, dilation), tuple(dilation))
 
     def forward(self, input: Tensor) -> Tensor:

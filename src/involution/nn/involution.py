@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.functional import Ints, involve, per_axis, same_padding
 from ..ops.fused import fused_involution, has_kernel
-from .generators import BottleneckGenerator
+from .generators import BottleneckGenerator, KernelInit
 
 
 class _Involution(nn.Module):
@@ -28,6 +28,7 @@ class _Involution(nn.Module):
         reduction_ratio: int = 4,
         norm_layer: Callable[[int], nn.Module] | None = None,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
+        kernel_init: KernelInit = "identity",
         kernel_generator: nn.Module | Callable[..., nn.Module] | None = None,
         memory_efficient: bool = False,
         device: torch.device | str | None = None,
@@ -72,6 +73,7 @@ class _Involution(nn.Module):
                 reduction_ratio,
                 norm_layer,
                 act_layer,
+                kernel_init,
             )
         elif isinstance(kernel_generator, nn.Module):
             self.generator = kernel_generator
@@ -129,6 +131,10 @@ class Involution1d(_Involution):
 class Involution2d(_Involution):
     """The involution layer (paper, section 3.2): kernels generated from the input, then applied to it.
 
+    By default its output grows in proportion to its input, and it begins as the identity, so that layers can be stacked
+    to any depth with or without norms. The paper's own layer, for its weights and tables, is ``Involution2d(channels,
+    norm_layer=nn.BatchNorm2d, kernel_init="paper")``.
+
     Always returns ceil(S / stride) positions per axis; the left side is padded by floor(dilation * (K - 1) / 2).
 
     Args:
@@ -139,9 +145,12 @@ class Involution2d(_Involution):
         dilation: an int or one per axis.
         group_channels: channels that share a kernel; must divide `channels`; or "all".
         reduction_ratio: of the default generator.
-        norm_layer: of the default generator: called with its width; None takes BatchNorm.
+        norm_layer: of the default generator: None normalises every position by the RMS of its channels; else called
+            with the hidden width for a norm after the reduction (the paper's is BatchNorm).
         act_layer: of the default generator: called without arguments.
-        kernel_generator: None for the paper's bottleneck; or a module, or a callable (channels, kernel_size, groups,
+        kernel_init: of the default generator: how kernels begin, "identity", "box", "paper" (random) or a callable; see
+            `BottleneckGenerator`.
+        kernel_generator: None for `BottleneckGenerator`; or a module, or a callable (channels, kernel_size, groups,
             stride, dilation) -> module. The module maps the layer's input ``[N, C, *S]`` to
             ``[N, G, *K, *ceil(S / stride)]``.
         memory_efficient: training keeps the input and the hidden features but not the kernel map, which is prod(K) /

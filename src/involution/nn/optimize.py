@@ -28,6 +28,7 @@ _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _FRESH = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
 _FRESH |= {torch.ops.involution.fused.default, torch.ops.involution.apply.default}
+_FRESH |= {torch.ops.involution.rms_norm_pointwise.default}
 _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
     *("ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"),
@@ -123,11 +124,12 @@ class _Norm(NamedTuple):
 
 
 class _Pointwise(NamedTuple):
-    """A 1x1 convolution: weight [out, in], bias [out] or None."""
+    """A 1x1 convolution: weight [out, in], bias [out] or None; with an rms_eps above 0, of the input over its RMS."""
 
     node: Node
     weight: Tensor
     bias: Tensor | None
+    rms_eps: float = 0.0
 
 
 def fuse(graph: fx.GraphModule) -> list[str]:
@@ -242,6 +244,7 @@ def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
             x,
             keep("reduce_weight", pack(reduced.weight)),
             keep("reduce_bias", reduced.bias),
+            reduced.rms_eps,
             keep("span_weight", pack(span_weight.flatten(1))),
             keep("span_bias", span_weight.new_zeros(len(span_weight)) if span_bias is None else span_bias),
             keep("scale", norm and norm.scale),
@@ -267,22 +270,36 @@ def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
 
 
 def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple[_Pointwise | None, str]:
-    """The 1x1 convolution, with its norm folded in, from x (pooled where the layer strides) to hidden."""
+    """The 1x1 convolution, with its norm, from x (pooled where the layer strides) to hidden."""
     if not _is_relu(hidden):
         return None, "its generator's activation is not ReLU"
-    norm = _norm(graph, hidden.args[0])
-    if norm is None:
-        return None, "its generator's norm is not a batch norm in evaluation mode"
-    convolution = _pointwise(graph, norm.node.args[0])
-    if convolution is None:
-        return None, "its generator's reduction is not a plain 1x1 convolution"
-    source = convolution.node.args[0]
+    reduced, reason = _normalized(graph, hidden.args[0])
+    if reduced is None:
+        return None, reason
+    source = reduced.node.args[0]
     if math.prod(stride) > 1:
         if not _pools_windows(source, stride):
             return None, "its generator does not average windows of the stride's size"
         source = source.args[0]
     if source is not x:
         return None, "its generator reads something other than the layer's input"
+    return reduced, ""
+
+
+def _normalized(graph: fx.GraphModule, node: Any) -> tuple[_Pointwise | None, str]:
+    """A generator's reduction: of the input over its RMS, or with a batch norm, which is folded in."""
+    if _calls(node, {torch.ops.involution.rms_norm_pointwise.default}):
+        _, weight, bias, eps = node.args
+        weight, bias = _constant(graph, weight), _constant(graph, bias)
+        if weight is None or bias is None:
+            return None, "its reduction's weights are not constant"
+        return _Pointwise(node, weight.flatten(1), bias, eps), ""
+    norm = _norm(graph, node)
+    if norm is None:
+        return None, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
+    convolution = _pointwise(graph, norm.node.args[0])
+    if convolution is None:
+        return None, "its generator's reduction is not a plain 1x1 convolution"
     return _Pointwise(convolution.node, *_folded(convolution, norm)), ""
 
 

@@ -26,7 +26,7 @@ _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _16_BIT = (torch.float16, torch.bfloat16)
 _MOST_16_BIT_TAPS, _MOST_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
-_TENSORS = LayerParts._fields[:-2]  # in the order of involution_layer
+_TENSORS = LayerParts._fields[:-3]  # in the order of involution_layer
 _WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
 
@@ -50,6 +50,7 @@ class _CLayer(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("hidden_channels", "next_channels", "following_channels", "relu", "next_relu")
         ),
+        ("rms_eps", ctypes.c_double),
     ]
 
 
@@ -117,6 +118,7 @@ def layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None
         outs[-1].shape[1],
         parts.relu,
         parts.next_relu,
+        parts.rms_eps,
     )
     scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
     c_layer.scratch = scratch.data_ptr()

@@ -17,10 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 from . import cpu, gpu, selection
 from .functional import Ints, per_axis
 from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
-from .reference import finish, generate, per_channel
+from .reference import finish, generate, inverse_rms, per_channel
 from .registration import evaluate, library
 
 _APPLY, _ADJOINT, _CORRELATE = MAPS
+RMS_EPS = 1e-6  # added to the mean square of a position's channels
 
 
 def fused_involution(
@@ -181,7 +182,7 @@ def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
 # The operators' arguments between the input and the window, in order.
 _FUSED = ("hidden", "span_weight", "span_bias", "scale", "shift", "relu")
 _BOTTLENECK = (
-    *("reduce_weight", "reduce_bias", "span_weight", "span_bias", "scale", "shift", "relu"),
+    *("reduce_weight", "reduce_bias", "rms_eps", "span_weight", "span_bias", "scale", "shift", "relu"),
     *("next_weight", "next_bias", "shortcut", "next_relu", "following_weight", "following_bias"),
 )
 _NONE: dict[str, Any] = dict.fromkeys(("hidden", "reduce_weight", "reduce_bias"))
@@ -256,6 +257,21 @@ def _fake_backward(
     return dx, dhidden, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
+def _rms_norm_pointwise(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``conv(input / rms(input), weight) + bias`` with a 1x1 convolution, the RMS over a position's channels.
+
+    One operator, so that graphs show it whole (rewrites find it there), made of torch's differentiable ones. The norm
+    is a factor of the convolution's narrower output, taken in float32 for 16 bits.
+    """
+    reduced = _CONVOLUTION[input.dim() - 2](input, weight)
+    factor = inverse_rms(input, eps)
+    offset = per_channel(bias, input).to(factor.dtype)
+    return torch.addcmul(offset, reduced.to(factor.dtype), factor).to(reduced.dtype)
+
+
+_CONVOLUTION = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
+
+
 def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], window: Sequence[Any]) -> int:
     """Two operations per multiply-add: those of the weights [out, in], the span's first, and the aggregation's."""
     weights = [weight for weight in pointwise if weight is not None]
@@ -270,15 +286,17 @@ _SCHEMAS = (
     f"bool relu, {_WINDOW}) -> Tensor",
     "fused_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, "
     f"{_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, Tensor span_weight, Tensor? span_bias, "
-    "Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, Tensor? shortcut, "
-    f"bool next_relu, Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
+    "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, float rms_eps, Tensor span_weight, "
+    "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, "
+    f"Tensor? shortcut, bool next_relu, Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
 )
 for _schema in _SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+library.define("rms_norm_pointwise(Tensor input, Tensor weight, Tensor bias, float eps) -> Tensor")
 library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
 library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
 library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
+library.impl("rms_norm_pointwise", _rms_norm_pointwise, "CompositeImplicitAutograd")
 torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
 torch.library.register_fake("involution::fused_backward", _fake_backward, lib=library)
 torch.library.register_fake("involution::bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library)

@@ -143,10 +143,11 @@ class LayerParts(NamedTuple):
     following_bias: Tensor | None = None
     relu: bool = False
     next_relu: bool = False
+    rms_eps: float = 0.0  # above 0, the reduction reads x / rms(x), the RMS over a position's channels
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the flags, in order."""
-        return tuple(self[:-2])
+        """All but the options, in order."""
+        return tuple(self[:-3])
 
     def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
         """[N, C or the next convolution's channels, *positions], and the following convolution's where there is one."""

@@ -1,7 +1,9 @@
 """RedNet: ResNet with involution at every bottleneck's 3x3 convolution and in the stem (Li et al., CVPR 2021, 3.2).
 
-Importing this module registers rednet26, 38, 50, 101 and 152 with timm, and rednet14_cifar and rednet26_cifar for
-images of 32x32. No weights are published in timm's format, so `pretrained=True` raises timm's own RuntimeError.
+Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
+rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
+rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. No weights are published in timm's format,
+so `pretrained=True` raises timm's own RuntimeError.
 """
 
 from collections import OrderedDict
@@ -27,6 +29,7 @@ from ..nn import (
     SoftmaxGenerator,
 )
 from ..nn.attention import RELATIVE_POSITIONS
+from ..nn.generators import KernelInit
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
@@ -136,7 +139,10 @@ class RedNet(nn.Module):
         stem_kernel_size: of the stem's involution: 3 (classification) or 7 (the paper's dense prediction).
         stem_stride: 4 (strided convolution and max pooling), 2 (strided convolution) or 1 (neither).
         norm_layer: a norm's name in timm or its class, for the network and its kernel generators.
-        generator_norm_layer: the kernel generators' own norm; None takes `norm_layer`.
+        generator_norm_layer: the kernel generators' own norm; None takes `norm_layer`, "rms" the default of
+            `BottleneckGenerator`, which normalises the generator's input by the RMS of every position's channels.
+        kernel_init: how kernels begin, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; generators
+            that are not bottlenecks, and softmaxed kernels, begin in their own way.
         act_layer: an activation's name in timm or its class, for the network and its kernel generators.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth at the last block, growing linearly from 0 at the first.
@@ -170,6 +176,7 @@ class RedNet(nn.Module):
         stem_stride: int = 4,
         norm_layer: Layer = nn.BatchNorm2d,
         generator_norm_layer: Layer | None = None,
+        kernel_init: KernelInit = "identity",
         act_layer: Layer = nn.ReLU,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -205,9 +212,11 @@ class RedNet(nn.Module):
         }
         settings: dict[str, Any] = {
             "reduction_ratio": reduction_ratio,
-            "norm_layer": get_norm_layer(generator_norm_layer or norm_layer),
+            "norm_layer": None if generator_norm_layer == "rms" else get_norm_layer(generator_norm_layer or norm_layer),
             "act_layer": get_act_layer(act_layer),
         }
+        if kernel_generator != "softmax":
+            settings["kernel_init"] = kernel_init
         generator = kernel_generator if callable(kernel_generator) else _generator(kernel_generator, settings)
         settings |= {"group_channels": group_channels, "kernel_generator": generator}
         parts = _Parts(
@@ -238,7 +247,7 @@ class RedNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Draws every convolution's weights from He's normal distribution (fan out), kernel generators included.
+        """Samples every convolution's weights from He's normal distribution (fan out), and lets kernels begin as asked.
 
         Args:
             zero_init_last: zeroes the last norm's scale in every block.
@@ -250,6 +259,9 @@ class RedNet(nn.Module):
                     nn.init.zeros_(module.bias)
             elif zero_init_last and isinstance(module, Bottleneck):
                 module.zero_init_last()
+        for module in self.modules():
+            if isinstance(module, BottleneckGenerator):
+                module.init_kernels()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Patterns that sort parameters into groups from stem to head, for layer-wise learning rates.
@@ -522,14 +534,31 @@ default_cfgs = generate_default_cfgs(
         "rednet50": _cfg(),
         "rednet101": _cfg(),
         "rednet152": _cfg(),
+        "rednetv2_26": _cfg(),
+        "rednetv2_38": _cfg(),
+        "rednetv2_50": _cfg(),
+        "rednetv2_101": _cfg(),
+        "rednetv2_152": _cfg(),
         "rednet14_cifar": _cifar_cfg(),
         "rednet26_cifar": _cifar_cfg(),
+        "rednetv2_14_cifar": _cifar_cfg(),
+        "rednetv2_26_cifar": _cifar_cfg(),
     }
 )
 
 
+# Blocks in each stage, by the network's layers.
+_DEPTHS = {
+    14: (1, 1, 1, 1),
+    26: (1, 2, 4, 1),
+    38: (2, 3, 5, 2),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
 # A quarter of the width, except in the stem, whose involution needs one group of 16 channels.
 _CIFAR = {"channels": (16, 32, 64, 128), "stem_channels": 32, "stem_stride": 1}
+_V2 = {"generator_norm_layer": "rms"}
 
 
 def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:
@@ -540,40 +569,82 @@ def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:
 @register_model
 def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-26; 9.23 M parameters."""
-    return _rednet("rednet26", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})
+    return _rednet("rednet26", pretrained, **{"layers": _DEPTHS[26], **kwargs})
 
 
 @register_model
 def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-38; 12.39 M parameters."""
-    return _rednet("rednet38", pretrained, **{"layers": (2, 3, 5, 2), **kwargs})
+    return _rednet("rednet38", pretrained, **{"layers": _DEPTHS[38], **kwargs})
 
 
 @register_model
 def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-50; 15.54 M parameters."""
-    return _rednet("rednet50", pretrained, **{"layers": (3, 4, 6, 3), **kwargs})
+    return _rednet("rednet50", pretrained, **{"layers": _DEPTHS[50], **kwargs})
 
 
 @register_model
 def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-101; 25.65 M parameters."""
-    return _rednet("rednet101", pretrained, **{"layers": (3, 4, 23, 3), **kwargs})
+    return _rednet("rednet101", pretrained, **{"layers": _DEPTHS[101], **kwargs})
 
 
 @register_model
 def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-152; 33.98 M parameters."""
-    return _rednet("rednet152", pretrained, **{"layers": (3, 8, 36, 3), **kwargs})
+    return _rednet("rednet152", pretrained, **{"layers": _DEPTHS[152], **kwargs})
+
+
+@register_model
+def rednetv2_26(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-26 with scale-invariant kernel generators; 9.23 M parameters."""
+    return _rednet("rednetv2_26", pretrained, **{**_V2, "layers": _DEPTHS[26], **kwargs})
+
+
+@register_model
+def rednetv2_38(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-38 with scale-invariant kernel generators; 12.39 M parameters."""
+    return _rednet("rednetv2_38", pretrained, **{**_V2, "layers": _DEPTHS[38], **kwargs})
+
+
+@register_model
+def rednetv2_50(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-50 with scale-invariant kernel generators; 15.54 M parameters."""
+    return _rednet("rednetv2_50", pretrained, **{**_V2, "layers": _DEPTHS[50], **kwargs})
+
+
+@register_model
+def rednetv2_101(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-101 with scale-invariant kernel generators; 25.65 M parameters."""
+    return _rednet("rednetv2_101", pretrained, **{**_V2, "layers": _DEPTHS[101], **kwargs})
+
+
+@register_model
+def rednetv2_152(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """RedNet-152 with scale-invariant kernel generators; 33.98 M parameters."""
+    return _rednet("rednetv2_152", pretrained, **{**_V2, "layers": _DEPTHS[152], **kwargs})
 
 
 @register_model
 def rednet14_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """For images of 32x32: one block a stage, 64 to 512 channels, no downsampling in the stem; 10 classes."""
-    return _rednet("rednet14_cifar", pretrained, **{**_CIFAR, "layers": (1, 1, 1, 1), **kwargs})
+    return _rednet("rednet14_cifar", pretrained, **{**_CIFAR, "layers": _DEPTHS[14], **kwargs})
 
 
 @register_model
 def rednet26_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """For images of 32x32: RedNet-26's depths, 64 to 512 channels, no downsampling in the stem; 10 classes."""
-    return _rednet("rednet26_cifar", pretrained, **{**_CIFAR, "layers": (1, 2, 4, 1), **kwargs})
+    return _rednet("rednet26_cifar", pretrained, **{**_CIFAR, "layers": _DEPTHS[26], **kwargs})
+
+
+@register_model
+def rednetv2_14_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """rednet14_cifar with scale-invariant kernel generators."""
+    return _rednet("rednetv2_14_cifar", pretrained, **{**_V2, **_CIFAR, "layers": _DEPTHS[14], **kwargs})
+
+
+@register_model
+def rednetv2_26_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
+    """rednet26_cifar with scale-invariant kernel generators."""
+    return _rednet("rednetv2_26_cifar", pretrained, **{**_V2, **_CIFAR, "layers": _DEPTHS[26], **kwargs})

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
 from ..zoo.checkpoints import load_backbone
+from ..zoo.warm_start import load_resnet
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -37,19 +38,28 @@ class TaskModule(LightningModule):
     Args:
         num_classes: that the network is made for.
         channels_last: the memory format of weights and images.
+        init_from: a file of weights or a name of timm's that training from the start begins with, see
+            `zoo.load_resnet`. Checkpoints carry it as a record: what they are loaded into does without it.
     """
 
     task: ClassVar[str]
     preprocessing_type: ClassVar[Any]
     net: Any
 
-    def __init__(self, num_classes: int, channels_last: bool) -> None:
+    def __init__(self, num_classes: int, channels_last: bool, init_from: str | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self._init_from = init_from  # until it has been done, or a checkpoint has made it superfluous
         self.classes = [str(index) for index in range(num_classes)]
         self.preprocessing: Any = None
         self._data_classes: list[str] | None = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of `net` that `init_from` fills."""
+        net: nn.Module = self.net
+        return net
 
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
@@ -61,6 +71,17 @@ class TaskModule(LightningModule):
         if found != self.num_classes:
             raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
 
+    def on_fit_start(self) -> None:
+        """Fills the backbone from `init_from`: only here it is certain that no checkpoint has been loaded."""
+        if self._init_from is None:
+            return
+        try:
+            report = load_resnet(self.backbone, self._init_from)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"init_from: {error}") from error
+        rank_zero_info(str(report))
+        self._init_from = None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
         preprocessing = self.preprocessing._asdict() if self.preprocessing else None
@@ -68,6 +89,7 @@ class TaskModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them from there, unless the data have named theirs, which must then be the same classes."""
+        self._init_from = None
         carried = checkpoint.get("involution")
         if carried is None:
             return

@@ -68,10 +68,14 @@ class Classifier(TaskModule):
         mixup: alpha of mixup's Beta distribution; 0 leaves mixup out.
         cutmix: alpha of CutMix's; with both, every batch takes one of the two by chance.
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
+        init_from: weights that training begins with, as far as they fit: a checkpoint of `involution fit`, another file
+            of weights, or a name whose pretrained weights timm downloads, such as resnet50. RedNet takes a ResNet's of
+            its depth, see `zoo.load_resnet`.
 
     Raises:
         RuntimeError: timm does not know `model_name`.
-        ValueError: mixup or cutmix is negative; the data have another number of classes (once the trainer starts).
+        ValueError: mixup or cutmix is negative; the data have another number of classes, or init_from does not fit
+            (once the trainer starts).
     """
 
     task = "classify"
@@ -93,8 +97,9 @@ class Classifier(TaskModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
         self._mixing = _mixing(mixup, cutmix, num_classes)
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))

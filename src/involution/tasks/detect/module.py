@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ..data import IMAGENET_MEAN, IMAGENET_STD
@@ -63,6 +63,9 @@ class Detector(TaskModule):
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         milestones: epochs after which the learning rate is a tenth of what it was.
         channels_last: the memory format of weights; on CPU involution is fastest with it.
+        init_from: weights that the backbone begins training with, as far as they fit; nothing is frozen then: a
+            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
+            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
@@ -94,9 +97,14 @@ class Detector(TaskModule):
         warmup_ratio: float = 0.001,
         milestones: tuple[int, ...] = (),
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        if init_from is not None and backbone_weights is not None:
+            raise ValueError(
+                f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
+            )
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck, "head": head}
@@ -115,6 +123,12 @@ class Detector(TaskModule):
         self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
         self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
         self._found: dict[int, list[Detection]] = {}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """timm's network."""
+        body: nn.Module = self.net.backbone.body
+        return body
 
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data."""

@@ -78,6 +78,9 @@ class Segmenter(TaskModule):
         scales: of the image in evaluation and prediction; probabilities are averaged.
         flip: look at the mirrored image too.
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
+        init_from: weights that the backbone begins training with, as far as they fit: a
+            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
+            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
@@ -110,9 +113,14 @@ class Segmenter(TaskModule):
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        if init_from is not None and backbone_weights is not None:
+            raise ValueError(
+                f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
+            )
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck}
@@ -137,6 +145,12 @@ class Segmenter(TaskModule):
     def plain_norms(self) -> list[nn.Module]:
         """Those of involutions, as published."""
         return norms_of_involutions(self.net)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """timm's network."""
+        body: Any = self.net.body
+        return body
 
     def setup(self, stage: str) -> None:
         """Takes class names, palette and preprocessing from the data."""

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
+from ..nn import Diagnosis
 from ..zoo.checkpoints import load_backbone
 from ..zoo.warm_start import load_resnet
 
@@ -126,6 +127,14 @@ class TaskModule(LightningModule):
         if self.preprocessing is None:
             raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
         return self.preprocessing.evaluation()
+
+    def diagnose(self, batch: Any) -> Diagnosis:
+        """What the network's involutions do to a training batch, see `nn.diagnose`; nothing is logged or changed."""
+        raise NotImplementedError
+
+    def unlabelled(self, images: list[Tensor]) -> Any:
+        """A training batch of images that nothing is known of, as `read` returns them: [3, H, W], all of a size."""
+        raise NotImplementedError
 
     def look(self) -> None:
         """Sets how images are looked at in prediction: there is one way."""

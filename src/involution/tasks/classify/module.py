@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .predictions import RankingWriter
@@ -160,6 +161,16 @@ class Classifier(TaskModule):
         self.log(f"{stage}/loss", mean, prog_bar=stage == "train", **when)
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
+
+    def diagnose(self, batch: Batch) -> Diagnosis:
+        """What the network's involutions do to a training batch; images are not mixed."""
+        images, labels = batch
+        loss = partial(F.cross_entropy, target=labels, label_smoothing=self.hparams["label_smoothing"])
+        return diagnose(self.net, images.to(memory_format=self.memory_format), loss)
+
+    def unlabelled(self, images: list[Tensor]) -> Batch:
+        """A batch whose labels are all the first class."""
+        return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
 
     def read(self, file: Path) -> Tensor:
         """An image file as the network wants it, [3, H, W]."""

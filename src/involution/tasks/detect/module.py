@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
@@ -201,6 +202,18 @@ class Detector(TaskModule):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
+
+    def diagnose(self, batch: tuple[Images, list[dict[str, Tensor]]]) -> Diagnosis:
+        """What the network's involutions do to a training batch."""
+        return diagnose(self._network(), tuple(batch))
+
+    def unlabelled(self, images: Images) -> tuple[Images, list[dict[str, Tensor]]]:
+        """A batch of images without objects."""
+        targets = []
+        for image in images:
+            nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+            targets.append({**nothing, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)})
+        return images, targets
 
     def read(self, file: Path) -> Tensor:
         """An image file as the network wants it, [3, H, W]."""

@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from ..pictures import Colour, colour
@@ -185,14 +186,26 @@ class Segmenter(TaskModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the batch's pixels, the auxiliary head's included."""
         images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
-        logits = self.net(images.to(memory_format=self.memory_format))
-        loss = pixel_loss(logits["out"], masks)
-        if "aux" in logits:
-            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+        loss = self._loss(self.net(images.to(memory_format=self.memory_format)), masks)
         self.train_loss.update(loss.detach())
         self.log("train/loss", self.train_loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _loss(self, logits: dict[str, Tensor], masks: Tensor) -> Tensor:
+        loss = pixel_loss(logits["out"], masks)
+        if "aux" in logits:
+            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+        return loss
+
+    def diagnose(self, batch: Batch) -> Diagnosis:
+        """What the network's involutions do to a training batch."""
+        images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
+        return diagnose(self.net, images.to(memory_format=self.memory_format), partial(self._loss, masks=masks))
+
+    def unlabelled(self, images: list[Tensor]) -> Batch:
+        """A batch whose pixels are all of the first class."""
+        return images, [torch.zeros(image.shape[1:], dtype=torch.uint8) for image in images]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts pixels."""

@@ -109,7 +109,7 @@ def _train(verb: str, rest: list[str]) -> int:
 
     try:
         run([verb, *rest])
-    except (OSError, ValueError) as error:  # data, a checkpoint or an option that does not fit
+    except (OSError, ValueError, FloatingPointError) as error:  # what does not fit; or a loss that is NaN
         print(f"involution {verb}: {error}", file=sys.stderr)
         return 1
     return 0

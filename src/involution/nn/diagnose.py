@@ -126,6 +126,7 @@ def diagnose(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None 
     if not problems:
         problems = [
             *_not_finite(value.item(), training.culprit, evaluation.culprit),
+            *_broken_statistics(model),
             *_sizes(layers),
             *_gradient_sizes(layers),
             *_dead(training, gradients),
@@ -150,7 +151,7 @@ def _layers(training: Recorder, gradients: dict[str, Gradients], evaluation: Rec
 
 
 def _broken_values(model: nn.Module, batch: Any) -> list[str]:
-    """Of the batch, of parameters and of buffers."""
+    """Of the batch, and of parameters."""
     problems = []
     if not is_finite(batch):
         problems.append("non-finite batch: it holds NaN or infinity: look at the data and their normalisation")
@@ -160,12 +161,15 @@ def _broken_values(model: nn.Module, batch: Any) -> list[str]:
             f"non-finite parameters: {_some(parameters)}: resume from the last good checkpoint, with a smaller "
             "learning rate, a longer warm-up or clipped gradients"
         )
-    buffers = [name for name, one in model.named_buffers() if name.endswith(("_mean", "_var")) and not is_finite(one)]
-    if buffers:
-        problems.append(
-            f"non-finite running statistics: {_some(buffers)}: they never recover: resume from the last good checkpoint"
-        )
     return problems
+
+
+def _broken_statistics(model: nn.Module) -> list[str]:
+    """A training pass whose activations are not finite leaves them behind."""
+    broken = [name for name, one in model.named_buffers() if name.endswith(("_mean", "_var")) and not is_finite(one)]
+    if not broken:
+        return []
+    return [f"non-finite running statistics: {_some(broken)}: they never recover: resume from the last good checkpoint"]
 
 
 def _not_finite(loss: float, in_training: str | None, in_evaluation: str | None) -> list[str]:

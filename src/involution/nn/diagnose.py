@@ -15,10 +15,8 @@ SMALL = 1e-3  # an output's RMS over that of its own input: vanishing
 GRADIENTS = 1e4  # the ratio of the first and the last layer's gradients that is too much, either way
 LAGGING = 10.0  # an output's RMS in evaluation over that in training
 QUADRATIC = 1.5  # a growth above it is no longer a convolution's
-REMEDY = (
-    "have a kernel generator whose kernels do not grow with its input and begin near the identity, a norm behind the "
-    "layer, or a smaller learning rate"
-)
+GENERATOR = "a kernel generator whose kernels do not grow with its input"  # Involution2d's default
+REMEDY = f"have {GENERATOR} and begin near the identity, a norm behind the layer, or a smaller learning rate"
 
 
 class LayerSignal(NamedTuple):
@@ -182,7 +180,7 @@ def _not_finite(loss: float, in_training: str | None, in_evaluation: str | None)
         problems.append(
             f"non-finite in evaluation, but not in training: {in_evaluation} is the first that returns NaN or "
             "infinity: running statistics lag behind, and kernels that grow with their input make that an overflow: "
-            "have a kernel generator whose kernels do not, or train a few more steps before evaluating"
+            f"have {GENERATOR}, or train a few more steps before evaluating"
         )
     return problems
 
@@ -253,7 +251,7 @@ def _growing(growth: float | None) -> list[str]:
     size = "overflow" if growth == math.inf else f"grow by 2^{_number(growth)}"
     return [
         f"growing: doubling the input makes the network's output in evaluation {size}, where a convolutional network's "
-        "doubles: have a kernel generator whose kernels do not grow with its input"
+        f"doubles: have {GENERATOR}"
     ]
 
 

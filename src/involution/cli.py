@@ -53,7 +53,8 @@ def _help() -> str:
 {training}
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time the kernels and networks on this machine
-  doctor    show what runs here: backends, versions, instruction set, threads
+  doctor    show what runs here: backends, versions, instruction set, threads;
+            with a checkpoint or a timm name, why its loss is NaN
 
   involution fit -c digits_rednet                       a packaged recipe
   involution fit -c recipe.yaml --trainer.max_epochs 3  a file, with an option changed
@@ -108,7 +109,7 @@ def _train(verb: str, rest: list[str]) -> int:
 
     try:
         run([verb, *rest])
-    except (OSError, ValueError) as error:  # data, a checkpoint or an option that does not fit
+    except (OSError, ValueError, FloatingPointError) as error:  # what does not fit; or a loss that is NaN
         print(f"involution {verb}: {error}", file=sys.stderr)
         return 1
     return 0
@@ -128,7 +129,7 @@ def _predict(rest: list[str]) -> int:
 
 
 def _doctor(rest: list[str]) -> int:
-    """Prints backends, versions, and the machine as torch and the kernels see it."""
+    """Prints backends, versions, and the machine as torch and the kernels see it; or a network's diagnosis."""
     import platform
 
     import torch
@@ -142,8 +143,7 @@ def _doctor(rest: list[str]) -> int:
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
     if rest:
-        print(f"involution doctor takes no arguments, got {' '.join(rest)}", file=sys.stderr)
-        return 2
+        return _diagnose(rest)
     facts = {package: _version(package) for package in ("involution", "timm", "lightning")}
     facts |= {
         "torch": torch.__version__,
@@ -158,6 +158,21 @@ def _doctor(rest: list[str]) -> int:
     print(f"\n{'backend':16} {'available':10} {'serves':8} reason")
     for backend in backends():
         print(f"{backend.name:16} {_yes(backend.available):10} {_yes(backend.serves):8} {backend.reason}".rstrip())
+    return 0
+
+
+def _diagnose(rest: list[str]) -> int:
+    if _lacks("doctor MODEL", _TASKS_EXTRA, "tasks"):
+        return 1
+    from .tasks.doctor import main as diagnose
+
+    try:
+        diagnose(rest)
+    except (OSError, ValueError) as error:  # the model or the image
+        print(f"involution doctor: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as exit:  # argparse's way out
+        return int(exit.code or 0)
     return 0
 
 

@@ -150,6 +150,35 @@ def test_a_run_of_two_processes_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
+SPOILT = """
+import os, sys
+from involution.cli import main
+from involution.tasks.classify import Classifier
+step = Classifier.training_step
+def training_step(self, batch, batch_idx):
+    loss = step(self, batch, batch_idx)
+    return loss * float("nan") if self.global_step == 4 and os.environ["RANK"] == "1" else loss
+Classifier.training_step = training_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path: Path) -> None:
+    """Norms share their statistics, so both processes diagnose; the one that found it reports."""
+    script = tmp_path / "spoilt.py"
+    script.write_text(SPOILT)
+    options = [*OPTIONS, *TWO, *OUT, "--data.batch_size", "4", "--recovery.every_n_train_steps", "2"]
+    [process] = torchrun(tmp_path, str(script), *options)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    errors = [line for line in output.splitlines() if "involution fit: the loss " in line]  # of the one that ends first
+    assert any("(epoch 1, step 4): see version_0/diagnosis_rank" in line for line in errors)
+    assert all(line.endswith("the last good checkpoint is version_0/checkpoints/last.ckpt (step 4)") for line in errors)
+    assert "loss in training" in (tmp_path / "version_0/diagnosis_rank1.txt").read_text()
+    assert not (tmp_path / "version_0/diagnosis.txt").exists()
+    assert all(one.isfinite().all() for one in weights(tmp_path).values())
+
+
 SHARDED = """
 import timm, torch
 import torch.distributed as dist

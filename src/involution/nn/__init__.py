@@ -1,6 +1,7 @@
-"""Layers: involution in one, two and three dimensions, the kernel generators they take, and local self-attention."""
+"""Layers: involution in one, two and three dimensions, the kernel generators they take, attention, a diagnosis."""
 
 from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
+from .diagnose import Diagnosis, LayerSignal, diagnose
 from .generators import (
     BottleneckGenerator,
     ContextGenerator,
@@ -16,9 +17,11 @@ __all__ = [
     "AttentionGenerator",
     "BottleneckGenerator",
     "ContextGenerator",
+    "Diagnosis",
     "Involution1d",
     "Involution2d",
     "Involution3d",
+    "LayerSignal",
     "LinearGenerator",
     "LocalSelfAttention1d",
     "LocalSelfAttention2d",
@@ -26,6 +29,7 @@ __all__ = [
     "PositionGenerator",
     "Replaced",
     "SoftmaxGenerator",
+    "diagnose",
     "replace",
     "window_softmax",
 ]

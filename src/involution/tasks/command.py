@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+from .finite_loss import FiniteLoss
 from .recipes import resolve_configs
 from .recovery import RandomStates, WholeCheckpoints, WholeEpochs, last_checkpoint
 from .sync_batch_norm import SyncBatchNorms
@@ -107,6 +108,7 @@ def run(arguments: list[str]) -> TaskCLI:
 
     Raises:
         ValueError: a config is neither a file nor a recipe; num_classes is given, which the data say.
+        FloatingPointError: the loss or the weights are no longer finite.
         SystemExit: an argument is wrong (jsonargparse's message is on stderr).
     """
     quiet_lightning()
@@ -118,7 +120,7 @@ def run(arguments: list[str]) -> TaskCLI:
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [last, RandomStates(), WholeEpochs()]
+    callbacks = [last, RandomStates(), WholeEpochs(), FiniteLoss()]
     return TaskCLI(
         LightningModule,
         LightningDataModule,

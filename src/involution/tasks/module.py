@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import nn
+from torch import Tensor, nn
 
+from ..nn import Diagnosis
 from ..zoo.checkpoints import load_backbone
+from ..zoo.warm_start import load_resnet
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -37,19 +39,28 @@ class TaskModule(LightningModule):
     Args:
         num_classes: that the network is made for.
         channels_last: the memory format of weights and images.
+        init_from: a file of weights or a name of timm's that training from the start begins with, see
+            `zoo.load_resnet`. Checkpoints carry it as a record: what they are loaded into does without it.
     """
 
     task: ClassVar[str]
     preprocessing_type: ClassVar[Any]
     net: Any
 
-    def __init__(self, num_classes: int, channels_last: bool) -> None:
+    def __init__(self, num_classes: int, channels_last: bool, init_from: str | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self._init_from = init_from  # until it has been done, or a checkpoint has made it superfluous
         self.classes = [str(index) for index in range(num_classes)]
         self.preprocessing: Any = None
         self._data_classes: list[str] | None = None
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of `net` that `init_from` fills."""
+        net: nn.Module = self.net
+        return net
 
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
@@ -61,6 +72,17 @@ class TaskModule(LightningModule):
         if found != self.num_classes:
             raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
 
+    def on_fit_start(self) -> None:
+        """Fills the backbone from `init_from`: only here it is certain that no checkpoint has been loaded."""
+        if self._init_from is None:
+            return
+        try:
+            report = load_resnet(self.backbone, self._init_from)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"init_from: {error}") from error
+        rank_zero_info(str(report))
+        self._init_from = None
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
         preprocessing = self.preprocessing._asdict() if self.preprocessing else None
@@ -68,6 +90,7 @@ class TaskModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them from there, unless the data have named theirs, which must then be the same classes."""
+        self._init_from = None
         carried = checkpoint.get("involution")
         if carried is None:
             return
@@ -104,6 +127,14 @@ class TaskModule(LightningModule):
         if self.preprocessing is None:
             raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
         return self.preprocessing.evaluation()
+
+    def diagnose(self, batch: Any) -> Diagnosis:
+        """What the network's involutions do to a training batch, see `nn.diagnose`; nothing is logged or changed."""
+        raise NotImplementedError
+
+    def unlabelled(self, images: list[Tensor]) -> Any:
+        """A training batch of images that nothing is known of, as `read` returns them: [3, H, W], all of a size."""
+        raise NotImplementedError
 
     def look(self) -> None:
         """Sets how images are looked at in prediction: there is one way."""

@@ -78,23 +78,27 @@ def image_files(path: Path) -> list[Path]:
     return found
 
 
-def task_of(checkpoint: Path) -> Any:
+def task_of(checkpoint: Path, argument: str = "ckpt_path") -> Any:
     """The Lightning module's class that a checkpoint is for.
+
+    Args:
+        checkpoint: of `involution fit`.
+        argument: what errors call it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no checkpoint of `involution fit`.
     """
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"ckpt_path must be a checkpoint, got {checkpoint}, which is no file")
+        raise FileNotFoundError(f"{argument} must be a checkpoint, got {checkpoint}, which is no file")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
         task = content["involution"]["task"]
     except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
-        raise ValueError(f"ckpt_path must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+        raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
     if task not in TASKS:
         raise ValueError(
-            f"ckpt_path must be of a task among {', '.join(TASKS)}, got {checkpoint}, which is of {task!r}"
+            f"{argument} must be of a task among {', '.join(TASKS)}, got {checkpoint}, which is of {task!r}"
         )
     return getattr(importlib.import_module(f".{task}", __package__), TASKS[task])
 

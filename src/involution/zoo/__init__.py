@@ -5,5 +5,6 @@ Importing this package registers them with timm: ``timm.create_model("rednet50",
 
 from . import resnet
 from .rednet import RedNet
+from .warm_start import WarmStart, load_resnet
 
-__all__ = ["RedNet", "resnet"]
+__all__ = ["RedNet", "WarmStart", "load_resnet", "resnet"]

@@ -160,6 +160,14 @@ def test_predictions_are_drawn_and_written(trained: Path, tmp_path: Path, capsys
     assert Image.open(tmp_path / "none" / "b.png").tobytes() == original.tobytes()
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(coco_folder: Path, tmp_path: Path) -> None:
+    options = ["--model.lr", "1e20", "--model.warmup_steps", "0", "--data.batch_size", "2", "--trainer.max_epochs", "2"]
+    options += ["--model.model_kwargs", json.dumps(FEW), "--trainer.default_root_dir", str(tmp_path)]
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) \(epoch 0, step 1\)"):
+        fit("faster_rcnn_rednet50_neck_fpn_1x", coco_folder, 48, *options)
+    assert "backbone.body.layer4.0.conv2" in (tmp_path / "version_0/diagnosis.txt").read_text()
+
+
 def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A classifier's checkpoint fills the backbone, which is then frozen and keeps its statistics."""
     from involution.tasks.classify import Classifier

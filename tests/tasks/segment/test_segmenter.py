@@ -197,6 +197,14 @@ def test_prediction_looks_at_images_as_it_is_told(
     assert "window_stride wants a window, got (12, 16) without one" in capsys.readouterr().err
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(make_masks: Callable[..., Path], tmp_path: Path) -> None:
+    root = make_masks(tmp_path / "masks")
+    options = ["--model.lr", "1e20", "--model.warmup_steps", "0", "--data.batch_size", "2", "--trainer.max_epochs", "2"]
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) \(epoch 0, step 1\)"):
+        fit(root, *options, "--trainer.default_root_dir", str(tmp_path))
+    assert "pyramid.body.layer4.0.conv2" in (tmp_path / "version_0/diagnosis.txt").read_text()
+
+
 def test_backbone_weights(tmp_path: Path) -> None:
     import timm
 

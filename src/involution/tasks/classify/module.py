@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .predictions import RankingWriter
@@ -68,10 +69,14 @@ class Classifier(TaskModule):
         mixup: alpha of mixup's Beta distribution; 0 leaves mixup out.
         cutmix: alpha of CutMix's; with both, every batch takes one of the two by chance.
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
+        init_from: weights that training begins with, as far as they fit: a checkpoint of `involution fit`, another file
+            of weights, or a name whose pretrained weights timm downloads, such as resnet50. RedNet takes a ResNet's of
+            its depth, see `zoo.load_resnet`.
 
     Raises:
         RuntimeError: timm does not know `model_name`.
-        ValueError: mixup or cutmix is negative; the data have another number of classes (once the trainer starts).
+        ValueError: mixup or cutmix is negative; the data have another number of classes, or init_from does not fit
+            (once the trainer starts).
     """
 
     task = "classify"
@@ -93,8 +98,9 @@ class Classifier(TaskModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
         self._mixing = _mixing(mixup, cutmix, num_classes)
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
@@ -155,6 +161,16 @@ class Classifier(TaskModule):
         self.log(f"{stage}/loss", mean, prog_bar=stage == "train", **when)
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
+
+    def diagnose(self, batch: Batch) -> Diagnosis:
+        """What the network's involutions do to a training batch; images are not mixed."""
+        images, labels = batch
+        loss = partial(F.cross_entropy, target=labels, label_smoothing=self.hparams["label_smoothing"])
+        return diagnose(self.net, images.to(memory_format=self.memory_format), loss)
+
+    def unlabelled(self, images: list[Tensor]) -> Batch:
+        """A batch whose labels are all the first class."""
+        return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
 
     def read(self, file: Path) -> Tensor:
         """An image file as the network wants it, [3, H, W]."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
@@ -63,6 +64,9 @@ class Detector(TaskModule):
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         milestones: epochs after which the learning rate is a tenth of what it was.
         channels_last: the memory format of weights; on CPU involution is fastest with it.
+        init_from: weights that the backbone begins training with, as far as they fit; nothing is frozen then: a
+            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
+            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
@@ -94,9 +98,14 @@ class Detector(TaskModule):
         warmup_ratio: float = 0.001,
         milestones: tuple[int, ...] = (),
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        if init_from is not None and backbone_weights is not None:
+            raise ValueError(
+                f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
+            )
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck, "head": head}
@@ -115,6 +124,12 @@ class Detector(TaskModule):
         self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
         self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
         self._found: dict[int, list[Detection]] = {}
+
+    @property
+    def backbone(self) -> nn.Module:
+        """timm's network."""
+        body: nn.Module = self.net.backbone.body
+        return body
 
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data."""
@@ -187,6 +202,18 @@ class Detector(TaskModule):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
+
+    def diagnose(self, batch: tuple[Images, list[dict[str, Tensor]]]) -> Diagnosis:
+        """What the network's involutions do to a training batch."""
+        return diagnose(self._network(), tuple(batch))
+
+    def unlabelled(self, images: Images) -> tuple[Images, list[dict[str, Tensor]]]:
+        """A batch of images without objects."""
+        targets = []
+        for image in images:
+            nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+            targets.append({**nothing, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)})
+        return images, targets
 
     def read(self, file: Path) -> Tensor:
         """An image file as the network wants it, [3, H, W]."""

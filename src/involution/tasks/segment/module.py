@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...nn import Diagnosis, diagnose
 from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from ..pictures import Colour, colour
@@ -78,6 +79,9 @@ class Segmenter(TaskModule):
         scales: of the image in evaluation and prediction; probabilities are averaged.
         flip: look at the mirrored image too.
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
+        init_from: weights that the backbone begins training with, as far as they fit: a
+            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
+            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
@@ -110,9 +114,14 @@ class Segmenter(TaskModule):
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         channels_last: bool = True,
+        init_from: str | None = None,
     ) -> None:
-        super().__init__(num_classes, channels_last)
+        super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        if init_from is not None and backbone_weights is not None:
+            raise ValueError(
+                f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
+            )
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck}
@@ -137,6 +146,12 @@ class Segmenter(TaskModule):
     def plain_norms(self) -> list[nn.Module]:
         """Those of involutions, as published."""
         return norms_of_involutions(self.net)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """timm's network."""
+        body: Any = self.net.body
+        return body
 
     def setup(self, stage: str) -> None:
         """Takes class names, palette and preprocessing from the data."""
@@ -171,14 +186,26 @@ class Segmenter(TaskModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The mean loss over the batch's pixels, the auxiliary head's included."""
         images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
-        logits = self.net(images.to(memory_format=self.memory_format))
-        loss = pixel_loss(logits["out"], masks)
-        if "aux" in logits:
-            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+        loss = self._loss(self.net(images.to(memory_format=self.memory_format)), masks)
         self.train_loss.update(loss.detach())
         self.log("train/loss", self.train_loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(images))
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
+
+    def _loss(self, logits: dict[str, Tensor], masks: Tensor) -> Tensor:
+        loss = pixel_loss(logits["out"], masks)
+        if "aux" in logits:
+            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+        return loss
+
+    def diagnose(self, batch: Batch) -> Diagnosis:
+        """What the network's involutions do to a training batch."""
+        images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
+        return diagnose(self.net, images.to(memory_format=self.memory_format), partial(self._loss, masks=masks))
+
+    def unlabelled(self, images: list[Tensor]) -> Batch:
+        """A batch whose pixels are all of the first class."""
+        return images, [torch.zeros(image.shape[1:], dtype=torch.uint8) for image in images]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Counts pixels."""

@@ -1,0 +1,74 @@
+"""`involution doctor MODEL`: what a network's involutions do to an image and its gradient, layer by layer."""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+
+from .. import zoo  # noqa: F401  (registers our models with timm)
+from ..nn import Diagnosis, diagnose
+from .images import read_image
+from .predict import task_of
+
+
+def main(arguments: list[str]) -> None:
+    """Prints a network's diagnosis.
+
+    Args:
+        arguments: of the verb.
+
+    Raises:
+        FileNotFoundError: the image is not there.
+        ValueError: the model is neither a checkpoint nor a name, or the image cannot be read.
+        SystemExit: an argument is wrong (the message is on stderr).
+    """
+    parser = argparse.ArgumentParser(
+        prog="involution doctor",
+        description="Without arguments: what runs here. With a model: RMS of input, kernels, output and gradients of "
+        "every involution, in training and in evaluation, and what is wrong, if anything.",
+    )
+    parser.add_argument("model", nargs="?", help="a checkpoint of involution fit, or a timm name (untrained)")
+    parser.add_argument("--image", type=Path, help="sent through it with its mirror image; else noise")
+    given = parser.parse_args(arguments)
+    if given.model is None:
+        parser.error("--image wants a model")
+    with _image(given.image) as file, torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = _of_checkpoint(Path(given.model), file) if Path(given.model).is_file() else _of_name(given.model, file)
+    print(f"{given.model}, {given.image or 'noise'} and its mirror image\n{found}")
+
+
+def _of_checkpoint(checkpoint: Path, file: Path) -> Diagnosis:
+    module: Any = task_of(checkpoint, "model").load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    read = module.read(file)
+    image = read[0] if isinstance(read, tuple) else read  # a segmenter's comes with its size
+    found: Diagnosis = module.diagnose(module.unlabelled([image, image.flip(-1)]))
+    return found
+
+
+def _of_name(name: str, file: Path) -> Diagnosis:
+    if not timm.is_model(name):
+        raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {name}")
+    model = timm.create_model(name)
+    image = create_transform(**resolve_model_data_config(model))(read_image(file))
+    return diagnose(model, torch.stack([image, image.flip(-1)]))
+
+
+@contextmanager
+def _image(file: Path | None) -> Iterator[Path]:
+    """The file, or one of noise that every reader takes."""
+    if file is not None:
+        yield file
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(Path(folder) / "noise.png")
+        yield Path(folder) / "noise.png"

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection.faster_rcnn import FasterRCNN
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 BOX_REGIONS, MASK_REGIONS = 1000, 100
 
@@ -14,7 +14,7 @@ class CountedRCNN(nn.Module):
         detector: Faster or Mask R-CNN; its RPN's activation goes, which the paper does not count.
     """
 
-    def __init__(self, detector: FasterRCNN) -> None:
+    def __init__(self, detector: GeneralizedRCNN) -> None:
         super().__init__()
         self.detector = detector
         detector.rpn.head.conv[0][1] = nn.Identity()

@@ -39,6 +39,18 @@ def involution_layer(channels: int) -> Involution2d:
     return layer
 
 
+class ExtraConvolutions(LastLevelP6P7):
+    """RetinaNet's two coarser levels, by convolutions of stride 2 from the last stage, with nothing between them.
+
+    torchvision puts a ReLU before the second one; the published networks have none.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Levels and stages, from the finest -> the levels with two more, and their names."""
+        sixth = self.p6(c[-1])
+        return [*p, sixth, self.p7(sixth)], [*names, "p6", "p7"]
+
+
 def feature_pyramid(
     in_channels: Sequence[int],
     out_channels: int = 256,
@@ -46,6 +58,8 @@ def feature_pyramid(
     extra_blocks: ExtraFPNBlock | None = None,
 ) -> FeaturePyramidNetwork:
     """torchvision's FPN: 1x1 laterals, nearest upsampling, and a 3x3 convolution or a 7x7 involution on every level.
+
+    Convolutions begin with Glorot's uniform weights, as published (torchvision takes He's).
 
     Args:
         in_channels: of the levels, from the finest.
@@ -58,6 +72,9 @@ def feature_pyramid(
     """
     check_layer("layer", layer)
     pyramid = FeaturePyramidNetwork(list(in_channels), out_channels, extra_blocks)
+    for module in pyramid.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
     if layer == "involution":
         pyramid.layer_blocks = nn.ModuleList(involution_layer(out_channels) for _ in in_channels)
     return pyramid
@@ -73,11 +90,13 @@ class PyramidBackbone(nn.Module):
         out_channels: of every level.
         extra_levels: what comes after the stages' levels: "pool" is one more by pooling (R-CNNs), "convolutions" two by
             convolutions of stride 2 from the last stage (RetinaNet); None is nothing.
-        frozen_stages: so many stages, and the stem, are not trained; 0 trains everything, stem included.
+        frozen_stages: so many stages, and the stem, are not trained and stay in evaluation mode; 0 trains everything,
+            stem included.
         norm_eval: the network's batch norms always use, and never update, their running statistics.
         **kwargs: further arguments of timm.create_model.
 
-    Shapes: [N, 3, H, W] -> an OrderedDict of levels [N, out_channels, h, w], from the finest.
+    Shapes: [N, 3, H, W] -> an OrderedDict of levels [N, out_channels, h, w], from the finest; `strides` are theirs, in
+    pixels of the image.
 
     Raises:
         ValueError: an argument does not fit.
@@ -104,19 +123,23 @@ class PyramidBackbone(nn.Module):
         channels = self.body.feature_info.channels()
         extra: ExtraFPNBlock | None = LastLevelMaxPool() if extra_levels == "pool" else None
         if extra_levels == "convolutions":
-            extra = LastLevelP6P7(channels[-1], out_channels)
+            extra = ExtraConvolutions(channels[-1], out_channels)
         self.fpn = feature_pyramid(channels, out_channels, layer, extra)
         self.out_channels = out_channels
+        self.strides: list[int] = list(self.body.feature_info.reduction())
+        for _ in range({None: 0, "pool": 1, "convolutions": 2}[extra_levels]):
+            self.strides.append(2 * self.strides[-1])
         self.norm_eval = norm_eval
-        if frozen_stages:
-            for part, module in self.body.named_children():
-                module.requires_grad_(False)
-                if part == f"layer{frozen_stages}":
-                    break
+        parts = [part for part, _ in self.body.named_children()]
+        self._frozen = parts[: parts.index(f"layer{frozen_stages}") + 1] if frozen_stages else []
+        for part in self._frozen:
+            self.body.get_submodule(part).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PyramidBackbone":
-        """As usual, but for the norms that stay in evaluation mode."""
+        """As usual, but for frozen stages and for the norms that stay in evaluation mode."""
         super().train(mode)
+        for part in self._frozen:
+            self.body.get_submodule(part).eval()
         if mode and self.norm_eval:
             for module in self.body.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -242,8 +242,10 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         Detector(num_classes=2, **options)
 
 
-def test_masks_must_be_read(coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["fit", "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(coco_folder, 48), "--data.masks", "false", *QUIET]
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_masks_must_be_read(verb: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said before the first image, whatever the stage."""
+    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(coco_folder, 48), "--data.masks", "false", *QUIET]
     assert main([*command, "--model.backbone", "rednet26"]) == 1
     assert "masks must be true in the data of a model that predicts masks, got false" in capsys.readouterr().err
 
@@ -278,12 +280,12 @@ def test_recipes_are_the_papers() -> None:
         assert name.startswith(f"{model['model_name']}_{model['backbone']}")
         assert (model.get("neck") == "involution") == ("_neck" in name)
         assert (model.get("head") == "involution") == ("_head" in name)
-        assert (model["lr"], model["lr_batch_size"], model["warmup_steps"], model["milestones"]) == (
-            0.02,
-            16,
-            2000,
-            [8, 11],
-        )
+        assert model["lr"] == (0.01 if name.startswith("retinanet") else 0.02)
+        assert model["warmup_steps"] == (2000 if name.startswith("retinanet") or "_neck" in name else 500)
+        assert (model["lr_batch_size"], model["milestones"]) == (16, [8, 11])
+        given = Detector(num_classes=80, **(model | {"backbone": "rednet26"})).hparams
+        assert (given["momentum"], given["weight_decay"], given["warmup_ratio"]) == (0.9, 1e-4, 0.001)
+        assert (given["frozen_stages"], given["norm_eval"]) == (1, True)
         assert recipe["trainer"]["max_epochs"] == 12
         assert data.get("masks", False) == name.startswith("mask")
 

@@ -16,6 +16,7 @@ from ..images import read_image
 from ..recovery import ResumableSampler
 from .annotations import AnnotationError, Annotations, ImageEntry, ObjectEntry, read_annotations
 from .preprocessing import Preprocessing, to_tensor, training
+from .targets import Targets
 
 Sample = tuple[Tensor, dict[str, Any]]
 
@@ -95,9 +96,9 @@ def runs_of(entry: ObjectEntry, size: tuple[int, int]) -> Any:
     return shape if isinstance(shape["counts"], str) else run_lengths.frPyObjects(shape, *size)
 
 
-def batch(samples: list[Sample]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Images and targets, each as a list: sizes differ."""
-    return [image for image, _ in samples], [target for _, target in samples]
+def batch(samples: list[Sample]) -> tuple[list[Tensor], Targets]:
+    """Images, as a list, for their sizes differ, and targets."""
+    return [image for image, _ in samples], Targets([target for _, target in samples])
 
 
 class GroupedSampler(ResumableSampler):
@@ -131,7 +132,7 @@ class GroupedSampler(ResumableSampler):
 class COCO(TaskData):
     """COCO's folders, or any of their format: root/train2017/*.jpg, root/annotations/instances_train2017.json.
 
-    Training batches are (images, targets): a list of [3, H, W] float32 in 0..1, and a list of dictionaries of boxes
+    Training batches are (images, targets): a list of [3, H, W] float32 in 0..1, and `Targets`, dictionaries of boxes
     [n, 4] in pixels (left, top, right, bottom), labels [n] from 1 on in the order of the annotation file's categories
     and, where `masks`, masks [n, H, W] uint8. Images are flipped by chance, and scaled. In evaluation, images are as
     large as they are, and a target is the image_id. Annotation files are checked entry by entry before training starts.

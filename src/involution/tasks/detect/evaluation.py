@@ -24,7 +24,7 @@ def detections(found: dict[str, Tensor]) -> list[Detection]:
     Returns:
         A dictionary each: label, score, bbox (left, top, width, height), and segmentation (compressed run lengths).
     """
-    boxes = found["boxes"].float().cpu()
+    boxes = found["boxes"].float().cpu().clone()  # which the caller keeps
     boxes[:, 2:] -= boxes[:, :2]
     columns = zip(found["labels"].tolist(), found["scores"].float().tolist(), boxes.tolist(), strict=True)
     result: list[Detection] = [{"label": label, "score": score, "bbox": box} for label, score, box in columns]

@@ -20,6 +20,7 @@ from .evaluation import KINDS, Detection, as_results, average_precision, detecti
 from .models import faster_rcnn, mask_rcnn, retinanet
 from .predictions import DetectionWriter
 from .preprocessing import Preprocessing, to_tensor
+from .targets import Targets
 
 MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
 Images = list[Tensor]
@@ -132,10 +133,10 @@ class Detector(TaskModule):
         return body
 
     def setup(self, stage: str) -> None:
-        """Takes class names and preprocessing from the data."""
+        """Takes class names and preprocessing from the data, and refuses data without the masks that are learnt."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and "mask" in self.kinds and not getattr(data, "masks", True):
+        if "mask" in self.kinds and not getattr(data, "masks", True):
             raise ValueError("masks must be true in the data of a model that predicts masks, got false")
 
     def forward(self, images: Images) -> list[dict[str, Tensor]]:
@@ -150,7 +151,7 @@ class Detector(TaskModule):
         transform.image_mean, transform.image_std = list(given.mean), list(given.std)
         return self.net
 
-    def training_step(self, batch: tuple[Images, list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Images, Targets], batch_idx: int) -> Tensor:
         """The sum of the detector's losses."""
         losses: dict[str, Tensor] = self._network()(*batch)
         loss = torch.stack(list(losses.values())).sum()
@@ -159,7 +160,7 @@ class Detector(TaskModule):
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return loss
 
-    def validation_step(self, batch: tuple[Images, list[dict[str, Any]]], batch_idx: int) -> None:
+    def validation_step(self, batch: tuple[Images, Targets], batch_idx: int) -> None:
         """Keeps what is found."""
         for target, found in zip(batch[1], self._detections(batch[0]), strict=True):
             self._found[target["image_id"]] = found

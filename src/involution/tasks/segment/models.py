@@ -30,6 +30,20 @@ class Classify(nn.Sequential):
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(nn.Dropout2d(dropout), nn.Conv2d(in_channels, num_classes, 1))
+        begin_classifier(self[1])
+
+
+def begin_classifier(layer: nn.Conv2d) -> None:
+    """The weights that a 1x1 convolution to classes begins with."""
+    nn.init.normal_(layer.weight, std=0.01)
+    nn.init.zeros_(layer.bias)
+
+
+def begin_blocks(decoder: nn.Module) -> None:
+    """The weights that a decoder's convolutions before a norm begin with: He's, of what they put out."""
+    for module in decoder.modules():
+        if isinstance(module, Conv2dNormActivation):
+            nn.init.kaiming_normal_(module[0].weight, mode="fan_out", nonlinearity="relu")
 
 
 class SemanticFPN(nn.Module):
@@ -66,6 +80,7 @@ class SemanticFPN(nn.Module):
         self.pyramid = PyramidBackbone(backbone, neck, **(backbone_kwargs or {}))
         width = self.pyramid.out_channels
         self.branches = nn.ModuleList(_branch(level, width, channels) for level in range(4))
+        begin_blocks(self.branches)
         self.classify = Classify(channels, num_classes, dropout)
 
     @property
@@ -118,6 +133,16 @@ class PyramidPooling(nn.Module):
         return result
 
 
+class Auxiliary(FCNHead):
+    """torchvision's FCN head, which drops whole channels and begins as the published one does."""
+
+    def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
+        super().__init__(in_channels, num_classes)
+        self[3] = nn.Dropout2d(dropout)
+        nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
+        begin_classifier(self[4])
+
+
 class UPerNet(nn.Module):
     """UPerNet (Xiao et al., ECCV 2018), and in training an auxiliary FCN head on the third stage.
 
@@ -150,7 +175,9 @@ class UPerNet(nn.Module):
         self.smooth = nn.ModuleList(Conv2dNormActivation(channels, channels, 3) for _ in finer)
         self.join = Conv2dNormActivation((len(finer) + 1) * channels, channels, 3)
         self.classify = Classify(channels, num_classes, dropout)
-        self.auxiliary = FCNHead(finer[-1], num_classes) if auxiliary else None
+        for part in (self.pooling, self.laterals, self.smooth, self.join):
+            begin_blocks(part)
+        self.auxiliary = Auxiliary(finer[-1], num_classes, dropout) if auxiliary else None
 
     def forward(self, images: Tensor) -> Logits:
         """[N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training with "aux"."""

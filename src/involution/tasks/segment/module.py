@@ -29,20 +29,25 @@ MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
 Batch = tuple[list[Tensor], list[Tensor]]
 
 
-def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float) -> float:
-    """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up."""
-    return linear_warmup(step, warmup, warmup_ratio) * (1 - min(1.0, step / max(1, total))) ** power
+def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float, floor: float = 0.0) -> float:
+    """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up.
+
+    With a floor it falls to that instead of to 0.
+    """
+    decay = (1 - min(1.0, step / max(1, total))) ** power
+    return linear_warmup(step, warmup, warmup_ratio) * (floor + (1 - floor) * decay)
 
 
-def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Mean cross entropy of the pixels that are not ignored; zero where all are.
+def pixel_loss(logits: Tensor, masks: Tensor, over: str = "known") -> Tensor:
+    """Mean cross entropy of pixels, in float32; zero where all are ignored.
 
     Args:
         logits: [N, C, H, W].
         masks: [N, H, W] int64, of classes or `IGNORED`.
+        over: "known" is the mean over the pixels that are not ignored, "all" over all, ignored ones counting as zero.
     """
-    total = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
+    return total / (masks.numel() if over == "all" else (masks != IGNORED).sum().clamp(min=1))
 
 
 class Segmenter(TaskModule):
@@ -64,6 +69,8 @@ class Segmenter(TaskModule):
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
         model_kwargs: further arguments of the model, such as channels.
         auxiliary_weight: of the loss of UPerNet's auxiliary head.
+        loss_over: the loss is a mean over the "known" pixels, or over "all", ignored ones counting as zero: as
+            published, a crop that is mostly ignored then counts less.
         lr: peak learning rate.
         lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
             accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
@@ -73,6 +80,7 @@ class Segmenter(TaskModule):
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         power: of the polynomial decay.
+        min_lr: what the learning rate falls to, where its peak is `lr`; it scales with it.
         window: height and width of the sliding window in evaluation and, as it was in training, prediction; None takes
             the whole image at once.
         window_stride: its steps; None is `window`.
@@ -102,6 +110,7 @@ class Segmenter(TaskModule):
         backbone_kwargs: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         auxiliary_weight: float = 0.4,
+        loss_over: str = "known",
         lr: float = 0.01,
         lr_batch_size: int | None = None,
         momentum: float = 0.9,
@@ -109,6 +118,7 @@ class Segmenter(TaskModule):
         warmup_steps: int = 0,
         warmup_ratio: float = 0.001,
         power: float = 0.9,
+        min_lr: float = 0.0,
         window: tuple[int, int] | None = None,
         window_stride: tuple[int, int] | None = None,
         scales: tuple[float, ...] = (1.0,),
@@ -129,6 +139,10 @@ class Segmenter(TaskModule):
             if neck != "convolution":
                 raise ValueError(f"neck must be convolution for upernet, got {neck!r}")
             del options["neck"]
+        if loss_over not in ("known", "all"):
+            raise ValueError(f"loss_over must be known or all, got {loss_over!r}")
+        if not 0 <= min_lr <= lr:
+            raise ValueError(f"min_lr must be from 0 to lr, which is {lr}, got {min_lr!r}")
         self.inference = Inference(window, window_stride, tuple(scales), flip)
         self.inference.check()
         build: Any = MODELS[model_name]
@@ -193,9 +207,10 @@ class Segmenter(TaskModule):
         return loss
 
     def _loss(self, logits: dict[str, Tensor], masks: Tensor) -> Tensor:
-        loss = pixel_loss(logits["out"], masks)
+        over = self.hparams["loss_over"]
+        loss = pixel_loss(logits["out"], masks, over)
         if "aux" in logits:
-            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks)
+            loss = loss + self.hparams["auxiliary_weight"] * pixel_loss(logits["aux"], masks, over)
         return loss
 
     def diagnose(self, batch: Batch) -> Diagnosis:
@@ -289,5 +304,6 @@ class Segmenter(TaskModule):
             warmup=round(given["warmup_steps"] / scale),
             warmup_ratio=given["warmup_ratio"],
             power=given["power"],
+            floor=given["min_lr"] / given["lr"] if given["min_lr"] else 0.0,
         )
         return self.scheduled(self.sgd(scale), factor)

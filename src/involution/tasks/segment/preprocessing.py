@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import adjust_hue
 from torchvision.tv_tensors import Image, Mask
 
 IGNORED = 255  # in masks: pixels that neither train nor count
@@ -42,6 +44,66 @@ class RandomCrop(v2.RandomCrop):
         return float(counts.max() / counts.sum()) if counts.numel() else 1.0
 
 
+class PhotometricDistortion(v2.Transform):
+    """Four changes of an image, each with a probability of one half (SSD's, as the published segmenters have them).
+
+    Brightness is added, contrast multiplies, saturation multiplies that of HSV, hue turns it; contrast comes before
+    saturation and hue or, as often, after them. Values stay in range. torchvision's RandomPhotometricDistort multiplies
+    brightness, mixes contrast with the mean grey and saturation with the grey image, and exchanges channels.
+
+    Args:
+        brightness: at most so much is added or taken away, of 255.
+        contrast: range of the factor.
+        saturation: range of the factor.
+        hue: at most so many degrees.
+    """
+
+    def __init__(
+        self,
+        brightness: float = 32,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: float = 36,
+    ) -> None:
+        super().__init__()
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Amounts by name; those of a change that is not made leave the image as it is."""
+        ranges = {
+            "brightness": (-self.brightness, self.brightness),
+            "contrast": self.contrast,
+            "saturation": self.saturation,
+            "hue": (-self.hue, self.hue),
+        }
+        neutral = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        chosen, places = torch.rand(2, len(ranges)).tolist()
+        params = {
+            name: low + place * (high - low) if choice < 0.5 else neutral[name]
+            for (name, (low, high)), choice, place in zip(ranges.items(), chosen, places, strict=True)
+        }
+        return params | {"contrast_first": float(torch.rand(())) < 0.5}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """An image [3, H, W] uint8; anything else stays."""
+        if not isinstance(inpt, Image):
+            return inpt
+        x = (inpt.as_subclass(Tensor).float() + params["brightness"]).clamp(0, 255)
+        before, after = (params["contrast"], 1.0) if params["contrast_first"] else (1.0, params["contrast"])
+        x = saturated((x * before).clamp(0, 255), params["saturation"])
+        if params["hue"]:
+            x = 255 * adjust_hue(x / 255, params["hue"] / 360)
+        return Image((x * after).clamp(0, 255).round().byte())
+
+
+def saturated(x: Tensor, factor: float) -> Tensor:
+    """An image [3, H, W] float whose saturation, as in HSV, is `factor` times what it was, and at most 1."""
+    value = x.amax(dim=0, keepdim=True)
+    chroma = value - x.amin(dim=0, keepdim=True)
+    largest = torch.where(chroma > 0, value / chroma.clamp(min=1e-6), factor)
+    return value - (value - x) * largest.clamp(max=factor)
+
+
 class Preprocessing(NamedTuple):
     """What validation, testing and prediction do to an image; plain values, which a checkpoint carries.
 
@@ -67,7 +129,7 @@ class Preprocessing(NamedTuple):
             crop: height and width of what is cut out then, or filled up to: with the mean, in masks with IGNORED.
             max_share: of the crop's known pixels that one class may take, or another crop is tried; 1 takes the first.
             flip: probability of a flip from left to right.
-            photometric: change brightness, contrast, saturation and hue, each with a probability of one half.
+            photometric: change brightness, contrast, saturation and hue by chance, see `PhotometricDistortion`.
         """
         shorter = [max(1, round(self.resize * factor)) for factor in scale]
         fill = {Image: [round(255 * value) for value in self.mean], Mask: IGNORED}
@@ -77,8 +139,7 @@ class Preprocessing(NamedTuple):
             v2.RandomHorizontalFlip(flip),
         ]
         if photometric:
-            kinds = ({"brightness": 0.125}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.05})
-            steps += [v2.RandomApply([v2.ColorJitter(**kind)]) for kind in kinds]
+            steps.append(PhotometricDistortion())
         return v2.Compose([*steps, *self._to_float()])
 
     def _to_float(self) -> list[v2.Transform]:

@@ -1,0 +1,172 @@
+"""The two stages of Faster and Mask R-CNN: torchvision's, with what the published detectors compute otherwise.
+
+Boxes, scores and losses are float32 whatever the network's dtype: in bfloat16 the coordinate 1001 is 1000.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+from torchvision.ops.poolers import LevelMapper
+
+from .masks import mask_targets, paste_masks
+
+Targets = list[dict[str, Tensor]]
+
+
+class ProposalHead(RPNHead):
+    """torchvision's, with outputs in float32."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Levels [N, C, h, w] -> their objectness [N, A, h, w] and box deltas [N, 4 * A, h, w]."""
+        objectness, deltas = super().forward(x)
+        return [one.float() for one in objectness], [one.float() for one in deltas]
+
+
+class ProposalNetwork(RegionProposalNetwork):
+    """torchvision's, with an L1 loss of boxes in the place of a smooth one."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of objectness and boxes, each a mean over the anchors that are sampled from all images."""
+        positive, negative = (torch.cat(chosen) > 0 for chosen in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        wanted = torch.cat(regression_targets)[positive]
+        boxes = F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / sampled.sum().clamp(min=1)
+        return F.binary_cross_entropy_with_logits(objectness.flatten()[sampled], torch.cat(labels)[sampled]), boxes
+
+
+class RegionAlign(MultiScaleRoIAlign):
+    """RoIAlign on the levels of a pyramid: aligned, as many samples as a region has pixels, in float32.
+
+    torchvision infers the levels' strides from the first batch that it sees, and keeps them; here they are known. Its
+    regions are half a pixel off, and it samples each of their cells at 2 x 2 places however large they are.
+
+    Args:
+        levels: names of the pyramid's levels, from the finest.
+        strides: theirs.
+        output_size: height and width of a region's features.
+    """
+
+    def __init__(self, levels: Sequence[str], strides: Sequence[int], output_size: int) -> None:
+        super().__init__(list(levels), output_size, sampling_ratio=0)
+        self.scales = [1 / stride for stride in strides]
+        self.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Levels [N, C, h, w], boxes [n, 4] of every image -> [R, C, size, size] of all boxes, of the levels' dtype."""
+        levels = [x[name] for name in self.featmap_names]
+        places = torch.cat([torch.full_like(of_image[:, :1], index) for index, of_image in enumerate(boxes)])
+        regions = torch.cat([places, torch.cat(boxes)], dim=1).float()
+        chosen = self.map_levels(boxes)
+        shape = (len(regions), levels[0].shape[1], *self.output_size)
+        result = torch.zeros(shape, dtype=torch.float32, device=regions.device)
+        for index, (level, scale) in enumerate(zip(levels, self.scales, strict=True)):
+            here = torch.where(chosen == index)[0]
+            result[here] = roi_align(level.float(), regions[here], self.output_size, scale, 0, aligned=True)
+        return result.to(levels[0].dtype)
+
+
+class RegionHeads(RoIHeads):
+    """torchvision's, with an L1 loss of boxes, binary mask targets, and matches before true boxes join proposals."""
+
+    def assign_targets_to_proposals(
+        self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The true box of each proposal of each image, and its label; 0 is background.
+
+        True boxes come last among the proposals (`add_gt_proposals`). They are their own match; if they took part in
+        matching, no proposal would be the best of a true box.
+        """
+        found = [one[: len(one) - len(true)] for one, true in zip(proposals, gt_boxes, strict=True)]
+        matched, labels = super().assign_targets_to_proposals(found, gt_boxes, gt_labels)
+        own = [torch.arange(len(true), device=true.device) for true in gt_boxes]
+        return (
+            [torch.cat(pair) for pair in zip(matched, own, strict=True)],
+            [torch.cat(pair) for pair in zip(labels, gt_labels, strict=True)],
+        )
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Targets | None = None,
+    ) -> tuple[Targets, dict[str, Tensor]]:
+        """Detections of every image (none in training) and, in training, losses."""
+        if self.training:
+            return [], self._losses(features, proposals, image_shapes, targets)
+        scores, deltas = self._of_boxes(features, proposals, image_shapes)
+        found = self.postprocess_detections(scores, deltas, proposals, image_shapes)
+        result = [dict(zip(("boxes", "scores", "labels"), one, strict=True)) for one in zip(*found, strict=True)]
+        if self.has_mask():
+            logits = self._of_masks(features, found[0], image_shapes, torch.cat(found[2]))
+            counts = [len(boxes) for boxes in found[0]]
+            for one, masks in zip(result, logits.sigmoid()[:, None].split(counts), strict=True):
+                one["masks"] = masks
+        return result, {}
+
+    def _losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: Targets | None,
+    ) -> dict[str, Tensor]:
+        proposals, matched, by_image, coded = self.select_training_samples(proposals, targets)
+        scores, deltas = self._of_boxes(features, proposals, image_shapes)
+        labels = torch.cat(by_image)
+        positive = torch.where(labels > 0)[0]
+        of_label = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
+        losses = {
+            "loss_classifier": F.cross_entropy(scores, labels),
+            "loss_box_reg": F.l1_loss(of_label, torch.cat(coded)[positive], reduction="sum") / len(labels),
+        }
+        if self.has_mask() and targets is not None:
+            objects = [of_image > 0 for of_image in by_image]
+            boxes = [one[chosen] for one, chosen in zip(proposals, objects, strict=True)]
+            logits = self._of_masks(features, boxes, image_shapes, labels[positive])
+            wanted = [
+                mask_targets(target["masks"], one, match[chosen], logits.shape[-1])
+                for target, one, match, chosen in zip(targets, boxes, matched, objects, strict=True)
+            ]
+            loss = F.binary_cross_entropy_with_logits(logits, torch.cat(wanted), reduction="sum")
+            losses["loss_mask"] = loss / max(1, logits.numel())
+        return losses
+
+    def _of_boxes(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Scores [R, classes + 1] and box deltas [R, 4 * (classes + 1)]."""
+        scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
+        return scores.float(), deltas.float()
+
+    def _of_masks(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], labels: Tensor
+    ) -> Tensor:
+        """Logits of the masks of these labels, [R, 28, 28]."""
+        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+        result: Tensor = logits[torch.arange(len(labels), device=labels.device), labels].float()
+        return result
+
+
+class DetectionTransform(GeneralizedRCNNTransform):
+    """torchvision's, but masks are pasted at sub-pixel boxes, and are bool."""
+
+    def postprocess(
+        self, result: Targets, image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
+    ) -> Targets:
+        """Detections in the pixels of the images that were given: boxes [n, 4], masks [n, 1, H, W] bool."""
+        masks = [found.pop("masks", None) for found in result]
+        result = super().postprocess(result, image_shapes, original_image_sizes)
+        for found, of_image, size in zip(result, masks, original_image_sizes, strict=not self.training):
+            if of_image is not None:
+                found["masks"] = paste_masks(of_image, found["boxes"], size)
+        return result

@@ -1,0 +1,159 @@
+"""Boxes, scores and losses are float32, whatever the network's dtype; and frozen means evaluation mode."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command_line import QUIET
+from lightning.pytorch.plugins.precision import HalfPrecision
+from torch import nn
+
+from involution.cli import main
+from involution.tasks.command import run
+from involution.tasks.detect import COCO, faster_rcnn, mask_rcnn, retinanet
+from involution.tasks.detect.targets import Targets
+
+TINY: dict[str, Any] = {
+    "backbone": "rednet26",
+    "num_classes": 2,
+    "min_size": 64,
+    "max_size": 96,
+    "backbone_kwargs": {"norm_layer": "groupnorm1"},
+}
+FAMILIES = [faster_rcnn, mask_rcnn, retinanet]
+PRECISIONS = ["bf16-mixed", "bf16-true", "16-true", "64-true"]
+DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+TRUE_BOX = [1001.0, 1.0, 1030.0, 30.0]  # in bfloat16 [1000, 1, 1032, 30]
+FEW = {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 10}
+
+
+def in_precision(model: nn.Module, precision: str, images: list[torch.Tensor], *targets: Any) -> Any:
+    """What a model says where Lightning runs it so."""
+    model = model.to(DTYPES.get(precision, torch.float32))
+    images = [image.to(DTYPES.get(precision, torch.float32)) for image in images]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return model(images, *targets)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_detections_are_float32(family: Any, precision: str) -> None:
+    """Also what torchvision's NMS and RoIAlign get, which have no kernel for bfloat16 on every device."""
+    torch.manual_seed(0)
+    all_of_them = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0, **FEW}
+    model = family(**TINY, **all_of_them)
+    with torch.no_grad():
+        [found] = in_precision(model.eval(), precision, [torch.rand(3, 64, 80)])
+    assert len(found["boxes"]) > 0
+    assert (found["boxes"].dtype, found["scores"].dtype) == (torch.float32, torch.float32)
+    if family is mask_rcnn:
+        assert found["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [(family, precision) for family in FAMILIES for precision in ("bf16-mixed", "bf16-true")]
+    + [(mask_rcnn, "16-true"), (retinanet, "64-true")],
+)
+def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    few = {} if family is retinanet else FEW
+    model = family(**TINY, **few, _skip_resize=True).train()
+    coders = [model.head.regression_head.box_coder] if family is retinanet else [model.rpn.box_coder]
+    seen: list[torch.Tensor] = []
+    for coder in coders:
+        original = coder.encode_single
+
+        def encode(reference: torch.Tensor, proposals: torch.Tensor, original: Any = original) -> torch.Tensor:
+            seen.extend([reference, proposals])
+            return original(reference, proposals)
+
+        monkeypatch.setattr(coder, "encode_single", encode)
+    masks = torch.zeros(1, 32, 1056, dtype=torch.uint8)
+    masks[0, 1:30, 1001:1030] = 1
+    target = {"boxes": torch.tensor([TRUE_BOX]), "labels": torch.tensor([2]), "masks": masks}
+    losses = in_precision(model, precision, [torch.rand(3, 32, 1056)], [target])
+    assert {loss.dtype for loss in losses.values()} == {torch.float32}
+    assert all(loss.isfinite() for loss in losses.values())
+    assert {one.dtype for one in seen} == {torch.float32}
+    [true] = seen[0].unique(dim=0)[seen[0].unique(dim=0)[:, 0] > 0]
+    assert true.tolist() == TRUE_BOX
+    sum(losses.values()).backward()
+    grads = [p.grad for p in model.parameters()]
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+
+
+def test_bfloat16_does_not_change_boxes() -> None:
+    """Decoding zero deltas gives the anchors themselves, at 1001 too; their scores do not tie."""
+    model = faster_rcnn(**TINY).bfloat16()
+    levels = [torch.zeros(1, 256, 40, 264, dtype=torch.bfloat16)]
+    model.rpn.anchor_generator.strides = (4,)
+    model.rpn.anchor_generator.cell_anchors = model.rpn.anchor_generator.cell_anchors[:1]
+    images = type("Images", (), {"image_sizes": [(160, 1056)]})()
+    [anchors] = model.rpn.anchor_generator(images, levels)
+    objectness, deltas = model.rpn.head(levels)
+    assert (objectness[0].dtype, deltas[0].dtype) == (torch.float32, torch.float32)
+    decoded = model.rpn.box_coder.decode(torch.zeros(len(anchors), 4), [anchors])[:, 0]
+    torch.testing.assert_close(decoded, anchors, rtol=1e-6, atol=1e-4)
+    assert (anchors[:, 0] % 4 != 0).any()
+    assert len(anchors.unique(dim=0)) == len(anchors)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_lightning_does_not_round_true_boxes(precision: Any) -> None:
+    target = {"boxes": torch.tensor([TRUE_BOX]), "labels": torch.tensor([2])}
+    images, targets = HalfPrecision(precision).convert_input(([torch.rand(3, 8, 8)], Targets([target])))
+    assert images[0].dtype == DTYPES[precision]
+    for moved in (targets, targets.to("cpu")):
+        assert [one["boxes"].tolist() for one in moved] == [[TRUE_BOX]]
+        assert (len(moved), moved[0]["labels"].tolist()) == (1, [2])
+
+
+def test_a_loader_brings_targets(coco_folder: Path) -> None:
+    data = COCO(str(coco_folder), num_workers=0, min_size=48, max_size=64)
+    data.setup("fit")
+    for loader, name in ((data.train_dataloader(), "boxes"), (data.val_dataloader(), "image_id")):
+        images, targets = next(iter(loader))
+        assert isinstance(targets, Targets)
+        assert len(images) == len(targets) == 2
+        assert name in targets[0]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_a_run_in_16_bits(precision: str, coco_folder: Path, tmp_path: Path) -> None:
+    few = '{"box_batch_size_per_image": 16, "rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 20}'
+    options = ["--data.root", str(coco_folder), "--data.num_workers", "0", "--data.min_size", "64", *QUIET]
+    options += ["--data.max_size", "96", "--model.backbone", "rednet26", "--model.model_kwargs", few]
+    options += ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}', "--trainer.limit_train_batches", "1"]
+    options += ["--trainer.max_epochs", "1", "--trainer.limit_val_batches", "1", "--trainer.precision", precision]
+    options += ["--trainer.default_root_dir", str(tmp_path / "runs")]
+    cli = run(["fit", "-c", "mask_rcnn_rednet50_neck_head_fpn_1x", *options])
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    checkpoint = Path(str(cli.trainer.log_dir)) / "checkpoints" / "last.ckpt"
+    where = ["--data.predict_path", str(coco_folder / "val2017" / "0.png"), "--output", str(tmp_path / "out")]
+    command = ["predict", "--ckpt_path", str(checkpoint), *where, *QUIET[:4], "--trainer.precision", precision]
+    assert main(command) == 0
+
+
+def test_frozen_norms_do_not_move() -> None:
+    torch.manual_seed(0)
+    options = TINY | {"backbone_kwargs": {}}
+    model = retinanet(**options, frozen_stages=1, norm_eval=False).train()
+    body = model.backbone.body
+
+    def statistics() -> dict[str, torch.Tensor]:
+        return {name: value.clone() for name, value in body.state_dict().items() if "running" in name}
+
+    before = statistics()
+    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 48.0]]), "labels": torch.tensor([1])}
+    model([torch.rand(3, 64, 80), torch.rand(3, 64, 80)], [target, target])
+    moved = {name.partition(".")[0] for name, value in statistics().items() if not torch.equal(before[name], value)}
+    assert moved == {"layer2", "layer3", "layer4"}
+    modes = {name: module.training for name, module in body.named_children()}
+    assert {name for name, mode in modes.items() if mode} == {"layer2", "layer3", "layer4"}
+    assert not any(module.training for module in body.layer1.modules())
+    resnet = retinanet(**(options | {"backbone": "resnet26_paper"}), frozen_stages=1).train().backbone.body
+    still = {name for name, module in resnet.named_children() if not module.training}
+    assert {"conv1", "bn1", "layer1"} <= still
+    assert not {"layer2", "layer3", "layer4"} & still

@@ -64,6 +64,14 @@ class TaskData(LightningDataModule):
                 f"the midst of, got {now[0]} and {now[1]}; a checkpoint of an epoch's end takes any"
             )
 
+    def _by_first(self, function: Callable[[], Any]) -> Any:
+        """What a function returns that the first process alone calls: files are then read once."""
+        count, rank = self._processes()
+        if count == 1:
+            return function()
+        assert self.trainer is not None
+        return self.trainer.strategy.broadcast(function() if rank == 0 else None)
+
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which of them this is."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torchvision import datasets
 
+from ..files import is_hidden
 from .data import Pair, SegmentationData, existing
 from .preprocessing import IGNORED
 
@@ -49,12 +50,17 @@ class Cityscapes(SegmentationData):
         if not images.is_dir():
             raise FileNotFoundError(f"root must hold Cityscapes' folders, got {self.root}: no {images}")
         found = []
-        for image in sorted(images.glob("*/*_leftImg8bit.png")):
+        for image in _visible(images, "*/*_leftImg8bit.png"):
             name = image.name.removesuffix("_leftImg8bit.png")
             found.append((image, masks / image.parent.name / f"{name}_gtFine_labelIds.png"))
         if not found:
             raise FileNotFoundError(f"root must hold images in {images}/CITY, got none")
-        alone = sorted(set(masks.glob("*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
+        alone = sorted(set(_visible(masks, "*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
         if alone:
             raise FileNotFoundError(f"every mask wants an image, got {alone[0]} without one in {images}")
         return existing(found)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Matching files, sorted; hidden ones are skipped."""
+    return sorted(file for file in folder.glob(pattern) if not is_hidden(file.relative_to(folder)))

@@ -366,6 +366,9 @@ class COCO(TaskData):
     def _has_objects(self, split: Split, image: ImageEntry) -> bool:
         return any(not one.crowd for one in split.annotations.objects[image.id])
 
+    def _order(self) -> dict[str, Any]:
+        return super()._order() | {"group_by_shape": self.group_by_shape}
+
     def _sampler(self, seed: int) -> ResumableSampler:
         if not self.group_by_shape:
             return super()._sampler(seed)

@@ -77,12 +77,19 @@ class TaskData(LightningDataModule):
                 )
 
     def _by_first(self, function: Callable[[], Any]) -> Any:
-        """What a function returns that the first process alone calls: files are then read once."""
+        """What a function returns or raises that the first process alone calls: files are then read once."""
         count, rank = self._processes()
         if count == 1:
             return function()
         assert self.trainer is not None
-        return self.trainer.strategy.broadcast(function() if rank == 0 else None)
+        try:
+            found: Any = function() if rank == 0 else None
+        except (OSError, ValueError) as error:
+            found = error
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which of them this is."""

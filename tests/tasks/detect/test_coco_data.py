@@ -312,7 +312,7 @@ def test_broken_images_are_found_before_training(coco_folder: Path, tmp_path: Pa
     with pytest.warns(UserWarning, match=r"left out 1 images, the first: .*3\.png cannot be read"):
         made = data(root, on_error="skip")
     assert len(made.train_set) == 5
-    assert len(data(root, on_error="skip", check_images=False).train_set) == 6
+    assert len(data(root, on_error="skip", check_files=False).train_set) == 6
     file.replace(root / "val2017" / "3.png")
     shutil.copy(coco_folder / "train2017" / "3.png", file)
     with pytest.raises(ValueError, match=r"val2017.3\.png cannot be read .*none out of evaluation"):

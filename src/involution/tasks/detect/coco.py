@@ -203,7 +203,7 @@ class COCO(TaskData):
         group_by_shape: training batches are of wide images or of tall ones.
         orientation: boxes and masks are in the pixels of "upright" images, as EXIF turns them, or of images as they are
             "stored"; "auto" takes what the sizes in the annotation file say.
-        check_images: look into every image file before anything starts (in milliseconds each): it must be there as a
+        check_files: look into every image file before anything starts (in milliseconds each): it must be there as a
             whole, and of the annotated size. Without it, "auto" means "upright".
         on_error: "raise" where an image or the entry of an object is not right, or "skip" to leave it out of training,
             after a warning; boxes that reach over the edge are clipped then. COCO's own training file has a box of no
@@ -238,7 +238,7 @@ class COCO(TaskData):
         empty_images: bool = False,
         group_by_shape: bool = True,
         orientation: str = "auto",
-        check_images: bool = True,
+        check_files: bool = True,
         on_error: str = "raise",
     ) -> None:
         super().__init__(batch_size, num_workers)
@@ -259,7 +259,7 @@ class COCO(TaskData):
             raise ValueError(f"orientation must be auto, upright or stored, got {orientation!r}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, got {val_fraction!r}")
-        self.on_error, self.orientation, self.check_images = on_error, orientation, check_images
+        self.on_error, self.orientation, self.check_files = on_error, orientation, check_files
         self.val_fraction = val_fraction
         self.root, self.masks, self.empty_images, self.group_by_shape = Path(root), masks, empty_images, group_by_shape
         self._names: dict[str, str | None] = {"train": train, "val": val, "test": test or val}
@@ -300,7 +300,7 @@ class COCO(TaskData):
     def _checked_split(self, part: str) -> Split:
         """The same, its image files checked: those to train on that are not right are left out where they may be."""
         split, key = self.split(part), self._key(part)
-        if not self.check_images:
+        if not self.check_files:
             return self._splits.setdefault(key, split._replace(upright=self.orientation != "stored"))
         if key in self._checked:
             return split

@@ -22,7 +22,7 @@ class Cityscapes(SegmentationData):
     Args:
         root: the tree.
         resize: pixels of an image's shorter side, in training before it is scaled; 1024 is its own.
-        crop: height and width of a training image, in pixels.
+        crop: height and width of a training image, in pixels; one number for a square.
         **segmentation: see `SegmentationData`.
 
     Raises:
@@ -31,7 +31,9 @@ class Cityscapes(SegmentationData):
 
     classes = tuple(entry.name for entry in _TRAINED)
 
-    def __init__(self, root: str, resize: int = 1024, crop: tuple[int, int] = (512, 1024), **segmentation: Any) -> None:
+    def __init__(
+        self, root: str, resize: int = 1024, crop: tuple[int, int] | int = (512, 1024), **segmentation: Any
+    ) -> None:
         super().__init__(resize=resize, crop=crop, **segmentation)
         self.root = Path(root)
 

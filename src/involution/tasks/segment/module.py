@@ -22,7 +22,7 @@ from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
 from .predictions import MaskWriter
-from .preprocessing import IGNORED, Preprocessing
+from .preprocessing import IGNORED, Preprocessing, height_and_width
 
 MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
 Batch = tuple[list[Tensor], list[Tensor]]
@@ -31,6 +31,10 @@ Batch = tuple[list[Tensor], list[Tensor]]
 def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float) -> float:
     """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up."""
     return linear_warmup(step, warmup, warmup_ratio) * (1 - min(1.0, step / max(1, total))) ** power
+
+
+def _pair(size: tuple[int, int] | int | None) -> tuple[int, int] | None:
+    return None if size is None else height_and_width(size)
 
 
 def pixel_loss(logits: Tensor, masks: Tensor) -> Tensor:
@@ -72,8 +76,8 @@ class Segmenter(TaskModule):
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         power: of the polynomial decay.
-        window: height and width of the sliding window in evaluation and, as it was in training, prediction; None takes
-            the whole image at once.
+        window: height and width of the sliding window, or one number for a square, in evaluation and, as it was in
+            training, prediction; None takes the whole image at once.
         window_stride: its steps; None is `window`.
         scales: of the image in evaluation and prediction; probabilities are averaged.
         flip: look at the mirrored image too.
@@ -105,14 +109,16 @@ class Segmenter(TaskModule):
         warmup_steps: int = 0,
         warmup_ratio: float = 0.001,
         power: float = 0.9,
-        window: tuple[int, int] | None = None,
-        window_stride: tuple[int, int] | None = None,
+        window: tuple[int, int] | int | None = None,
+        window_stride: tuple[int, int] | int | None = None,
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         channels_last: bool = True,
     ) -> None:
         super().__init__(num_classes, channels_last)
         self.save_hyperparameters()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, the background being a class, got {num_classes!r}")
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck}
@@ -120,7 +126,7 @@ class Segmenter(TaskModule):
             if neck != "convolution":
                 raise ValueError(f"neck must be convolution for upernet, got {neck!r}")
             del options["neck"]
-        self.inference = Inference(window, window_stride, tuple(scales), flip)
+        self.inference = Inference(_pair(window), _pair(window_stride), tuple(scales), flip)
         self.inference.check()
         build: Any = MODELS[model_name]
         net = build(
@@ -217,8 +223,8 @@ class Segmenter(TaskModule):
 
     def look(
         self,
-        window: tuple[int, int] | None = None,
-        window_stride: tuple[int, int] | None = None,
+        window: tuple[int, int] | int | None = None,
+        window_stride: tuple[int, int] | int | None = None,
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
     ) -> None:
@@ -235,8 +241,8 @@ class Segmenter(TaskModule):
         """
         before = self.inference
         self.inference = Inference(
-            before.window if window is None else window,
-            window_stride or (before.stride if window is None else None),
+            before.window if window is None else _pair(window),
+            _pair(window_stride) or (before.stride if window is None else None),
             before.scales if scales is None else tuple(scales),
             before.flip if flip is None else flip,
         )

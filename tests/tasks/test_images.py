@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from involution.tasks.classify import ImageFolder
-from involution.tasks.images import Skipping, UnreadableImage, read_image
+from involution.tasks.images import Header, Skipping, UnreadableImage, for_each, inspect, read_image
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -120,3 +120,54 @@ def test_other_errors_are_not_taken_for_broken_files() -> None:
 
     with pytest.raises(ValueError, match="a mistake"):
         Skipping(Wrong())[0]
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "odd.png")
+
+    def fails(self: Image.Image) -> None:
+        raise NotImplementedError("pixel format 7")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    with pytest.raises(UnreadableImage, match=r"odd\.png cannot be read as an image: pixel format 7"):
+        read_image(tmp_path / "odd.png")
+
+
+def test_only_formats_that_people_train_on_are_tried(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "texture.dds")
+    (tmp_path / "texture.dds").rename(tmp_path / "texture.jpg")
+    with pytest.raises(UnreadableImage, match=r"texture\.jpg cannot be read as an image: cannot identify"):
+        read_image(tmp_path / "texture.jpg")
+
+
+def photograph(file: Path, orientation: int = 1) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, exif=exif)
+    return file
+
+
+def test_a_look_finds_sizes_orientations_and_files_that_are_cut_off(tmp_path: Path) -> None:
+    for kind in ("jpg", "png", "webp"):
+        file = photograph(tmp_path / f"whole.{kind}", 6)
+        assert inspect(file) == Header((64, 40), 6)
+        assert inspect(file).upright_size == read_image(file).size == (40, 64)
+        assert read_image(file, upright=False).size == (64, 40)
+        cut = tmp_path / f"cut.{kind}"
+        cut.write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(UnreadableImage, match=f"cut.{kind} cannot be read"):
+            inspect(cut)
+    padded = tmp_path / "padded.jpg"  # some cameras leave zeros at the end
+    padded.write_bytes(photograph(tmp_path / "a.jpg").read_bytes() + bytes(500))
+    assert inspect(padded).size == (64, 40)
+
+
+def test_results_are_in_order_and_unreadable_images_among_them() -> None:
+    def half(value: int) -> int:
+        if value == 3:
+            raise UnreadableImage("3 is broken")
+        return value // 2
+
+    found = for_each(range(6), half, "numbers")
+    assert [str(one) for one in found] == ["0", "0", "1", "3 is broken", "2", "2"]

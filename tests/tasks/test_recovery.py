@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import metrics
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
@@ -219,3 +220,45 @@ def test_all_generators_go_on_from_the_checkpoint() -> None:
     assert torch.equal(torch.rand(3), want[0])
     assert (np.random.rand(3) == want[1]).all()
     assert random.random() == want[2]
+
+
+RESUMED = [
+    *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+    *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "4"),
+    *("--trainer.log_every_n_steps", "1"),
+]
+
+
+def test_options_of_the_command_line_are_in_force_after_a_resume(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    from involution.tasks.command import run
+
+    monkeypatch.chdir(tmp_path)
+    stop = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+    run([*RESUMED, *stop, "--trainer.callbacks.patience", "7", "--trainer.max_epochs", "1", "--model.lr", "0.3"])
+    last = ["--ckpt_path", "last", "--trainer.max_epochs", "2"]
+    options = ["--model.lr", "0.002", "--model.momentum", "0.5", "--model.weight_decay", "0.25"]
+    cli = run([*RESUMED, *stop, "--trainer.callbacks.patience", "2", *last, *options, "--model.warmup_steps", "0"])
+    groups = cli.trainer.optimizers[0].param_groups
+    assert [(group["initial_lr"], group["momentum"]) for group in groups] == [(0.002, 0.5)] * 2
+    assert [group["weight_decay"] for group in groups] == [0.25, 0]
+    assert [one.patience for one in cli.trainer.early_stopping_callbacks] == [2]
+    lines = metrics(tmp_path / "runs" / "digits_resnet" / "version_1")
+    assert max(line["lr"] for line in lines if "lr" in line) <= 0.002
+    saved = torch.load(tmp_path / "runs/digits_resnet/version_1/checkpoints/last.ckpt")
+    assert saved["hyper_parameters"]["lr"] == saved["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.002
+    # What is not given is the checkpoint's, whatever the recipe says; and it is said.
+    with caplog.at_level("INFO"):
+        cli = run([*RESUMED, *stop, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
+    assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
+    assert "model.lr is 0.002, as in the checkpoint, and not 0.1, as in the config; --model.lr on the" in caplog.text
+
+
+def test_another_seed_in_the_midst_of_an_epoch_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    from involution.tasks.command import run
+
+    monkeypatch.chdir(tmp_path)
+    assert fit(tmp_path, kill_at=3) is None
+    with pytest.raises(ValueError, match=r"seed_everything must be 0, as in the epoch .* got 3"):
+        run([*OPTIONS, "--ckpt_path", "last", "--seed_everything", "3"])
+    with pytest.raises(ValueError, match=r"number of training images must be 1293, .* got 718"):
+        run([*OPTIONS, "--ckpt_path", "last", "--data.val_fraction", "0.5"])

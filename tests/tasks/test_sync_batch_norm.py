@@ -63,3 +63,16 @@ def test_norms_with_activations_inside() -> None:
     shared = SyncBatchNorms(on_cpu=False).apply(model)
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in shared.modules()) > 10
     assert sum(isinstance(module, nn.ReLU) for module in shared.modules()) == activations
+
+
+def test_a_batch_of_nothing_leaves_the_statistics(alone: None) -> None:
+    """A detector's head without a region in any process."""
+    norm = converted(nn.BatchNorm2d(3))
+    norm(torch.randn(2, 3, 4, 4))
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    x = torch.zeros(0, 3, 4, 4, requires_grad=True)
+    y = norm(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape) == (x.shape, x.shape)
+    torch.testing.assert_close(norm.state_dict(), before)
+    assert all(parameter.grad.abs().sum() == 0 for parameter in norm.parameters())

@@ -10,10 +10,11 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from .finite_loss import FiniteLoss
 from .recipes import resolve_configs
-from .recovery import RandomStates, WholeCheckpoints, WholeEpochs, last_checkpoint
+from .recovery import GivenOptions, RandomStates, WholeCheckpoints, WholeEpochs, last_checkpoint
 from .sync_batch_norm import SyncBatchNorms
 
 
@@ -35,10 +36,26 @@ class TaskCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's hyperparameters stand above a config's, and those of the command line above both."""
+        verb = self.config.subcommand
+        config = self.config[verb]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last_checkpoint(Path(config.trainer.default_root_dir)))
+        checkpoint = Path(config.get("ckpt_path") or "")
+        before = _hyperparameters(config)
         super()._parse_ckpt_path()
         given = _options(self._arguments, "--model.")
+        if verb == "fit" and checkpoint.is_file():
+            given = _without_initial_weights(given, checkpoint)
         if given:
-            self.config = self.parser.parse_args([self.config.subcommand, *given], namespace=self.config)
+            self.config = self.parser.parse_args([verb, *given], namespace=self.config)
+        if verb == "fit" and checkpoint.is_file():
+            now = _hyperparameters(self.config[verb])
+            for name in [name for name in now if name in before and now[name] != before[name]]:
+                if not any(argument.startswith(f"--model.{name}") for argument in given):
+                    rank_zero_info(
+                        f"model.{name} is {now[name]!r}, as in the checkpoint, and not {before[name]!r}, as in the "
+                        f"config; --model.{name} on the command line changes it"
+                    )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint` and `recovery`, and takes the number of classes from the data."""
@@ -64,12 +81,6 @@ class TaskCLI(LightningCLI):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         return super().instantiate_trainer(**kwargs)
 
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        arguments = super()._prepare_subcommand_kwargs(subcommand)
-        if arguments.get("ckpt_path") == "last":
-            arguments["ckpt_path"] = str(last_checkpoint(Path(self.trainer.default_root_dir)))
-        return arguments
-
 
 def _options(arguments: list[str], prefix: str) -> list[str]:
     """Those that begin so, with their values."""
@@ -78,6 +89,35 @@ def _options(arguments: list[str], prefix: str) -> list[str]:
         if argument.startswith(prefix):
             found += [argument] if "=" in argument else [argument, following]
     return found
+
+
+def _hyperparameters(config: Any) -> dict[str, Any]:
+    """Of the model in a verb's config."""
+    arguments = (config.get("model") or {}).get("init_args") or {}
+    return {name: value for name, value in dict(arguments).items() if name != "backbone_weights"}
+
+
+def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
+    """Options without --model.backbone_weights, which a resumed run has behind it.
+
+    Raises:
+        ValueError: the checkpoint's run did not begin with those.
+    """
+    kept: list[str] = []
+    begun = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("involution", {})
+    arguments = iter(given)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        value = value if equals else next(arguments)
+        if name in ("--model.backbone_weights", "--model.init_args.backbone_weights"):
+            if value != begun.get("backbone_weights"):
+                raise ValueError(
+                    f"backbone_weights must be {begun.get('backbone_weights')!r}, with which the run of {checkpoint} "
+                    f"began, or not be given, got {value!r}; weights to begin with want a run without ckpt_path"
+                )
+        else:
+            kept += [name, value]
+    return kept
 
 
 def _loggers(folder: Path) -> list[Logger]:
@@ -120,7 +160,7 @@ def run(arguments: list[str]) -> TaskCLI:
     warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [last, RandomStates(), WholeEpochs(), FiniteLoss()]
+    callbacks = [last, RandomStates(), WholeEpochs(), GivenOptions(), FiniteLoss()]
     return TaskCLI(
         LightningModule,
         LightningDataModule,

@@ -48,7 +48,13 @@ class TaskData(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""
         epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
-        return {"epoch": epoch, "batch": batch, "batch_size": self.batch_size, "processes": self._processes()[0]}
+        shape = {"batch_size": self.batch_size, "processes": self._processes()[0]}
+        return {"epoch": epoch, "batch": batch, **shape, **self._order()}
+
+    def _order(self) -> dict[str, Any]:
+        """What decides the order of an epoch's images, besides the number of processes, by option."""
+        train = vars(self).get("train_set")
+        return {"seed_everything": global_seed(), "number of training images": None if train is None else len(train)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Has the next training loader begin there.
@@ -63,6 +69,27 @@ class TaskData(LightningDataModule):
                 f"batch_size and processes must be {then[0]} and {then[1]}, as in the epoch that the checkpoint is in "
                 f"the midst of, got {now[0]} and {now[1]}; a checkpoint of an epoch's end takes any"
             )
+        for name, value in self._order().items():
+            if self._place[1] and name in state_dict and state_dict[name] != value:
+                raise ValueError(
+                    f"{name} must be {state_dict[name]!r}, as in the epoch that the checkpoint is in the midst of, got "
+                    f"{value!r}; a checkpoint of an epoch's end takes any"
+                )
+
+    def _by_first(self, function: Callable[[], Any]) -> Any:
+        """What a function returns or raises that the first process alone calls: files are then read once."""
+        count, rank = self._processes()
+        if count == 1:
+            return function()
+        assert self.trainer is not None
+        try:
+            found: Any = function() if rank == 0 else None
+        except (OSError, ValueError) as error:
+            found = error
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _processes(self) -> tuple[int, int]:
         """How many there are, and which of them this is."""

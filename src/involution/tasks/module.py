@@ -54,6 +54,7 @@ class TaskModule(LightningModule):
         self.classes = [str(index) for index in range(num_classes)]
         self.preprocessing: Any = None
         self._data_classes: list[str] | None = None
+        self._begun_with: str | None = None  # the file of backbone_weights
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     @property
@@ -86,7 +87,12 @@ class TaskModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
         preprocessing = self.preprocessing._asdict() if self.preprocessing else None
-        checkpoint["involution"] = {"task": self.task, "classes": self.classes, "preprocessing": preprocessing}
+        checkpoint["involution"] = {
+            "task": self.task,
+            "classes": self.classes,
+            "preprocessing": preprocessing,
+            "backbone_weights": self._begun_with,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them from there, unless the data have named theirs, which must then be the same classes."""
@@ -94,6 +100,7 @@ class TaskModule(LightningModule):
         carried = checkpoint.get("involution")
         if carried is None:
             return
+        self._begun_with = carried.get("backbone_weights")
         if self._data_classes is None:
             self.classes = carried["classes"]
             values = carried["preprocessing"]
@@ -143,6 +150,7 @@ class TaskModule(LightningModule):
         """Fills a backbone with a classifier's weights: see `zoo.checkpoints.load_backbone`."""
         left_out = load_backbone(body, file)
         rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
+        self._begun_with = str(file)
         self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
 
     def sgd(self, lr_scale: float) -> torch.optim.SGD:

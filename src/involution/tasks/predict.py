@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .command import quiet_lightning
+from .files import files_below
 from .images import UnreadableImage
 
 TASKS = {
@@ -63,7 +64,7 @@ class ImageFiles(IterableDataset[tuple[int, Any]]):
 
 
 def image_files(path: Path) -> list[Path]:
-    """The file itself, or all images below a folder, sorted.
+    """The file itself, or all images below a folder, sorted; hidden files and folders are skipped.
 
     Raises:
         FileNotFoundError: there is neither, or the folder holds no image.
@@ -72,7 +73,7 @@ def image_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"data.predict_path must be an image or a folder of images, got {path}")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file())
+    found = list(files_below(path, IMG_EXTENSIONS))
     if not found:
         raise FileNotFoundError(f"data.predict_path must hold images ({', '.join(IMG_EXTENSIONS)}), got {path}")
     return found

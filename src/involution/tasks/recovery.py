@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import Dataset, DistributedSampler
 
 Key = int | tuple[int, int]  # of a sample: its index, or its epoch and index
@@ -115,19 +116,60 @@ class RandomStates(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Of torch, its GPUs, NumPy and Python."""
-        return _states() | {"cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return _states() | {"cuda": cuda, "seed": global_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps them until training starts: making models and loaders draws numbers too."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores what the checkpoint holds."""
-        if self._loaded is not None:
+        """Restores what the checkpoint holds, unless this run was given another seed."""
+        if self._loaded is not None and self._loaded.get("seed", global_seed()) == global_seed():
             _restore(self._loaded)
             if len(self._loaded["cuda"]) == torch.cuda.device_count() > 0:
                 torch.cuda.set_rng_state_all(self._loaded["cuda"])
-            self._loaded = None
+        self._loaded = None
+
+
+class GivenOptions(Callback):
+    """Keeps options in force that Lightning takes from the checkpoint on resume.
+
+    These are the learning rate, momentum and weight decay, which are in the optimizer's and the schedule's states, and
+    the patience of early stopping. The step that the schedule is at stays the checkpoint's.
+    """
+
+    def __init__(self) -> None:
+        self._patience: list[tuple[EarlyStopping, int]] = []
+        self._groups: list[list[dict[str, Any]]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes the patience, before callbacks are restored."""
+        stopping: list[Any] = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
+        self._patience = [(one, one.patience) for one in stopping]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the optimizers' options, before they are restored."""
+        self._groups = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in trainer.optimizers
+        ]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts them back."""
+        for stopping, patience in self._patience:
+            stopping.patience = patience
+        for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            for group, given in zip(optimizer.param_groups, groups, strict=True):
+                group.update(given)
+        for config in trainer.lr_scheduler_configs:
+            schedule: Any = config.scheduler
+            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+                groups = schedule.optimizer.param_groups
+                schedule.base_lrs = [group["initial_lr"] for group in groups]
+                for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                    group["lr"] = base * factor(schedule.last_epoch)
+                schedule._last_lr = [group["lr"] for group in groups]
 
 
 class WholeEpochs(Callback):
@@ -189,12 +231,13 @@ def place_in_epoch(trainer: Trainer) -> tuple[int, int]:
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """The newest last.ckpt of the runs in a folder (version_N/checkpoints).
+    """The newest last.ckpt of the runs in a folder: in version_N/checkpoints or, without a logger, in checkpoints.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    found = sorted(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
+    found = [path for place in ("version_*/checkpoints", "checkpoints") for path in folder.glob(f"{place}/last.ckpt")]
+    found.sort(key=lambda path: path.stat().st_mtime)
     if not found:
         raise FileNotFoundError(f"ckpt_path last: no version_*/checkpoints/last.ckpt in {folder}")
     return found[-1]

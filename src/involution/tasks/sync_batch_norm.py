@@ -36,7 +36,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm whose statistics in training are those of all processes' images, in float32 at least."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, ...] -> the same, normalised over the N of all processes and the positions."""
+        """[N, C, ...] -> the same, normalised over the N of all processes and the positions.
+
+        Running statistics stay where no process has a value.
+        """
         if not (self.training and is_initialized()):
             return super().forward(input)
         axes = [axis for axis in range(input.dim()) if axis != 1]
@@ -44,11 +47,12 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         own = torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype, device=x.device)
         sums: Tensor = _OverProcesses.apply(torch.cat([x.sum(axes), own]))
-        count = sums[-1].detach()
+        count = sums[-1].detach().clamp(min=1)
         mean = sums[:-1] / count
         centred = x - mean.view(shape)
         variance: Tensor = _OverProcesses.apply(centred.square().sum(axes)) / count
-        self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
+        if sums[-1] > 0:
+            self._follow(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
         normal = centred * (variance + self.eps).rsqrt().view(shape)
         result = normal * self.weight.view(shape) + self.bias.view(shape) if self.affine else normal
         return result.to(input.dtype)

@@ -180,3 +180,69 @@ def test_bad_objects_can_be_left_out(tmp_path: Path) -> None:
     content["images"][1]["width"] = 0
     with pytest.raises(AnnotationError, match=r"images\[1\] \(id 11\): width"):
         read_annotations(write(tmp_path, content), tmp_path, on_error="skip")
+
+
+def test_categories_are_in_the_order_of_ids(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["categories"].reverse()
+    assert list(read_annotations(write(tmp_path, content), tmp_path).categories) == [3, 7]
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_category_without_objects_may_have_the_name_of_another(used: bool, tmp_path: Path) -> None:
+    """As in exports of Roboflow, where the project is a category too; where none has objects, the last one stays."""
+    content = copy.deepcopy(GOOD)
+    content["categories"] = [{"id": 0, "name": "cat"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+    if not used:
+        content["annotations"] = []
+    assert read_annotations(write(tmp_path, content), tmp_path).categories == {3: "cat", 7: "dog"}
+
+
+def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["images"][0] |= {"id": 10.0, "width": 40.0, "height": 30.0}
+    content["annotations"][0] |= {"image_id": 10.0, "category_id": 3.0}
+    found = read_annotations(write(tmp_path, content), tmp_path)
+    assert found.images[0][:1] + found.images[0][2:] == (10, 40, 30)
+    assert all(type(value) is int for value in (found.images[0].id, found.images[0].width))
+    assert found.objects[10][0].category == 3
+
+
+def test_boxes_over_the_edge_are_clipped_for_training(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["annotations"][0]["bbox"] = [-3, 2, 50, 20]
+    file = write(tmp_path, content)
+    with pytest.warns(RuntimeWarning, match=r"clipped 1 boxes, the first: .*bbox must be inside its image of 40x30"):
+        found = read_annotations(file, tmp_path, on_error="skip")
+    assert found.objects[10][0].box == (0, 2, 40, 20)
+
+
+def test_the_truth_of_evaluation_is_never_changed(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    boxes = [[-3, 2, 50, 20], [1, 2, 0, 4], [60, 60, 5, 5]]
+    for number, box in enumerate(boxes):
+        content["annotations"].append({**content["annotations"][0], "id": 1, "bbox": box, "area": number})
+    content["annotations"].append({**content["annotations"][0], "image_id": 99})  # of no image: counts nowhere
+    file = write(tmp_path, content)
+    with pytest.warns(RuntimeWarning, match="evaluated as they are 4 objects, the first"):
+        found = read_annotations(file, tmp_path, on_error="skip", evaluation=True)
+    assert [list(one.box) for one in found.objects[10]] == [[1, 2, 10.5, 20], [0, 0, 40, 30], *boxes]
+    assert [one.area for one in found.objects[10][2:]] == [0, 1, 2]
+    content["annotations"][0]["bbox"] = None
+    with pytest.raises(AnnotationError, match=r"bbox must be four finite numbers, for evaluation leaves no object out"):
+        read_annotations(write(tmp_path, content), tmp_path, on_error="skip", evaluation=True)
+
+
+def test_a_file_of_boxes_alone_is_not_for_masks(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    for one in content["annotations"]:
+        one["segmentation"] = []
+    for on_error in ("raise", "skip"):
+        with pytest.raises(AnnotationError, match="got 2 boxes alone; faster_rcnn_rednet50_fpn_1x is a recipe"):
+            read_annotations(write(tmp_path, content), tmp_path, masks=True, on_error=on_error)
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b", ", b",\r\n"))
+    assert len(read_annotations(file, tmp_path).images) == 2

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from involution.tasks.detect import COCO
 from involution.tasks.detect.annotations import AnnotationError
 from involution.tasks.detect.coco import GroupedSampler
+from involution.tasks.images import UnreadableImage
 
 
 def data(root: Path, **options: Any) -> COCO:
@@ -206,3 +208,148 @@ def test_bad_arguments(coco_folder: Path, options: dict[str, Any], message: str)
 def test_missing_files(coco_folder: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message):
         data(coco_folder, **options)
+
+
+def change(root: Path, part: str, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Rewrites a part's annotation file."""
+    file = root / "annotations" / f"instances_{part}.json"
+    content = json.loads(file.read_text())
+    edit(content)
+    file.write_text(json.dumps(content))
+
+
+def test_labels_are_the_same_whatever_the_order_of_categories(coco_folder: Path, tmp_path: Path) -> None:
+    """Labels count the ids; the two files list the same categories in other orders."""
+    root = broken(coco_folder, tmp_path)
+    change(root, "val2017", lambda content: content["categories"].reverse())
+    made = data(root)
+    assert made.classes == ["cat", "dog"]
+    assert made.train_set[1][1]["labels"].tolist() == [1, 2]
+    assert list(made.split("val").annotations.categories) == list(made.split("train").annotations.categories) == [3, 7]
+
+
+def test_ids_and_names_that_disagree_are_refused(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+
+    def exchange(content: dict[str, Any]) -> None:
+        first, second = content["categories"]
+        first["name"], second["name"] = second["name"], first["name"]
+
+    change(root, "val2017", exchange)
+    with pytest.raises(ValueError, match="the categories of train must be those of val"):
+        data(root)
+
+
+def test_skipping_is_for_training_alone(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+
+    def damage(content: dict[str, Any]) -> None:
+        content["annotations"][0]["bbox"] = [-3, 4, 25, 18]
+        content["annotations"][1]["bbox"][2] = 0
+
+    for part in ("train2017", "val2017"):
+        change(root, part, damage)
+    with pytest.warns(RuntimeWarning, match="clipped 1 boxes|left out 1 objects|evaluated as they are 2"):
+        made = data(root, on_error="skip")
+    assert made.train_set[0][1]["boxes"].tolist() == [[0, 4, 22, 22]]
+    assert len(made.train_set[1][1]["boxes"]) == 1
+    truth = made.split("val").annotations.objects
+    assert truth[100][0].box == (-3, 4, 25, 18)
+    assert len(truth[101]) == 2
+
+
+def turn(root: Path, part: str, number: int, orientation: int, upright: bool) -> None:
+    """Stores an image as a camera does that was turned; the file of annotations has either convention's size."""
+    file = root / part / f"{number}.png"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(file).save(file, exif=exif)
+    width, height = Image.open(file).size
+    size = (height, width) if upright and orientation >= 5 else (width, height)
+    change(root, part, lambda content: content["images"][number].update(width=size[0], height=size[1]))
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_sizes_say_whether_boxes_are_in_upright_pixels(upright: bool, coco_folder: Path, tmp_path: Path) -> None:
+    """And images whose size does not tell follow the others."""
+    root = broken(coco_folder, tmp_path)
+    before = data(coco_folder).train_set[2][0]
+    turn(root, "train2017", 0, 6, upright)
+    turn(root, "train2017", 2, 3, upright)
+    made = data(root)
+    assert made.train_set[0][0].shape == ((3, 64, 48) if upright else (3, 48, 64))
+    assert torch.equal(made.train_set[2][0], before.flip(1, 2) if upright else before)
+    said = "upright" if upright else "stored"
+    data(root, orientation=said)
+    with pytest.raises(AnnotationError, match=f"orientation must be what .* sizes say, got .*{said} images in .*0.png"):
+        data(root, orientation="stored" if upright else "upright")
+
+
+def test_orientations_that_contradict_each_other(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    turn(root, "val2017", 0, 6, True)
+    turn(root, "val2017", 2, 8, False)
+    with pytest.raises(AnnotationError, match=r"upright images in .*0\.png and stored images in .*2\.png"):
+        data(root)
+
+
+def test_orientations_that_no_size_tells(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    before = data(coco_folder).train_set[2][0]
+    turn(root, "train2017", 2, 3, True)
+    with pytest.warns(UserWarning, match=r"1 images in .* have an EXIF orientation, 2\.png the first, and no size"):
+        made = data(root)
+    assert torch.equal(made.train_set[2][0], before.flip(1, 2))
+    assert torch.equal(data(root, orientation="stored").train_set[2][0], before)
+
+
+def test_broken_images_are_found_before_training(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    file = root / "train2017" / "3.png"
+    file.write_bytes(file.read_bytes()[:700])
+    with pytest.raises(UnreadableImage, match=r"train2017.3\.png cannot be read"):
+        data(root)
+    with pytest.warns(UserWarning, match=r"left out 1 images, the first: .*3\.png cannot be read"):
+        made = data(root, on_error="skip")
+    assert len(made.train_set) == 5
+    assert len(data(root, on_error="skip", check_files=False).train_set) == 6
+    file.replace(root / "val2017" / "3.png")
+    shutil.copy(coco_folder / "train2017" / "3.png", file)
+    with pytest.raises(ValueError, match=r"val2017.3\.png cannot be read .*none out of evaluation"):
+        data(root, on_error="skip")
+
+
+def test_an_image_that_breaks_later_is_skipped(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    made = data(root, on_error="skip", group_by_shape=True)
+    (root / "train2017" / "0.png").write_bytes(b"")
+    with pytest.warns(RuntimeWarning, match=r"skipped: .*0\.png cannot be read"):
+        assert sum(len(images) for images, _ in made.train_dataloader()) == 6
+
+
+def test_validation_can_be_held_out_of_training(coco_folder: Path) -> None:
+    """Exports that come in one part: every image is in one of the two, always in the same."""
+    made = data(coco_folder, val=None, val_fraction=0.3)
+    parts = [{image.id for image in made.split(part).annotations.images} for part in ("train", "val", "test")]
+    assert parts[1] == parts[2]
+    assert (len(parts[0]), len(parts[1])) == (5, 2)
+    assert parts[0] | parts[1] == set(range(100, 107))
+    again = data(coco_folder, val=None, val_fraction=0.3, on_error="skip")
+    assert {image.id for image in again.split("val").annotations.images} == parts[1]
+
+
+def test_classes_without_objects_are_named(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    for part in ("train2017", "val2017"):
+        change(root, part, lambda content: content["categories"].append({"id": 0, "name": "animals"}))
+    with pytest.warns(UserWarning, match=r"no object to train on is of animals; data\.categories names"):
+        made = data(root)
+    assert made.classes == ["animals", "cat", "dog"]
+    assert data(root, categories=["dog", "cat"]).classes == ["dog", "cat"]
+
+
+def test_another_layout_names_the_options(coco_folder: Path, tmp_path: Path) -> None:
+    root = broken(coco_folder, tmp_path)
+    (root / "annotations" / "instances_train2017.json").rename(root / "train2017" / "_annotations.coco.json")
+    with pytest.raises(FileNotFoundError, match=r"data\.annotations is the file's pattern.*_annotations\.coco\.json"):
+        data(root)

@@ -201,6 +201,14 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert torch.equal(
         again.net.backbone.body.layer2[0].conv1.weight, cli.model.net.backbone.body.layer2[0].conv1.weight
     )
+    # A resumed run freezes what this one did; other weights to begin with are refused.
+    assert not any(parameter.requires_grad for parameter in again.net.backbone.body.stem.parameters())
+    assert not any(m.training for m in again.train().net.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    resumed = ["fit", *recipe, "--ckpt_path", str(saved), "--trainer.max_epochs", "1", "--data.batch_size", "2"]
+    model = run([*resumed, "--model.backbone_weights", str(file)]).model
+    assert not any(parameter.requires_grad for parameter in model.net.backbone.body.stem.parameters())
+    with pytest.raises(ValueError, match=r"backbone_weights must be '.*classifier.ckpt', .* began, .* got 'other.pt'"):
+        run([*resumed, "--model.backbone_weights", "other.pt"])
 
 
 @pytest.mark.parametrize(

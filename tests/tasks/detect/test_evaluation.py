@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -118,7 +119,79 @@ def test_detections_are_plain_values() -> None:
     assert [one["score"] for one in found] == [0.75, 0.5]
     assert [one["bbox"] for one in found] == [[2, 1, 5, 3], [0, 0, 8, 6]]
     assert json.loads(json.dumps(found)) == found
-    from pycocotools import mask as tools
 
     assert [tools.area(one["segmentation"]) for one in found] == [15, 0]
     assert tools.toBbox(found[0]["segmentation"]).tolist() == [2, 1, 5, 3]
+
+
+def small(categories: int = 2) -> dict[str, Any]:
+    """A file with everything that tools leave in it: ids from 0, boxes over the edge, of no area, without masks."""
+    content: dict[str, Any] = {
+        "images": [{"id": number, "file_name": f"{number}.png", "width": 60, "height": 50} for number in (1, 2, 3)],
+        "categories": [{"id": number, "name": str(number)} for number in range(categories)],
+        "annotations": [],
+    }
+    boxes = [[-4, 5, 30, 20], [20, 20, 20, 20], [5, 5, 0, 8], [30, 30, 40, 40], [8, 9, 12, 15], [0, 0, 60, 25]]
+    for number, (left, top, width, height) in enumerate(boxes):
+        corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+        entry = {"id": number, "image_id": 1 + number // 2, "category_id": number % 2, "area": width * height}
+        entry |= {"bbox": [left, top, width, height], "iscrowd": int(number == 5), "segmentation": [corners]}
+        content["annotations"].append(entry)
+    return content
+
+
+def written(content: dict[str, Any], folder: Path) -> Path:
+    for image in content["images"]:
+        (folder / image["file_name"]).touch()
+    (folder / "all.json").write_text(json.dumps(content))
+    return folder / "all.json"
+
+
+def results_of(content: dict[str, Any], missed: int) -> list[dict[str, Any]]:
+    kept = [one for number, one in enumerate(content["annotations"]) if number != missed]
+    return [{name: one[name] for name in ("image_id", "category_id", "bbox")} | {"score": 0.9} for one in kept]
+
+
+@pytest.mark.parametrize("missed", range(6))
+def test_the_numbers_are_pycocotools_of_the_users_own_file(missed: int, tmp_path: Path) -> None:
+    """Whatever is in it; but that pycocotools takes an object of the id 0 for none."""
+    content = small()
+    with pytest.warns(RuntimeWarning, match="evaluated as they are 3 objects"):
+        found = read_annotations(written(content, tmp_path), tmp_path, on_error="skip", evaluation=True)
+    results = results_of(content, missed)
+    ours, _ = average_precision(ground_truth(found), results, "box", [1, 2, 3])
+    for one in content["annotations"]:
+        one["id"] += 1
+    assert ours == pytest.approx(theirs(content, results, "box", [1, 2, 3]), abs=1e-9)
+
+
+def test_the_first_annotation_may_have_the_id_0(tmp_path: Path) -> None:
+    content = small()
+    content["annotations"] = [content["annotations"][number] for number in (1, 4)]
+    for first in (0, 1):
+        for number, one in enumerate(content["annotations"]):
+            one["id"] = first + number
+        found = read_annotations(written(content, tmp_path), tmp_path, evaluation=True)
+        ours, _ = average_precision(ground_truth(found), results_of(content, -1), "box", [1, 2, 3])
+        assert (ours["AP"], ours["AR100"]) == (1, 1)
+
+
+def test_objects_without_masks_count_as_boxes_and_not_against_masks(tmp_path: Path) -> None:
+    content = small()
+    content["annotations"] = [content["annotations"][number] for number in (1, 4)]
+    content["annotations"][1]["category_id"] = 1
+    content["annotations"][0]["segmentation"] = []
+    with pytest.warns(RuntimeWarning, match=r"evaluated as they are 1 objects.*segmentation must be there"):
+        found = read_annotations(written(content, tmp_path), tmp_path, True, "skip", evaluation=True)
+    truth = ground_truth(found)
+    assert average_precision(truth, results_of(content, -1), "box", [1, 2, 3])[0]["AP"] == 1
+    masks = [
+        {"image_id": entry.id, "category_id": one.category, "segmentation": runs_of(one, (50, 60)), "score": 0.9}
+        for entry in found.images
+        for one in found.objects[entry.id]
+        if one.segmentation is not None
+    ]
+    in_its_box = np.zeros((50, 60), np.uint8, order="F")
+    in_its_box[22:38, 22:38] = 1
+    first = {"image_id": 1, "category_id": 1, "segmentation": tools.encode(in_its_box), "score": 0.95}
+    assert average_precision(truth, [first, *masks], "mask", [1, 2, 3])[0]["AP"] == 1

@@ -271,7 +271,7 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
         ({"scale": (0.0, 0.5)}, "scale must be a range"),
         ({"flip": 1.5}, "flip must be a probability, got 1.5"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"classes": ["a", "b", "a"]}, "classes must be 1 to 255 different names, got ['a', 'b', 'a']"),
+        ({"classes": ["a", "b", "a"]}, "classes must be 2 to 255 different names, got ['a', 'b', 'a']"),
         ({"ignore_index": -1}, "ignore_index must be an id, from 0 to 65535, got -1"),
         ({"palette": [(0, 0, 0), (0, 0, 256), (1, 2, 3)]}, "palette must be of colours, three numbers from 0 to 255"),
         ({"palette": [(0, 0, 0)]}, "palette must have a colour for each of 3 classes, got 1"),

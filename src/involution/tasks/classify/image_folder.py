@@ -11,6 +11,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ..data import IMAGENET_MEAN, IMAGENET_STD
+from ..files import entries, is_hidden
 from ..images import Skipping, read_image
 from .data import ClassificationData
 from .preprocessing import Preprocessing, random_crops
@@ -85,8 +86,19 @@ class Photographs(ClassificationData):
         raise NotImplementedError
 
 
+class _ClassFolders(datasets.ImageFolder):
+    """torchvision's, without hidden folders."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Names of the class folders, and the label of each."""
+        names = [path.name for path in entries(Path(directory)) if path.is_dir()]
+        return names, {name: label for label, name in enumerate(names)}
+
+
 class ImageFolder(Photographs):
     """Any tree root/{train,val,test}/class/image; the classes are the folders of root/train, in alphabetical order.
+
+    Files and folders whose names begin with a dot are skipped.
 
     Training images are cropped at random (area 8 % to 100 %, resized to `image_size`) and flipped; the others are
     resized so that the shorter side is `resize` and cropped at the centre. `test` is needed for testing only.
@@ -133,13 +145,15 @@ class ImageFolder(Photographs):
         others: list[str] = []
 
         def is_image(path: str) -> bool:
+            if is_hidden(Path(path).relative_to(folder)):
+                return False
             image = path.lower().endswith(IMG_EXTENSIONS)
-            if not image and not Path(path).name.startswith("."):
+            if not image:
                 others.append(path)
             return image
 
         try:
-            found = datasets.ImageFolder(folder, transform, loader=read_image, is_valid_file=is_image)
+            found = _ClassFolders(folder, transform, loader=read_image, is_valid_file=is_image)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"root must hold images of every class, got {folder}: {error}") from error
         if others and self.on_error == "raise":
@@ -154,7 +168,7 @@ class ImageFolder(Photographs):
         folder = self._folder(split)
         if not folder.is_dir():
             raise FileNotFoundError(f"root must hold a folder {split!r} of class folders, got {self.root}: no {folder}")
-        found = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        found = [path.name for path in entries(folder) if path.is_dir()]
         if not found:
             raise ValueError(f"root must hold a folder per class in {split!r}, got {self.root}: {folder} has none")
         return found

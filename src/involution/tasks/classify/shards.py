@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
+from ..files import decode, is_hidden, read_lines
 from ..images import read_image
 from .image_folder import Photographs
 
@@ -79,7 +80,7 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
         for member in archive:
             folder, slash, name = member.name.rpartition("/")
             key, dot, kind = name.partition(".")  # webdataset's rule: the key ends at the first dot
-            if not member.isfile() or not dot:
+            if not member.isfile() or not dot or is_hidden(member.name):
                 continue
             if f".{kind.lower()}" in IMG_EXTENSIONS:
                 note(folder + slash + key, "image", (member.offset_data, member.size))
@@ -94,7 +95,7 @@ def _checked(name: str, parts: dict[str, Any], num_classes: int) -> tuple[int, i
         if part not in parts:
             raise ValueError(f"{name} has no {part} (.{ending})")
     try:
-        label = int(parts["label"])
+        label = int(decode(parts["label"], name))
     except ValueError:
         label = -1
     if not 0 <= label < num_classes:
@@ -152,8 +153,7 @@ def _class_names(classes: int | str) -> list[str]:
     file = Path(classes)
     if not file.is_file():
         raise FileNotFoundError(f"classes must be a number or a file with a name in every line, got {classes!r}")
-    names = file.read_text().split("\n")
-    names = [name.strip() for name in names if name.strip()]
+    names = read_lines(file)
     if len(names) != len(set(names)):
         raise ValueError(f"classes must be different names, got {classes!r}, where some stand twice")
     if not names:

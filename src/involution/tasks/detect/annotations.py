@@ -2,10 +2,13 @@
 
 import json
 import math
+import random
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from ..files import read_text
 
 OUTSIDE = 1.0  # pixels that a box may reach over its image's edge: people round
 
@@ -40,7 +43,11 @@ class ObjectEntry(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """What a file holds: images, names of categories by id, objects by image (images without any are in it, too)."""
+    """What a file holds: images, names of categories by id, objects by image (images without any are in it, too).
+
+    Categories are in the order of their ids, whatever the file's is: labels, which count them, are then the same in
+    every part of the data.
+    """
 
     images: list[ImageEntry]
     categories: dict[int, str]
@@ -60,39 +67,58 @@ class Annotations(NamedTuple):
         objects = {image: [one for one in found if one.category in kept] for image, found in self.objects.items()}
         return Annotations(self.images, kept, objects)
 
+    def part(self, fraction: float, held_out: bool) -> "Annotations":
+        """A fraction of the images, held out by chance but always the same ones, and at least one; or the others."""
+        chosen = set(random.Random(0).sample(range(len(self.images)), max(1, round(fraction * len(self.images)))))
+        images = [one for index, one in enumerate(self.images) if (index in chosen) == held_out]
+        return Annotations(images, self.categories, {one.id: self.objects[one.id] for one in images})
+
 
 class AnnotationError(ValueError):
     """An annotation file, or an entry of it, is not as COCO's are; the message names the entry."""
 
 
-def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_error: str = "raise") -> Annotations:
+def read_annotations(
+    file: Path, image_folder: Path, masks: bool = False, on_error: str = "raise", evaluation: bool = False
+) -> Annotations:
     """Reads and checks an annotation file.
+
+    A category that no object has is left out where another one has its name (Roboflow's exports have such a one).
 
     Args:
         file: COCO's instances JSON: images, categories and annotations.
         image_folder: where the images are; each must be there.
         masks: every object must have a segmentation.
-        on_error: "raise", or "skip" to leave out objects that are not right, with a warning that names the first;
-            images and categories must be right in any case.
+        on_error: "raise", or "skip" to go on with the objects that are right: boxes that reach over the edge are
+            clipped, other objects that are not right are left out, and warnings name the first of each. Images and
+            categories must be right in any case.
+        evaluation: the objects are the truth that detections are compared with. It is never changed: with "skip",
+            objects that are not right stay as the file has them, and count as in COCO's own evaluation.
 
     Raises:
-        AnnotationError: an entry is not right; the first one is named.
+        AnnotationError: an entry is not right; the first one is named. With "skip" and `evaluation`, an object cannot
+            be counted: its box is not of four finite numbers, or its mask cannot be read where masks are asked for.
         FileNotFoundError: the file itself is missing.
     """
     try:
-        content = json.loads(file.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_text(file))
+    except ValueError as error:
         raise AnnotationError(f"{file} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise AnnotationError(f"{file} must hold an object with images, categories and annotations")
     for part in ("images", "categories", "annotations"):
         if not isinstance(content.get(part), list):
-            raise AnnotationError(f"{file}: {part} must be a list, got {_shown(content.get(part))}")
-    categories: dict[int, str] = {}
-    for entry in _entries(file, content, "categories"):
-        name = entry.value("name", str, "a name")
-        entry.check(name.strip() != "" and name not in categories.values(), "name", "a new name", name)
-        categories[entry.new_id(categories)] = name
+            raise AnnotationError(
+                f"{file}: {part} must be a list, got {_shown(content.get(part))}; the file must be in COCO's format "
+                "for objects, as data.annotations names it"
+            )
+    objects_found = [one for one in content["annotations"] if isinstance(one, dict)]
+    if masks and objects_found and not any(one.get("segmentation") for one in objects_found):
+        raise AnnotationError(
+            f"{file}: an object must have a segmentation, for masks are asked for, got {len(objects_found)} boxes "
+            "alone; faster_rcnn_rednet50_fpn_1x is a recipe for boxes"
+        )
+    categories = _categories(file, content)
     images: dict[int, ImageEntry] = {}
     names: set[str] = set()
     for entry in _entries(file, content, "images"):
@@ -101,7 +127,12 @@ def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_err
     objects: dict[int, list[ObjectEntry]] = {image: [] for image in images}
     seen: set[int] = set()
     problems: list[AnnotationError] = []
+    clipped: list[str] = []
     for entry in _entries(file, content, "annotations"):
+        number = entry.number("image_id")
+        of = None if number is None else images.get(number)
+        if on_error == "skip" and not evaluation and of is not None:
+            clipped += _clip(entry, of)
         try:
             seen.add(entry.new_id(seen))
             where = entry.value("image_id", int, "an image's id")
@@ -111,9 +142,31 @@ def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_err
             if on_error == "raise":
                 raise
             problems.append(error)
+            if evaluation and of is not None and entry.number("category_id") in categories:
+                objects[of.id].append(_as_it_is(entry, of, masks))
+    if clipped:
+        warnings.warn(f"clipped {len(clipped)} boxes, the first: {clipped[0]}", RuntimeWarning, stacklevel=1)
     if problems:
-        warnings.warn(f"left out {len(problems)} objects, the first: {problems[0]}", RuntimeWarning, stacklevel=1)
+        done = "evaluated as they are" if evaluation else "left out"
+        warnings.warn(f"{done} {len(problems)} objects, the first: {problems[0]}", RuntimeWarning, stacklevel=1)
     return Annotations(list(images.values()), categories, objects)
+
+
+def _categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
+    """Names by id, in the order of ids."""
+    found = [(entry, entry.value("name", str, "a name")) for entry in _entries(file, content, "categories")]
+    used = {_Entry("", one).number("category_id") for one in content["annotations"] if isinstance(one, dict)}
+    last = {name: entry.number("id") for entry, name in found}  # of several without objects, the last one stays
+    last |= {name: entry.number("id") for entry, name in found if entry.number("id") in used}
+    ids: set[int] = set()
+    categories: dict[int, str] = {}
+    for entry, name in found:
+        number = entry.new_id(ids)
+        ids.add(number)
+        if number in used or number == last[name]:
+            entry.check(name.strip() != "" and name not in categories.values(), "name", "a new name", name)
+            categories[number] = name
+    return dict(sorted(categories.items()))
 
 
 class _Entry:
@@ -126,8 +179,16 @@ class _Entry:
         if not right:
             raise AnnotationError(f"{self.name}: {field} must be {wanted}, got {_shown(got)}")
 
-    def value(self, field: str, kind: type, wanted: str) -> Any:
+    def number(self, field: str) -> int | None:
+        """A whole number, or None; some tools write 64.0."""
         found = self.fields.get(field)
+        if isinstance(found, float) and found.is_integer():
+            found = self.fields[field] = int(found)
+        return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+    def value(self, field: str, kind: type, wanted: str) -> Any:
+        found = self.number(field) if kind is int else None
+        found = self.fields.get(field) if found is None else found
         self.check(isinstance(found, kind) and not isinstance(found, bool), field, wanted, found)
         return found
 
@@ -157,7 +218,7 @@ def _image(entry: _Entry, folder: Path, names: set[str]) -> ImageEntry:
     sizes = [entry.value(side, int, "a whole number of pixels") for side in ("width", "height")]
     for side, size in zip(("width", "height"), sizes, strict=True):
         entry.check(size >= 1, side, "at least 1", size)
-    return ImageEntry(entry.fields["id"], name, *sizes)
+    return ImageEntry(entry.new_id(()), name, *sizes)
 
 
 def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str], masks: bool) -> ObjectEntry:
@@ -178,11 +239,47 @@ def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str], masks:
     segmentation = entry.fields.get("segmentation") or None
     if segmentation is None:
         entry.check(not masks, "segmentation", "there, for masks are asked for", entry.fields.get("segmentation"))
-    elif isinstance(segmentation, dict):
+    else:
+        _check_segmentation(entry, segmentation, image)
+    return ObjectEntry(entry.fields["id"], category, (left, top, width, height), bool(crowd), segmentation, area)
+
+
+def _clip(entry: _Entry, image: ImageEntry) -> list[str]:
+    """Clips a box that reaches over its image's edge; says which. A box that is no box, or wholly outside, stays."""
+    box: Any = entry.fields.get("bbox")
+    if not _are_numbers(box, 4):
+        return []
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    outside = max(-left, -top, right - image.width, bottom - image.height)
+    left, top = max(0, left), max(0, top)
+    right, bottom = min(image.width, right), min(image.height, bottom)
+    if outside <= OUTSIDE or right <= left or bottom <= top:
+        return []
+    entry.fields["bbox"] = [left, top, right - left, bottom - top]
+    return [f"{entry.name}: bbox must be inside its image of {image.width}x{image.height}, got {_shown(box)}"]
+
+
+def _as_it_is(entry: _Entry, image: ImageEntry, masks: bool) -> ObjectEntry:
+    """An object of the truth as the file has it, which may be wrong, but not so that it cannot be counted."""
+    fields = entry.fields
+    box: Any = fields.get("bbox")
+    entry.check(_are_numbers(box, 4), "bbox", "four finite numbers, for evaluation leaves no object out", box)
+    area = fields.get("area", box[2] * box[3])
+    entry.check(_are_numbers([area], 1), "area", "a number", area)
+    segmentation = fields.get("segmentation") or None
+    if masks and segmentation is not None:
+        _check_segmentation(entry, segmentation, image)
+    crowd = bool(fields.get("iscrowd", 0))
+    return ObjectEntry(
+        entry.number("id") or 0, fields["category_id"], tuple(box), crowd, segmentation if masks else None, area
+    )
+
+
+def _check_segmentation(entry: _Entry, segmentation: Any, image: ImageEntry) -> None:
+    if isinstance(segmentation, dict):
         _check_run_lengths(entry, segmentation, image)
     else:
         _check_polygons(entry, segmentation)
-    return ObjectEntry(entry.fields["id"], category, (left, top, width, height), bool(crowd), segmentation, area)
 
 
 def _check_polygons(entry: _Entry, polygons: Any) -> None:

@@ -61,13 +61,17 @@ def as_results(image_id: int, found: Iterable[Detection], categories: list[int],
 
 
 def ground_truth(annotations: Annotations) -> dict[str, Any]:
-    """Annotations in COCO's format."""
+    """Annotations in COCO's format.
+
+    Objects are numbered anew, from 1 on: COCO's evaluation takes the id 0, with which some tools begin, for none.
+    """
+    objects = [(image, one) for image, found in annotations.objects.items() for one in found]
     return {
         "images": [{"id": one.id, "width": one.width, "height": one.height} for one in annotations.images],
         "categories": [{"id": category, "name": name} for category, name in annotations.categories.items()],
         "annotations": [
             {
-                "id": one.id,
+                "id": number,
                 "image_id": image,
                 "category_id": one.category,
                 "bbox": list(one.box),
@@ -75,16 +79,26 @@ def ground_truth(annotations: Annotations) -> dict[str, Any]:
                 "iscrowd": int(one.crowd),
                 **({} if one.segmentation is None else {"segmentation": one.segmentation}),
             }
-            for image, objects in annotations.objects.items()
-            for one in objects
+            for number, (image, one) in enumerate(objects, start=1)
         ],
     }
+
+
+def _with_mask(one: dict[str, Any]) -> dict[str, Any]:
+    if one.get("segmentation"):
+        return one
+    left, top, width, height = one["bbox"]
+    corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+    return one | {"segmentation": [corners], "iscrowd": 1}
 
 
 def average_precision(
     truth: dict[str, Any], results: list[dict[str, Any]], kind: str, images: Iterable[int]
 ) -> tuple[dict[str, float], list[str]]:
     """COCO's twelve numbers.
+
+    An object without a segmentation is ignored in the numbers of masks, as a crowd is: what is found in its box is
+    neither right nor wrong.
 
     Args:
         truth: annotations in COCO's format.
@@ -98,6 +112,8 @@ def average_precision(
         own tool prints.
     """
     lines: list[str] = []
+    if kind == "mask":
+        truth = truth | {"annotations": [_with_mask(one) for one in truth["annotations"]]}
     expected = COCO(truth, use_deepcopy=True)
     found = expected.loadRes([dict(one) for one in results])
     evaluation = COCOeval_faster(expected, found, iouType=KINDS[kind], print_function=lines.append)

@@ -24,6 +24,7 @@ from .targets import Targets
 
 MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
 Images = list[Tensor]
+IN_CHECKPOINT = "in the checkpoint"  # where the backbone's weights are once they have been loaded
 
 
 def warmup_steps_down(
@@ -120,8 +121,9 @@ class Detector(TaskModule):
         options |= {"backbone_kwargs": backbone_kwargs, "_skip_resize": True, **(model_kwargs or {})}
         build: Any = MODELS[model_name]
         self.net = build(backbone, num_classes=num_classes, **options).to(memory_format=self.memory_format)
-        if backbone_weights is not None:
+        if backbone_weights not in (None, IN_CHECKPOINT):
             self.load_backbone(self.net.backbone.body, Path(backbone_weights))
+            self.hparams["backbone_weights"] = IN_CHECKPOINT  # which a resumed run freezes as this one does
         self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
         self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
         self._found: dict[int, list[Detection]] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from torchvision import datasets
 
+from ..files import is_hidden
 from .data import Pair, SegmentationData, existing
 from .preprocessing import IGNORED
 
@@ -21,7 +22,7 @@ class Cityscapes(SegmentationData):
     Args:
         root: the tree.
         resize: pixels of an image's shorter side, in training before it is scaled; 1024 is its own.
-        crop: height and width of a training image, in pixels.
+        crop: height and width of a training image, in pixels; one number for a square.
         **segmentation: see `SegmentationData`.
 
     Raises:
@@ -30,7 +31,9 @@ class Cityscapes(SegmentationData):
 
     classes = tuple(entry.name for entry in _TRAINED)
 
-    def __init__(self, root: str, resize: int = 1024, crop: tuple[int, int] = (512, 1024), **segmentation: Any) -> None:
+    def __init__(
+        self, root: str, resize: int = 1024, crop: tuple[int, int] | int = (512, 1024), **segmentation: Any
+    ) -> None:
         super().__init__(resize=resize, crop=crop, **segmentation)
         self.root = Path(root)
 
@@ -49,12 +52,17 @@ class Cityscapes(SegmentationData):
         if not images.is_dir():
             raise FileNotFoundError(f"root must hold Cityscapes' folders, got {self.root}: no {images}")
         found = []
-        for image in sorted(images.glob("*/*_leftImg8bit.png")):
+        for image in _visible(images, "*/*_leftImg8bit.png"):
             name = image.name.removesuffix("_leftImg8bit.png")
             found.append((image, masks / image.parent.name / f"{name}_gtFine_labelIds.png"))
         if not found:
             raise FileNotFoundError(f"root must hold images in {images}/CITY, got none")
-        alone = sorted(set(masks.glob("*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
+        alone = sorted(set(_visible(masks, "*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
         if alone:
             raise FileNotFoundError(f"every mask wants an image, got {alone[0]} without one in {images}")
         return existing(found)
+
+
+def _visible(folder: Path, pattern: str) -> list[Path]:
+    """Matching files, sorted; hidden ones are skipped."""
+    return sorted(file for file in folder.glob(pattern) if not is_hidden(file.relative_to(folder)))

@@ -23,7 +23,7 @@ from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
 from .predictions import MaskWriter
-from .preprocessing import IGNORED, Preprocessing
+from .preprocessing import IGNORED, Preprocessing, height_and_width
 
 MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
 Batch = tuple[list[Tensor], list[Tensor]]
@@ -36,6 +36,10 @@ def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: 
     """
     decay = (1 - min(1.0, step / max(1, total))) ** power
     return linear_warmup(step, warmup, warmup_ratio) * (floor + (1 - floor) * decay)
+
+
+def _pair(size: tuple[int, int] | int | None) -> tuple[int, int] | None:
+    return None if size is None else height_and_width(size)
 
 
 def pixel_loss(logits: Tensor, masks: Tensor, over: str = "known") -> Tensor:
@@ -81,8 +85,8 @@ class Segmenter(TaskModule):
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         power: of the polynomial decay.
         min_lr: what the learning rate falls to, where its peak is `lr`; it scales with it.
-        window: height and width of the sliding window in evaluation and, as it was in training, prediction; None takes
-            the whole image at once.
+        window: height and width of the sliding window, or one number for a square, in evaluation and, as it was in
+            training, prediction; None takes the whole image at once.
         window_stride: its steps; None is `window`.
         scales: of the image in evaluation and prediction; probabilities are averaged.
         flip: look at the mirrored image too.
@@ -119,8 +123,8 @@ class Segmenter(TaskModule):
         warmup_ratio: float = 0.001,
         power: float = 0.9,
         min_lr: float = 0.0,
-        window: tuple[int, int] | None = None,
-        window_stride: tuple[int, int] | None = None,
+        window: tuple[int, int] | int | None = None,
+        window_stride: tuple[int, int] | int | None = None,
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
         channels_last: bool = True,
@@ -132,6 +136,8 @@ class Segmenter(TaskModule):
             raise ValueError(
                 f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
             )
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, the background being a class, got {num_classes!r}")
         if model_name not in MODELS:
             raise ValueError(f"model_name must be one of {', '.join(MODELS)}, got {model_name!r}")
         options: dict[str, Any] = {"neck": neck}
@@ -143,7 +149,7 @@ class Segmenter(TaskModule):
             raise ValueError(f"loss_over must be known or all, got {loss_over!r}")
         if not 0 <= min_lr <= lr:
             raise ValueError(f"min_lr must be from 0 to lr, which is {lr}, got {min_lr!r}")
-        self.inference = Inference(window, window_stride, tuple(scales), flip)
+        self.inference = Inference(_pair(window), _pair(window_stride), tuple(scales), flip)
         self.inference.check()
         build: Any = MODELS[model_name]
         net = build(
@@ -259,8 +265,8 @@ class Segmenter(TaskModule):
 
     def look(
         self,
-        window: tuple[int, int] | None = None,
-        window_stride: tuple[int, int] | None = None,
+        window: tuple[int, int] | int | None = None,
+        window_stride: tuple[int, int] | int | None = None,
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
     ) -> None:
@@ -277,8 +283,8 @@ class Segmenter(TaskModule):
         """
         before = self.inference
         self.inference = Inference(
-            before.window if window is None else window,
-            window_stride or (before.stride if window is None else None),
+            before.window if window is None else _pair(window),
+            _pair(window_stride) or (before.stride if window is None else None),
             before.scales if scales is None else tuple(scales),
             before.flip if flip is None else flip,
         )

@@ -12,6 +12,11 @@ from torchvision.tv_tensors import Image, Mask
 IGNORED = 255  # in masks: pixels that neither train nor count
 
 
+def height_and_width(size: tuple[int, int] | int) -> tuple[int, int]:
+    """A single number is a square's."""
+    return (size, size) if isinstance(size, int) else size
+
+
 class RandomCrop(v2.RandomCrop):
     """torchvision's, filled up to the size, but drawn again, up to nine times, where one class takes too much of it.
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torchvision import datasets
 
+from ..files import read_lines
 from .data import Pair, SegmentationData, existing
 from .preprocessing import IGNORED
 
@@ -95,7 +96,7 @@ class Pets(SegmentationData):
         names = self.root / "annotations" / ("test.txt" if part == "test" else "trainval.txt")
         if not names.is_file():
             raise FileNotFoundError(f"root must hold the Oxford pets, got {self.root.parent}: no {names}")
-        found = [line.split()[0] for line in names.read_text().splitlines() if line.strip()]
+        found = [line.split()[0] for line in read_lines(names)]
         if part != "test":
             order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
             held = set(order[: max(1, round(self.val_fraction * len(found)))])

@@ -1,10 +1,11 @@
 """RedNet through the sweep that timm's own models pass, and against the paper's published counts.
 
-An untrained RedNet says little: its blocks start as their shortcuts, and with running statistics that do not fit, the
-operator (quadratic in its input) overflows. `settled` therefore gives every block a share of the output and the norms
-statistics of the test's own images.
+An untrained RedNet says little: its blocks start as their shortcuts, its kernels as the identity, and its running
+statistics do not fit. `settled` therefore gives every block a share of the output, every kernel its random weights, and
+the norms statistics of the test's own images.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -35,10 +36,13 @@ DEPTHS = {
     "rednet152": (3, 8, 36, 3),
     "rednet14_cifar": (1, 1, 1, 1),
     "rednet26_cifar": (1, 2, 4, 1),
+    "rednetv2_14_cifar": (1, 1, 1, 1),
+    "rednetv2_26": (1, 2, 4, 1),
 }
 MODELS = list(DEPTHS)
 PAPER = MODELS[:5]
-SMALL = ["rednet14_cifar", "rednet26"]  # one of each kind of stem
+V2 = [f"rednetv2_{depth}" for depth in ("26", "38", "50", "101", "152", "14_cifar", "26_cifar")]
+SMALL = ["rednet14_cifar", "rednet26", "rednetv2_14_cifar"]  # both kinds of stem, and of generator
 # Of the paper's repository, re-derived: parameters (3x3 stem), in millions (7x7 stem), multiply-adds in 1e9 (3x3 stem).
 PARAMETERS = dict(zip(PAPER, (9_233_166, 12_386_986, 15_540_806, 25_652_950, 33_984_582), strict=True))
 MILLIONS_7X7 = dict(zip(PAPER, (9.2339, 12.3877, 15.5415, 25.6537, 33.9853), strict=True))
@@ -57,6 +61,10 @@ def create(name: str, **kwargs: Any) -> Any:
 
 def settle(model: nn.Module, x: Tensor) -> Any:
     """Makes every block count, fits the norms' statistics to `x`, and returns the model in eval mode."""
+    for module in model.modules():
+        if isinstance(module, BottleneckGenerator):
+            nn.init.kaiming_normal_(module.span.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(module.span.bias)
     norms = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     for name, norm in norms:
         nn.init.uniform_(norm.weight, *((0.1, 0.3) if name.endswith("bn3") and "layer" in name else (0.8, 1.2)))
@@ -91,7 +99,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def test_all_models_are_registered() -> None:
-    assert sorted(timm.list_models("rednet*", module="rednet")) == sorted(MODELS)
+    assert sorted(timm.list_models("rednet*", module="rednet")) == sorted({*MODELS, *V2})
 
 
 def test_there_are_no_weights_and_timm_says_so() -> None:
@@ -153,7 +161,7 @@ def test_a_fresh_model_runs_at_its_own_size(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_gets_a_gradient(name: str) -> None:
-    model = create(name, num_classes=42, zero_init_last=False).train()
+    model = create(name, num_classes=42, zero_init_last=False, kernel_init="paper").train()  # the span is not zero
     found = gradients(model, images(name))
     assert found.keys() == dict(model.named_parameters()).keys()
     for parameter, gradient in found.items():
@@ -169,7 +177,13 @@ def _norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 def _involution(state: dict[str, Tensor], name: str, x: Tensor, stride: int) -> Tensor:
     """The layer by unfold, from its weights alone, at sizes that the stride divides."""
     pooled = F.avg_pool2d(x, stride) if stride > 1 else x
-    hidden = _norm(state, f"{name}.generator.norm", F.conv2d(pooled, state[f"{name}.generator.reduce.weight"])).relu()
+    if (bias := state.get(f"{name}.generator.reduce.bias")) is None:
+        hidden = _norm(
+            state, f"{name}.generator.norm", F.conv2d(pooled, state[f"{name}.generator.reduce.weight"])
+        ).relu()
+    else:
+        normed = pooled / (pooled.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        hidden = F.conv2d(normed, state[f"{name}.generator.reduce.weight"], bias).relu()
     kernels = F.conv2d(hidden, state[f"{name}.generator.span.weight"], state[f"{name}.generator.span.bias"])
     n, c, h, w = x.shape[0], x.shape[1], *kernels.shape[2:]
     size = math.isqrt(kernels.shape[1] // (c // 16))
@@ -216,7 +230,7 @@ def test_blocks_start_as_their_shortcuts() -> None:
 
 
 def test_every_convolution_starts_from_hes_distribution() -> None:
-    for name, module in create("rednet26").named_modules():
+    for name, module in create("rednet26", kernel_init="paper").named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)
             assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.2), name
@@ -240,6 +254,68 @@ def test_sizes_round_up_at_every_level(name: str, size: tuple[int, int]) -> None
     for level, reduction in zip(model(images(name, size=size)), model.feature_info.reduction(), strict=True):
         assert level.shape[2:] == tuple(math.ceil(side / reduction) for side in size)
         assert level.isfinite().all()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Of the names and bits of its state."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_the_papers_start_is_what_it_was_to_the_bit() -> None:
+    """Fingerprints of the last version that had no other start."""
+    torch.manual_seed(0)
+    assert fingerprint(create("rednet26", kernel_init="paper")) == "c3030db2f42ae953"
+    torch.manual_seed(0)
+    assert fingerprint(create("rednet14_cifar", zero_init_last=False, kernel_init="paper")) == "ff267703109489b0"
+    torch.manual_seed(0)
+    layer = Involution2d(64, norm_layer=nn.BatchNorm2d, kernel_init="paper")
+    assert fingerprint(layer) == "7012354f58194d84"
+
+
+def test_starts_differ_in_the_kernels_alone() -> None:
+    states = []
+    for start in ("paper", "identity", "box"):
+        torch.manual_seed(0)
+        states.append(create("rednet14_cifar", kernel_init=start).state_dict())
+    differing = {name for name in states[0] if any(not torch.equal(states[0][name], other[name]) for other in states)}
+    assert {name.rpartition("generator.")[2] for name in differing} == {"span.weight", "span.bias"}
+    identity, box = (state["layer1.0.conv2.generator.span.bias"].view(-1, 7, 7) for state in states[1:])
+    assert torch.equal(identity, F.pad(torch.ones(1, 1, 1), [3] * 4))
+    assert torch.equal(box, torch.full((1, 7, 7), 1 / 49))
+
+
+@pytest.mark.parametrize("name", [*MODELS[:-2], *V2])
+@pytest.mark.parametrize("zero_init_last", [False, True])
+def test_every_network_is_finite_in_evaluation_at_its_start(name: str, zero_init_last: bool) -> None:
+    model = create(name, zero_init_last=zero_init_last).eval()
+    with torch.no_grad():
+        once, twice = (model(scale * images(name, batch=1)) for scale in (1.0, 2.0))
+    assert once.isfinite().all()
+    assert twice.norm() < 10 * once.norm()  # not quadratic in every block
+
+
+def test_v2_is_the_same_network_but_for_its_generators() -> None:
+    for name in V2:
+        paper = create(name.replace("v2_", ""), device="meta")
+        ours = create(name, device="meta")
+        shapes = [
+            {k: v.shape for k, v in model.state_dict().items() if ".generator." not in k} for model in (paper, ours)
+        ]
+        assert shapes[0] == shapes[1]
+        assert sum(p.numel() for p in ours.parameters()) <= sum(p.numel() for p in paper.parameters())
+        assert not [n for n, m in ours.named_modules() if "generator" in n and isinstance(m, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", ["rednetv2_26_cifar", "rednetv2_26"])
+def test_a_batch_of_one_small_image_trains(name: str) -> None:
+    """What reaches the last stage of the larger one is a pixel, of which batch norm in a generator knows no spread."""
+    model, x = create(name, norm_layer="groupnorm1", generator_norm_layer="rms", zero_init_last=False), images(name, 1)
+    loss = F.cross_entropy(model.train()(x[..., :32, :32]), torch.tensor([1]))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_training_lowers_the_loss() -> None:

@@ -165,7 +165,7 @@ def twin(name: str) -> str | None:
     """The convolution network that a RedNet of timm's registry is compared with."""
     if not name.startswith("rednet"):
         return None
-    same = name.replace("rednet", "resnet")
+    same = name.replace("rednetv2_", "resnet").replace("rednet", "resnet")
     paper = f"{same}_paper"  # timm's own resnet26 has other depths
     return paper if timm.is_model(paper) else same if timm.is_model(same) else None
 

@@ -274,7 +274,7 @@ class SoftmaxGenerator(BottleneckGenerator):
     """The bottleneck, with every kernel's weights positive and summing to 1 over the taps inside the input.
 
     The layer then averages its window, as attention and kernel-predicting denoisers do. Costs what the bottleneck does.
-    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside, and that kernels begin with
+    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside, and kernels begin with
     random logits.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.

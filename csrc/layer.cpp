@@ -14,7 +14,7 @@ struct Patches {
   static constexpr Index kMapNumbers = 49152;  // of the kernel map at a time: inside a core's cache
   static constexpr Index kStreamed = 4 << 20;  // numbers of output that no cache would keep
   Index down, across, groups_at_once;
-  Index hidden, pooled, factors, map, y, output;  // elements of scratch
+  Index hidden, pooled, map, y, output;  // elements of scratch
   Index output_step;                     // from one position's output to the next one's in scratch
   bool pools;                            // whether the hidden features are made from averages
   bool streams;                          // whether the output is written past the cache
@@ -30,7 +30,6 @@ struct Patches {
     hidden = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
     pools = !layer.hidden && most(g.stride[0], most(g.stride[1], g.stride[2])) > 1;
     pooled = pools ? in_lines(positions * g.channels) : 0;
-    factors = !layer.hidden && layer.rms_eps > 0 ? in_lines(positions) : 0;
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
     y = in_lines(positions * g.channels);
     output_step = layer.next_channels + 16;  // a power of two would have all positions share few lines of the cache
@@ -40,7 +39,7 @@ struct Patches {
               g.batch * volume(g.output) * channels >= kStreamed;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
-  Index scratch() const { return hidden + pooled + factors + map + y + output; }
+  Index scratch() const { return hidden + pooled + map + y + output; }
   static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
 };
 
@@ -116,7 +115,7 @@ struct Work {
 
     const T* hidden = static_cast<const T*>(layer.hidden) + position * layer.hidden_channels;
     if (!layer.hidden) hidden = reduce(image, rows, columns, position, count, scratch);
-    T* map = scratch + patches.hidden + patches.pooled + patches.factors;
+    T* map = scratch + patches.hidden + patches.pooled;
     T* y = map + patches.map;
     fetch_rows_after(image, rows, columns);
     for (Index group = 0; group < g.groups; group += patches.groups_at_once) {
@@ -159,38 +158,30 @@ struct Work {
       in = pooled;
     }
     const Index channels = layer.hidden_channels;
-    Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
-                       static_cast<const T*>(layer.reduce_bias)};
-    if (layer.rms_eps <= 0) {
-      rectified_product(product, channels, hidden);
-      return hidden;
+    const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
+                             static_cast<const T*>(layer.reduce_bias)};
+    rectified_product(product, channels, hidden);
+    if (layer.rms_eps > 0) {
+      for (Index t = 0; t < count; ++t) rms_norm(hidden + t * channels, channels);
     }
-    // x / rms(x) times the weights is the product times 1 / rms(x): normalised as the product's sums are stored.
-    T* factors = pooled + patches.pooled;
-    for (Index t = 0; t < count; ++t) factors[t] = inverse_rms(in + t * g.channels);
-    const T* bias = product.bias;
-    product.bias = nullptr;
-    multiply(product, 0, channels, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
-      v *= factors[t];
-      if (bias) v += load<decltype(v)>(bias + c);
-      store(hidden + t * channels + c, v < 0 ? decltype(v){} : v);
-    }});
     return hidden;
   }
 
-  // 1 / sqrt(mean square of a position's channels + eps), summed in one vector.
-  T inverse_rms(const T* x) const {
+  // x / sqrt(mean of x * x + eps), in place.
+  void rms_norm(T* x, Index channels) const {
     constexpr int W = kLanes<T>;
     Vector<T, W> sums{};
     Index c = 0;
-    for (; c + W <= g.channels; c += W) {
+    for (; c + W <= channels; c += W) {
       const auto v = load<Vector<T, W>>(x + c);
       sums += v * v;
     }
     T sum = 0;
     for (int i = 0; i < W; ++i) sum += sums[i];
-    for (; c < g.channels; ++c) sum += x[c] * x[c];
-    return T(1) / T(__builtin_sqrt(double(sum / T(g.channels)) + layer.rms_eps));
+    for (; c < channels; ++c) sum += x[c] * x[c];
+    const T factor = T(1) / T(__builtin_sqrt(double(sum / T(channels)) + layer.rms_eps));
+#pragma omp simd
+    for (Index i = 0; i < channels; ++i) x[i] *= factor;
   }
 
   // The kernels of some groups at `count` positions: [count, columns], whole panels of the span's columns.

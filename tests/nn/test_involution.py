@@ -23,11 +23,10 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
     (k, _), (s, _), g = layer.kernel_size, layer.stride, layer.groups
     pooled = nn.functional.avg_pool2d(x, s, s) if s > 1 else x
     generator = layer.generator
-    reduced = nn.functional.conv2d(pooled, generator.reduce.weight)
-    if generator.reduce.bias is not None:  # the default: the convolution reads x / rms(x)
-        normed = pooled / (pooled.square().mean(1, keepdim=True) + 1e-6).sqrt()
-        reduced = nn.functional.conv2d(normed, generator.reduce.weight, generator.reduce.bias)
-    weights = generator.span(torch.relu(generator.norm(reduced)))
+    hidden = torch.relu(generator.norm(generator.reduce(pooled)))
+    if isinstance(generator.norm, nn.Identity):  # the default: hidden features over their RMS
+        hidden = hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    weights = generator.span(hidden)
     weights = weights.view(n, g, 1, k * k, h // s, w // s)
     windows = nn.functional.unfold(x, k, padding=(k - 1) // 2, stride=s).view(n, g, c // g, k * k, h // s, w // s)
     return (weights * windows).sum(3).reshape(n, c, h // s, w // s)
@@ -72,7 +71,6 @@ def test_the_default_generators_parameters() -> None:
     shapes = {name: tuple(p.shape) for name, p in Involution2d(64).named_parameters()}
     assert shapes == {
         "generator.reduce.weight": (16, 64, 1, 1),
-        "generator.reduce.bias": (16,),
         "generator.span.weight": (4 * 49, 16, 1, 1),
         "generator.span.bias": (4 * 49,),
     }

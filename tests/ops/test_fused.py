@@ -287,10 +287,9 @@ def averaged(x: Tensor, stride: list[int]) -> Tensor:
 def composed_block(block: Block, given: dict[str, Any]) -> list[Tensor]:
     """Step by step; for absolute values, the sizes of the sums that were rounded."""
     x, window = given["input"], block.layer.window
-    pooled = averaged(x, window[1])
+    hidden = pointwise(averaged(x, window[1]), given["reduce_weight"], given["reduce_bias"]).relu()
     if given["rms_eps"]:
-        pooled = pooled / (pooled.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
-    hidden = pointwise(pooled, given["reduce_weight"], given["reduce_bias"]).relu()
+        hidden = hidden / (hidden.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
     y = composed(x, hidden, given["span_weight"], given["span_bias"], given["scale"], given["shift"], *window)
     y = y.relu() if given["relu"] else y
     if given["next_weight"] is None:

@@ -177,13 +177,11 @@ def _norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 def _involution(state: dict[str, Tensor], name: str, x: Tensor, stride: int) -> Tensor:
     """The layer by unfold, from its weights alone, at sizes that the stride divides."""
     pooled = F.avg_pool2d(x, stride) if stride > 1 else x
-    if (bias := state.get(f"{name}.generator.reduce.bias")) is None:
-        hidden = _norm(
-            state, f"{name}.generator.norm", F.conv2d(pooled, state[f"{name}.generator.reduce.weight"])
-        ).relu()
+    hidden = F.conv2d(pooled, state[f"{name}.generator.reduce.weight"])
+    if f"{name}.generator.norm.weight" in state:
+        hidden = _norm(state, f"{name}.generator.norm", hidden).relu()
     else:
-        normed = pooled / (pooled.square().mean(1, keepdim=True) + 1e-6).sqrt()
-        hidden = F.conv2d(normed, state[f"{name}.generator.reduce.weight"], bias).relu()
+        hidden = hidden.relu() / (hidden.relu().square().mean(1, keepdim=True) + 1e-6).sqrt()
     kernels = F.conv2d(hidden, state[f"{name}.generator.span.weight"], state[f"{name}.generator.span.bias"])
     n, c, h, w = x.shape[0], x.shape[1], *kernels.shape[2:]
     size = math.isqrt(kernels.shape[1] // (c // 16))

@@ -16,7 +16,7 @@ from ..nn import (
     LocalSelfAttention2d,
     LocalSelfAttention3d,
 )
-from ..nn.generators import RMSNormConvolution
+from ..nn.generators import ChannelRMSNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,8 +30,8 @@ class Operation(NamedTuple):
 
     `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
     count besides: one for every element that a bias is added to in a convolution, that a ReLU or an upsampling makes or
-    that a pooling reads, and two for every element that a batch norm, or the RMS norm before a generator's reduction,
-    reads; synchronised norms count nothing.
+    that a pooling reads, and two for every element that a batch norm or a generator's RMS norm reads; synchronised
+    norms count nothing.
     """
 
     module: str  # as named_modules() calls it
@@ -105,8 +105,7 @@ def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
 def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | None:
     """Multiply-adds and other operations of one call, or None for a module that counts nothing of its own."""
     if isinstance(module, _CONVOLUTIONS):
-        norm = 2 * input.numel() if isinstance(module, RMSNormConvolution) else 0
-        return module.weight[0].numel() * output.numel(), norm + (0 if module.bias is None else output.numel())
+        return module.weight[0].numel() * output.numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, _DECONVOLUTIONS):
         return module.weight[0].numel() * input.numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, nn.Linear):
@@ -115,7 +114,7 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
         return math.prod(module.kernel_size) * output.numel(), 0
     if isinstance(module, _ATTENTIONS):
         return _products_of_attention(module, output), 0
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | ChannelRMSNorm):
         return 0, 0 if isinstance(module, nn.SyncBatchNorm) else 2 * input.numel()
     if isinstance(module, nn.ReLU | nn.Upsample):
         return 0, output.numel()

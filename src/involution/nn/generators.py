@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.functional import same_padding
-from ..ops.fused import RMS_EPS
 from ..ops.reference import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -29,35 +28,27 @@ class _AvgPool3d(nn.AvgPool3d):
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
 
 
-class RMSNormConvolution:
-    """A 1x1 convolution of what RMS norm makes of every position: ``conv(x / rms(x)) + bias``.
+class ChannelRMSNorm(nn.Module):
+    """Divides every position by the RMS of its channels, so that their scale makes no difference; no parameters.
 
-    rms(x) is over the channels of a position, so that the result does not depend on the input's scale, on other
-    positions or on other images. A mixin for torch's convolutions; weight and bias are theirs.
+    It looks at nothing but the position itself: no batch, no running statistics, no other positions. float16 and
+    bfloat16 take the mean square in float32.
+
+    Args:
+        eps: added to the mean square.
+
+    Shapes: ``[N, C, *S] -> [N, C, *S]``.
     """
 
-    weight: Any
-    bias: Any
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, C, *S] -> [N, out_channels, *S]; float16 and bfloat16 take the norm in float32."""
-        reduced: Tensor = torch.ops.involution.rms_norm_pointwise.default(input, self.weight, self.bias, RMS_EPS)
-        return reduced
+        """x / sqrt(mean of x**2 over the channels + eps)."""
+        last = input.movedim(1, -1)
+        return nn.functional.rms_norm(last, (last.shape[-1],), eps=self.eps).movedim(-1, 1)
 
-
-class _RMSNormConv1d(RMSNormConvolution, nn.Conv1d):
-    pass
-
-
-class _RMSNormConv2d(RMSNormConvolution, nn.Conv2d):
-    pass
-
-
-class _RMSNormConv3d(RMSNormConvolution, nn.Conv3d):
-    pass
-
-
-_RMS_NORM_CONVOLUTION = {1: _RMSNormConv1d, 2: _RMSNormConv2d, 3: _RMSNormConv3d}
 
 KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], None]
 
@@ -65,10 +56,10 @@ KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], No
 class BottleneckGenerator(nn.Module):
     """The paper's form of generator (section 3.2), reduce, activate, span, which the input's scale does not change.
 
-    By default the reduction reads ``x / rms(x)``, the RMS over a position's channels, and the kernels begin as the
-    identity. The layer is then of degree one in its input, as a convolution is, at any depth. In the paper's own
-    generator, ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, so that the layer is
-    quadratic in its input, and begin with random signs.
+    By default the hidden features are divided by their RMS at every position, and kernels begin as the identity: the
+    layer is of degree one in its input, as a convolution is, at any depth. In the paper's own generator,
+    ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, which makes the layer quadratic
+    in its input, and begin with random signs.
 
     With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
     border. Cost: ``(C*C/r + C/r * G*prod(K)) * prod(O)`` multiply-adds.
@@ -80,8 +71,8 @@ class BottleneckGenerator(nn.Module):
         stride: one number per spatial axis.
         dilation: one number per spatial axis; makes no difference.
         reduction_ratio: r; the hidden width is max(1, C // r).
-        norm_layer: None normalises the reduction's input by its RMS; else called with the hidden width for a norm after
-            the reduction, which then has no bias.
+        norm_layer: None has a `ChannelRMSNorm` after the activation; else called with the hidden width, for a norm
+            before it (the paper's is BatchNorm).
         act_layer: called without arguments.
         kernel_init: how kernels begin. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box": the
             window's average. Both zero the span's weight, which training moves at once. "paper": random, by the span
@@ -114,13 +105,10 @@ class BottleneckGenerator(nn.Module):
         self.map_shape = (groups, *kernel_size)
         self.kernel_init = kernel_init
         self.pool = _pool(stride)
-        if norm_layer is None:
-            self.reduce: nn.Module = _RMS_NORM_CONVOLUTION[dims](channels, width, 1)
-            self.norm: nn.Module = nn.Identity()
-        else:
-            self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
-            self.norm = norm_layer(width)
+        self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
+        self.norm = nn.Identity() if norm_layer is None else norm_layer(width)
         self.act = act_layer()
+        self.hidden_norm = ChannelRMSNorm() if norm_layer is None else nn.Identity()
         self.span = CONVOLUTION[dims](width, groups * math.prod(kernel_size), 1)
         self.init_kernels()
 
@@ -144,7 +132,7 @@ class BottleneckGenerator(nn.Module):
 
     def hidden(self, input: Tensor) -> Tensor:
         """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
-        hidden: Tensor = self.act(self.norm(self.reduce(self.pool(input))))
+        hidden: Tensor = self.hidden_norm(self.act(self.norm(self.reduce(self.pool(input)))))
         return hidden
 
     def forward(self, input: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _FRESH = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
 _FRESH |= {torch.ops.involution.fused.default, torch.ops.involution.apply.default}
-_FRESH |= {torch.ops.involution.rms_norm_pointwise.default}
+_FRESH |= {F.rms_norm}
 _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
     *("ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"),
@@ -124,12 +124,19 @@ class _Norm(NamedTuple):
 
 
 class _Pointwise(NamedTuple):
-    """A 1x1 convolution: weight [out, in], bias [out] or None; with an rms_eps above 0, of the input over its RMS."""
+    """A 1x1 convolution: weight [out, in], bias [out] or None."""
 
     node: Node
     weight: Tensor
     bias: Tensor | None
-    rms_eps: float = 0.0
+
+
+class _Reduction(NamedTuple):
+    """A generator's reduction: weight [out, in] and bias [out], and the eps of the RMS norm after its ReLU, or 0."""
+
+    weight: Tensor
+    bias: Tensor
+    rms_eps: float
 
 
 def fuse(graph: fx.GraphModule) -> list[str]:
@@ -269,38 +276,41 @@ def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
     return reason
 
 
-def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple[_Pointwise | None, str]:
-    """The 1x1 convolution, with its norm, from x (pooled where the layer strides) to hidden."""
-    if not _is_relu(hidden):
+def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple[_Reduction | None, str]:
+    """The 1x1 convolution, with a batch norm folded in, from x (pooled where the layer strides) to hidden."""
+    rectified, rms_eps = _before_rms_norm(hidden)
+    if not _is_relu(rectified):
         return None, "its generator's activation is not ReLU"
-    reduced, reason = _normalized(graph, hidden.args[0])
-    if reduced is None:
-        return None, reason
-    source = reduced.node.args[0]
+    reduced, norm = rectified.args[0], _norm(graph, rectified.args[0])
+    if norm is None and rms_eps == 0:
+        return None, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
+    convolution = _pointwise(graph, reduced if norm is None else norm.node.args[0])
+    if convolution is None:
+        return None, "its generator's reduction is not a plain 1x1 convolution"
+    source = convolution.node.args[0]
     if math.prod(stride) > 1:
         if not _pools_windows(source, stride):
             return None, "its generator does not average windows of the stride's size"
         source = source.args[0]
     if source is not x:
         return None, "its generator reads something other than the layer's input"
-    return reduced, ""
+    weight, bias = (convolution.weight, convolution.bias) if norm is None else _folded(convolution, norm)
+    return _Reduction(weight, weight.new_zeros(len(weight)) if bias is None else bias, rms_eps), ""
 
 
-def _normalized(graph: fx.GraphModule, node: Any) -> tuple[_Pointwise | None, str]:
-    """A generator's reduction: of the input over its RMS, or with a batch norm, which is folded in."""
-    if _calls(node, {torch.ops.involution.rms_norm_pointwise.default}):
-        _, weight, bias, eps = node.args
-        weight, bias = _constant(graph, weight), _constant(graph, bias)
-        if weight is None or bias is None:
-            return None, "its reduction's weights are not constant"
-        return _Pointwise(node, weight.flatten(1), bias, eps), ""
-    norm = _norm(graph, node)
-    if norm is None:
-        return None, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
-    convolution = _pointwise(graph, norm.node.args[0])
-    if convolution is None:
-        return None, "its generator's reduction is not a plain 1x1 convolution"
-    return _Pointwise(convolution.node, *_folded(convolution, norm)), ""
+def _before_rms_norm(hidden: Any) -> tuple[Any, float]:
+    """What `nn.generators.ChannelRMSNorm` reads to make hidden, and its eps; or hidden itself, and 0."""
+    if not _calls(hidden, {"movedim"}) or tuple(hidden.args[1:]) != (-1, 1):
+        return hidden, 0.0
+    normed = hidden.args[0]
+    if not _calls(normed, {F.rms_norm}):
+        return hidden, 0.0
+    values = _bound(normed, ("input", "normalized_shape", "weight", "eps"))
+    last = values["input"]
+    plain = len(values["normalized_shape"]) == 1 and values.get("weight") is None and values.get("eps") is not None
+    if not plain or not _calls(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
+        return hidden, 0.0
+    return last.args[0], values["eps"]
 
 
 def _expansion(graph: fx.GraphModule, rectified: Node) -> tuple[_Pointwise | None, Any, Node]:

@@ -17,11 +17,10 @@ from torch.utils.flop_counter import register_flop_formula
 from . import cpu, gpu, selection
 from .functional import Ints, per_axis
 from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
-from .reference import finish, generate, inverse_rms, per_channel
+from .reference import finish, generate, per_channel
 from .registration import evaluate, library
 
 _APPLY, _ADJOINT, _CORRELATE = MAPS
-RMS_EPS = 1e-6  # added to the mean square of a position's channels
 
 
 def fused_involution(
@@ -257,21 +256,6 @@ def _fake_backward(
     return dx, dhidden, weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
 
 
-def _rms_norm_pointwise(input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``conv(input / rms(input), weight) + bias`` with a 1x1 convolution, the RMS over a position's channels.
-
-    One operator, so that graphs show it whole (rewrites find it there), made of torch's differentiable ones. The norm
-    is a factor of the convolution's narrower output, taken in float32 for 16 bits.
-    """
-    reduced = _CONVOLUTION[input.dim() - 2](input, weight)
-    factor = inverse_rms(input, eps)
-    offset = per_channel(bias, input).to(factor.dtype)
-    return torch.addcmul(offset, reduced.to(factor.dtype), factor).to(reduced.dtype)
-
-
-_CONVOLUTION = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}
-
-
 def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], window: Sequence[Any]) -> int:
     """Two operations per multiply-add: those of the weights [out, in], the span's first, and the aggregation's."""
     weights = [weight for weight in pointwise if weight is not None]
@@ -292,11 +276,9 @@ _SCHEMAS = (
 )
 for _schema in _SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-library.define("rms_norm_pointwise(Tensor input, Tensor weight, Tensor bias, float eps) -> Tensor")
 library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
 library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
 library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
-library.impl("rms_norm_pointwise", _rms_norm_pointwise, "CompositeImplicitAutograd")
 torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
 torch.library.register_fake("involution::fused_backward", _fake_backward, lib=library)
 torch.library.register_fake("involution::bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library)

@@ -143,7 +143,7 @@ class LayerParts(NamedTuple):
     following_bias: Tensor | None = None
     relu: bool = False
     next_relu: bool = False
-    rms_eps: float = 0.0  # above 0, the reduction reads x / rms(x), the RMS over a position's channels
+    rms_eps: float = 0.0  # above 0, the reduction's features are divided by their RMS at every position
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the options, in order."""

@@ -61,7 +61,10 @@ def layer(
     hidden = parts.hidden
     if hidden is None:
         pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
-        hidden = _reduced(parts, pooled).relu()
+        hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
+        if parts.rms_eps > 0:
+            wide = _widened(hidden)
+            hidden = (wide * (wide.square().mean(1, keepdim=True) + parts.rms_eps).rsqrt()).to(hidden.dtype)
     y = outs[0]
     if parts.next_weight is not None:
         y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)
@@ -76,21 +79,6 @@ def layer(
         outs[0].copy_(y)
     if parts.following_weight is not None:
         outs[1].copy_(_pointwise(y, parts.following_weight, parts.following_bias).relu())
-
-
-def _reduced(parts: LayerParts, pooled: Tensor) -> Tensor:
-    """The reduction, of the pooled input or, with an rms_eps, of what RMS norm makes of it."""
-    weight, bias = parts.reduce_weight, parts.reduce_bias
-    if parts.rms_eps <= 0:
-        return _pointwise(pooled, weight, bias)
-    assert weight is not None
-    reduced = _pointwise(pooled, unpack(weight, bias), None) * inverse_rms(pooled, parts.rms_eps)
-    return (reduced if bias is None else reduced + per_channel(bias, reduced)).to(pooled.dtype)
-
-
-def inverse_rms(image: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean square of a position's channels + eps): [N, C, *S] -> [N, 1, *S], at least float32."""
-    return (_widened(image).square().mean(1, keepdim=True) + eps).rsqrt()
 
 
 def layer_backward(

@@ -4,6 +4,7 @@ from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttent
 from .diagnose import Diagnosis, LayerSignal, diagnose
 from .generators import (
     BottleneckGenerator,
+    ChannelRMSNorm,
     ContextGenerator,
     LinearGenerator,
     PositionGenerator,
@@ -16,6 +17,7 @@ from .replace import Replaced, replace
 __all__ = [
     "AttentionGenerator",
     "BottleneckGenerator",
+    "ChannelRMSNorm",
     "ContextGenerator",
     "Diagnosis",
     "Involution1d",

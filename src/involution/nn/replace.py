@@ -44,8 +44,8 @@ def replace(
     """Puts an involution where a network has a 3x3 convolution that one can stand for, in place.
 
     That wants as many output as input channels, which the group width divides, one group, and zero padding that keeps
-    the size (at a stride, ceil(S / stride)). Weights are new: the network is to be trained again. Stride, dilation,
-    device, dtype and training mode stay; a convolution's bias goes.
+    the size (at a stride, ceil(S / stride)). The new layers begin as the identity: the network is to be trained again.
+    All other weights, and stride, dilation, device, dtype and training mode, stay; a convolution's bias goes.
 
     Args:
         module: is changed; not a bare convolution itself.

@@ -1,6 +1,5 @@
 """Feature pyramids whose 3x3 convolutions can be involutions (paper, section 4.2): torchvision's, a part swapped."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -22,21 +21,18 @@ def check_layer(name: str, value: str) -> None:
         raise ValueError(f"{name} must be convolution or involution, got {value!r}")
 
 
-def involution_layer(channels: int) -> Involution2d:
-    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins close to the identity.
+def involution_layer(channels: int, backbone: str) -> Involution2d:
+    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins as the identity.
 
-    Four in a row without norms, as in Mask R-CNN's head, begin with losses ten times a convolution's where their
-    kernels are drawn as usual, and scatter what the mask is to be learnt from.
+    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published; on all
+    others the default one.
+
+    Args:
+        channels: of input and output.
+        backbone: the name of the network that neck or head are on.
     """
-    layer = Involution2d(channels)
-    taps = math.prod(layer.kernel_size)
-    span: Any = layer.generator.span  # its parameters: weight [G * K * K, width, 1, 1], bias [G * K * K]
-    nn.init.kaiming_normal_(span.weight, mode="fan_out", nonlinearity="relu")
-    with torch.no_grad():
-        span.weight.mul_(0.1)
-        span.bias.zero_()
-        span.bias.view(-1, taps)[:, taps // 2] = 1
-    return layer
+    papers = backbone.startswith("rednet") and not backbone.startswith("rednetv2_")
+    return Involution2d(channels, norm_layer=nn.BatchNorm2d if papers else None)
 
 
 class ExtraConvolutions(LastLevelP6P7):
@@ -56,6 +52,7 @@ def feature_pyramid(
     out_channels: int = 256,
     layer: str = "convolution",
     extra_blocks: ExtraFPNBlock | None = None,
+    backbone: str = "",
 ) -> FeaturePyramidNetwork:
     """torchvision's FPN: 1x1 laterals, nearest upsampling, and a 3x3 convolution or a 7x7 involution on every level.
 
@@ -66,6 +63,7 @@ def feature_pyramid(
         out_channels: of every level of the result; involution wants a multiple of 16.
         layer: "convolution" or "involution".
         extra_blocks: makes coarser levels, as in torchvision.
+        backbone: the name of the network below, which decides the involutions' generator: see `involution_layer`.
 
     Raises:
         ValueError: layer is neither.
@@ -76,7 +74,7 @@ def feature_pyramid(
         if isinstance(module, nn.Conv2d):
             nn.init.xavier_uniform_(module.weight)
     if layer == "involution":
-        pyramid.layer_blocks = nn.ModuleList(involution_layer(out_channels) for _ in in_channels)
+        pyramid.layer_blocks = nn.ModuleList(involution_layer(out_channels, backbone) for _ in in_channels)
     return pyramid
 
 
@@ -124,7 +122,7 @@ class PyramidBackbone(nn.Module):
         extra: ExtraFPNBlock | None = LastLevelMaxPool() if extra_levels == "pool" else None
         if extra_levels == "convolutions":
             extra = ExtraConvolutions(channels[-1], out_channels)
-        self.fpn = feature_pyramid(channels, out_channels, layer, extra)
+        self.fpn = feature_pyramid(channels, out_channels, layer, extra, name)
         self.out_channels = out_channels
         self.strides: list[int] = list(self.body.feature_info.reduction())
         for _ in range({None: 0, "pool": 1, "convolutions": 2}[extra_levels]):

@@ -258,6 +258,24 @@ def test_masks_must_be_read(verb: str, coco_folder: Path, capsys: pytest.Capture
     assert "masks must be true in the data of a model that predicts masks, got false" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+def test_boxes_alone_want_another_recipe(
+    verb: str, make_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Although the recipe skips what is not right: the first file without any mask ends the run before it begins."""
+    root = make_coco(tmp_path / "coco")
+    for file in (root / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for one in content["annotations"]:
+            one["segmentation"] = []
+        file.write_text(json.dumps(content))
+    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, "--model.backbone", "rednet26"]
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "an object must have a segmentation, for masks are asked for, got 10 boxes alone" in message
+    assert "such as -c faster_rcnn_rednet50_fpn_1x" in message
+
+
 def test_schedule() -> None:
     def rate(step: int) -> float:
         return warmup_steps_down(step, 4, 0.001, (8, 11), 10)

@@ -6,6 +6,8 @@ neck is of involution, every 3x3 convolution of the pyramid is a 7x7 involution;
 those of the mask head.
 """
 
+import difflib
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -245,6 +247,7 @@ def faster_rcnn(
     Raises:
         ValueError: an argument does not fit.
     """
+    _check_names(kwargs, RCNN)
     pyramid, rpn_head = _two_stage(backbone, neck, head, frozen_stages, norm_eval, backbone_kwargs)
     return RCNN(pyramid, rpn_head, num_classes, **kwargs)
 
@@ -260,10 +263,11 @@ def mask_rcnn(
     **kwargs: Any,
 ) -> RCNN:
     """Mask R-CNN with FPN; arguments as in `faster_rcnn`, and `head` is that of the mask head too."""
+    _check_names(kwargs, RCNN)
     mask_head = MaskRCNNHeads(CHANNELS, (CHANNELS,) * 4, 1)
     if head == "involution":
         for block in mask_head:
-            block[0] = involution_layer(CHANNELS)
+            block[0] = involution_layer(CHANNELS, backbone)
     pyramid, rpn_head = _two_stage(backbone, neck, head, frozen_stages, norm_eval, backbone_kwargs)
     return RCNN(pyramid, rpn_head, num_classes, mask_head, **kwargs)
 
@@ -296,7 +300,11 @@ def retinanet(
         bg_iou_thresh: IoU below which it is negative.
         detections_per_img: at most so many.
         **kwargs: of torchvision's RetinaNet.
+
+    Raises:
+        ValueError: an argument does not fit.
     """
+    _check_names(kwargs, RetinaNet)
     pyramid = PyramidBackbone(
         backbone,
         neck,
@@ -320,6 +328,21 @@ def retinanet(
     )
 
 
+def _check_names(given: dict[str, Any], detector: type[nn.Module]) -> None:
+    """Refuses arguments that torchvision, which hands what it does not know to its transform, would not miss."""
+    known = {
+        name
+        for taker in (detector, DetectionTransform)
+        for name, one in inspect.signature(taker).parameters.items()
+        if one.kind is not one.VAR_KEYWORD
+    } | {"_skip_resize"}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"; {near[0]} is one" if near else ""
+        raise ValueError(f"model_kwargs must be arguments of the detector, got {unknown[0]!r}{hint}")
+
+
 def _two_stage(
     backbone: str,
     neck: str,
@@ -332,7 +355,7 @@ def _two_stage(
     check_layer("head", head)
     rpn_head = ProposalHead(CHANNELS, len(SCALES) * len(RATIOS))
     if head == "involution":
-        rpn_head.conv[0][0] = involution_layer(CHANNELS)
+        rpn_head.conv[0][0] = involution_layer(CHANNELS, backbone)
     pyramid = PyramidBackbone(
         backbone,
         neck,

@@ -33,7 +33,7 @@ class Classify(nn.Sequential):
         begin_classifier(self[1])
 
 
-def begin_classifier(layer: nn.Conv2d) -> None:
+def begin_classifier(layer: Any) -> None:
     """The weights that a 1x1 convolution to classes begins with."""
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
@@ -31,6 +32,7 @@ class TaskData(LightningDataModule):
     test_set: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None is torch's
     drop_last = False  # leave out the images of an epoch that make no whole batch
+    drop_single = True  # leave out an epoch's last image where it would be a batch alone: batch norms want more values
 
     def __init__(self, batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -105,9 +107,17 @@ class TaskData(LightningDataModule):
         sampler = self._sampler(seed)
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(f"batch_size must be at most {len(sampler)}, a process's images, got {self.batch_size}")
+        alone = self.drop_single and self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        if alone and len(sampler) == 1:
+            raise ValueError("the training set must hold two images at least for every process, got one")
+        if alone and not self.drop_last:
+            rank_zero_info(
+                f"{len(sampler)} images in batches of {self.batch_size}: the last one of every epoch, another each "
+                "time, is left out, for a batch of one image has no statistics"
+            )
         sampler.resume(self._place[0], self._place[1] * self.batch_size)
         self._place = 0, 0
-        return self._loader(Seeded(self.train_set, seed), sampler, self.drop_last)
+        return self._loader(Seeded(self.train_set, seed), sampler, self.drop_last or alone)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation set, of this process's part."""

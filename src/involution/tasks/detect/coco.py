@@ -216,6 +216,7 @@ class COCO(TaskData):
     """
 
     collate = staticmethod(batch)
+    drop_single = False  # images are large: their statistics are of many positions
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ..data import IMAGENET_MEAN, IMAGENET_STD
-from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
@@ -190,10 +189,10 @@ class Detector(TaskModule):
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
 
-    def read(self, file: Path) -> Tensor:
-        """An image file as the network wants it, [3, H, W]."""
-        image: Tensor = to_tensor()(read_image(file))
-        return image
+    @property
+    def evaluation(self) -> Any:  # the detector resizes and normalises
+        """The transform of an image that is no training image: a tensor in 0..1."""
+        return to_tensor()
 
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
         """What is found in every image; masks as run lengths, which take little memory."""

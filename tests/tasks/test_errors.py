@@ -51,9 +51,7 @@ def test_a_runtime_error_is_one_line_and_its_traceback_is_kept() -> None:
         torch.ones(2, 3) @ torch.ones(2, 3)
     except RuntimeError as error:
         line = one_line(error)
-    assert line.startswith(
-        "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3) (RuntimeError; its traceback is in "
-    )
+    assert line.startswith("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3) (RuntimeError; its traceback is")
     file = Path(line.rpartition(" ")[2].rstrip(")"))
     assert "test_a_runtime_error_is_one_line" in file.read_text(encoding="utf-8")
     file.unlink()

@@ -84,8 +84,8 @@ class TaskModule(LightningModule):
                 channels = (self.hparams.get(name) or {}).get("in_chans", 3)
                 if isinstance(data, TaskData) and channels != 3:
                     raise ValueError(
-                        f"{name}.in_chans must be 3, or left out, got {channels}: images are read as RGB, grey ones with "
-                        "three equal channels"
+                        f"{name}.in_chans must be 3, or left out, got {channels}: images are read as RGB, grey ones "
+                        "with three equal channels"
                     )
         found = len(self.classes)
         if found != self.num_classes:

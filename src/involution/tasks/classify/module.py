@@ -70,8 +70,8 @@ class Classifier(TaskModule):
         channels_last: the memory format of weights and images; on CPU involution is fastest with it.
 
     Raises:
-        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the data have another number of classes
-            (once the trainer starts).
+        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the data have another number of
+            classes (once the trainer starts).
     """
 
     task = "classify"

@@ -1,5 +1,6 @@
 """The `involution` command: a dispatcher that loads nothing before it knows the verb."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 1 where something is missing, 2 for a wrong call.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show end no run
     verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if verb in ("-h", "--help"):
         print(_help())
@@ -106,24 +110,24 @@ def _train(verb: str, rest: list[str]) -> int:
         return 2
     from . import zoo  # noqa: F401  (registers our models with timm)
     from .tasks.command import run
+    from .tasks.errors import EXPECTED, one_line
 
     try:
         run([verb, *rest])
-    except (OSError, ValueError, FloatingPointError) as error:  # what does not fit; or a loss that is NaN
-        print(f"involution {verb}: {error}", file=sys.stderr)
+    except (*EXPECTED, FloatingPointError) as error:  # what does not fit; or a loss that is NaN
+        print(f"involution {verb}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
 def _predict(rest: list[str]) -> int:
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
+    from .tasks.errors import EXPECTED, one_line
     from .tasks.predict import main as predict
 
     try:
         predict(rest)
-    except (OSError, ValueError, MisconfigurationException) as error:  # the checkpoint, an image or an option
-        print(f"involution predict: {error}", file=sys.stderr)
+    except EXPECTED as error:  # the checkpoint, an image or an option
+        print(f"involution predict: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,7 +1,5 @@
 """The LightningCLI behind `involution fit | validate | test`, the same for every task."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
+from .console import Screen, on_a_terminal, quiet_lightning, result_of
 from .finite_loss import FiniteLoss
 from .recipes import resolve_configs
 from .recovery import GivenOptions, RandomStates, WholeCheckpoints, WholeEpochs, last_checkpoint
@@ -79,7 +78,15 @@ class TaskCLI(LightningCLI):
         kwargs["plugins"] = plugins
         if trainer["logger"] in (None, True):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
+        if trainer["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = on_a_terminal()
         return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Says what has come out, and what to do with it."""
+        if self.trainer.is_global_zero:
+            config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"
+            print(*result_of(self.trainer, str(config)), sep="\n")
 
 
 def _options(arguments: list[str], prefix: str) -> list[str]:
@@ -126,16 +133,6 @@ def _loggers(folder: Path) -> list[Logger]:
     return [csv, TensorBoardLogger(folder, name="", version=csv.version, default_hp_metric=False)]
 
 
-def quiet_lightning() -> None:
-    """Silences what Lightning says about its own use of torch, and its advertisements: nobody here can act on them."""
-    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
-
-
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in record.getMessage()
-
-
 def run(arguments: list[str]) -> TaskCLI:
     """Runs one verb.
 
@@ -156,11 +153,9 @@ def run(arguments: list[str]) -> TaskCLI:
     for argument in resolved:
         if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):
             raise ValueError(f"num_classes comes from the data, got {argument}")
-    # Ours is: the sampler skips what was seen.
-    warnings.filterwarnings("ignore", message=r"You're resuming from a checkpoint that ended before the epoch ended")
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [last, RandomStates(), WholeEpochs(), GivenOptions(), FiniteLoss()]
+    callbacks = [last, RandomStates(), WholeEpochs(), GivenOptions(), FiniteLoss(), Screen()]
     return TaskCLI(
         LightningModule,
         LightningDataModule,
@@ -169,7 +164,11 @@ def run(arguments: list[str]) -> TaskCLI:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
-        trainer_defaults={"default_root_dir": f"runs/{name or 'unnamed'}", "callbacks": callbacks},
+        trainer_defaults={
+            "default_root_dir": f"runs/{name or 'unnamed'}",
+            "callbacks": callbacks,
+            "enable_model_summary": False,
+        },
         parser_kwargs={"prog": "involution"},
         args=resolved,
     )

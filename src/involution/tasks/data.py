@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from .images import cores
 from .recovery import ResumableSampler, Seeded, global_seed, place_in_epoch
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +21,7 @@ class TaskData(LightningDataModule):
 
     Args:
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
 
     Raises:
         ValueError: a number is too small.
@@ -31,10 +33,11 @@ class TaskData(LightningDataModule):
     test_set: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None is torch's
     drop_last = False  # leave out the images of an epoch that make no whole batch
+    drop_single = True  # leave out an epoch's last image where it would be a batch alone: batch norms want more values
 
-    def __init__(self, batch_size: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int, num_workers: int | None) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value!r}")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -105,9 +108,17 @@ class TaskData(LightningDataModule):
         sampler = self._sampler(seed)
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(f"batch_size must be at most {len(sampler)}, a process's images, got {self.batch_size}")
+        alone = self.drop_single and self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        if alone and len(sampler) == 1:
+            raise ValueError("the training set must hold two images at least for every process, got one")
+        if alone and not self.drop_last:
+            rank_zero_info(
+                f"{len(sampler)} images in batches of {self.batch_size}: the last one of every epoch, another each "
+                "time, is left out, for a batch of one image has no statistics"
+            )
         sampler.resume(self._place[0], self._place[1] * self.batch_size)
         self._place = 0, 0
-        return self._loader(Seeded(self.train_set, seed), sampler, self.drop_last)
+        return self._loader(Seeded(self.train_set, seed), sampler, self.drop_last or alone)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation set, of this process's part."""
@@ -129,6 +140,9 @@ class TaskData(LightningDataModule):
     def _loader(
         self, dataset: Dataset[Any], sampler: Sampler[Any] | None = None, drop_last: bool = False
     ) -> DataLoader[Any]:
+        workers = self.num_workers
+        if workers is None:
+            workers = max(1, cores() // (self.trainer.num_devices if self.trainer else 1))
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
@@ -136,7 +150,7 @@ class TaskData(LightningDataModule):
             drop_last=drop_last,
             collate_fn=self.collate,
             generator=torch.Generator(),  # or making an iterator would draw from the global one
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from ..nn import Diagnosis
 from ..zoo.checkpoints import load_backbone
 from ..zoo.warm_start import load_resnet
+from .data import TaskData
+from .images import read_image
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -23,6 +26,21 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
         if one != other:
             return f"the checkpoint's classes must be the data's, but class {index} is {one!r} there and {other!r} here"
     return f"the checkpoint's classes must be the data's, but they are {len(theirs)} there and {len(ours)} here"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads image files, and preprocesses them."""
+
+    transform: Callable[[Any], Any]
+
+    def __call__(self, file: Path) -> Any:
+        """What the transform makes of an image file.
+
+        Raises:
+            UnreadableImage: it cannot be read.
+        """
+        return self.transform(read_image(file))
 
 
 def linear_warmup(step: int, warmup: int, ratio: float) -> float:
@@ -64,11 +82,22 @@ class TaskModule(LightningModule):
         return net
 
     def setup(self, stage: str) -> None:
-        """Takes class names and preprocessing from the data, and refuses data with another number of classes."""
+        """Takes class names and preprocessing from the data, and refuses data that do not fit the network.
+
+        Raises:
+            ValueError: the number of classes is another, or in_chans is not 3.
+        """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "classes"):
             self.classes = self._data_classes = list(data.classes)
             self.preprocessing = getattr(data, "preprocessing", self.preprocessing)
+            for name in ("model_kwargs", "backbone_kwargs"):
+                channels = (self.hparams.get(name) or {}).get("in_chans", 3)
+                if isinstance(data, TaskData) and channels != 3:
+                    raise ValueError(
+                        f"{name}.in_chans must be 3, or left out, got {channels}: images are read as RGB, grey ones "
+                        "with three equal channels"
+                    )
         found = len(self.classes)
         if found != self.num_classes:
             raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
@@ -142,6 +171,11 @@ class TaskModule(LightningModule):
     def unlabelled(self, images: list[Tensor]) -> Any:
         """A training batch of images that nothing is known of, as `read` returns them: [3, H, W], all of a size."""
         raise NotImplementedError
+
+    @property
+    def read(self) -> Reader:
+        """Reads an image file as the network wants it; loading processes get it without the network."""
+        return Reader(self.evaluation)
 
     def look(self) -> None:
         """Sets how images are looked at in prediction: there is one way."""

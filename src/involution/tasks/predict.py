@@ -26,9 +26,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .command import quiet_lightning
+from .console import on_a_terminal, quiet_lightning
 from .files import files_below
-from .images import UnreadableImage
+from .images import UnreadableImage, cores
 
 TASKS = {
     "classify": "Classifier",
@@ -132,8 +132,14 @@ def main(arguments: list[str]) -> None:
     writer = model.writer(folder, files, **{name: options[name] for name in writes})
     dataset = ImageFiles(files, model.read, options.data.on_error)
     collate = partial(_with_indices, model.collate)
-    loader = DataLoader(dataset, options.data.batch_size, num_workers=options.data.num_workers, collate_fn=collate)
-    trainer = Trainer(**options.trainer, devices=1, logger=False, enable_checkpointing=False)
+    batches = -(-len(files) // options.data.batch_size)
+    workers = options.data.num_workers
+    if workers is None:
+        workers = min(cores(), batches) if batches > 1 else 0
+    loader = DataLoader(dataset, options.data.batch_size, num_workers=workers, collate_fn=collate)
+    trainer = Trainer(
+        **options.trainer, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
     predicting = _Predicting(model, writer.add)
     try:
         trainer.predict(predicting, loader, return_predictions=False)
@@ -174,12 +180,13 @@ def _parser(task: Any) -> tuple[ArgumentParser, list[str], list[str]]:
     parser.add_argument("--ckpt_path", required=True, type=str, help="a checkpoint of involution fit")
     parser.add_argument("--data.predict_path", required=True, type=str, help="an image, or a folder of images")
     parser.add_argument("--data.batch_size", default=16, type=PositiveInt, help="images per batch")
-    parser.add_argument("--data.num_workers", default=0, type=NonNegativeInt, help="loading processes")
+    workers = "loading processes; by default one per core, none for a single batch"
+    parser.add_argument("--data.num_workers", default=None, type=NonNegativeInt | None, help=workers)
     parser.add_argument("--data.on_error", default="raise", choices=["raise", "skip"], help="where a file is broken")
     parser.add_argument("--output", required=True, type=str, help="the folder for the results")
     parser.add_argument("--trainer.accelerator", default="auto", type=str, help="auto, cpu, gpu, ...")
     parser.add_argument("--trainer.precision", default="32-true", type=str, help="32-true, bf16-mixed, ...")
-    parser.add_argument("--trainer.enable_progress_bar", default=True, type=bool)
+    parser.add_argument("--trainer.enable_progress_bar", default=on_a_terminal(), type=bool)
     if task is None:
         return parser, [], []
     looks = parser.add_method_arguments(task, "look")

@@ -3,6 +3,14 @@
 Importing this package registers them with timm: ``timm.create_model("rednet50", num_classes=10)``.
 """
 
+try:
+    import timm  # noqa: F401  (for a message that names the extra)
+except ModuleNotFoundError as error:
+    if error.name != "timm":
+        raise
+    missing = "involution.zoo needs timm, not installed here: pip install 'involution[zoo]'"
+    raise ModuleNotFoundError(missing, name="timm") from error
+
 from . import resnet
 from .rednet import RedNet
 from .warm_start import WarmStart, load_resnet

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
@@ -24,8 +23,8 @@ def check_layer(name: str, value: str) -> None:
 def involution_layer(channels: int, backbone: str) -> Involution2d:
     """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins as the identity.
 
-    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published; on all
-    others the default one.
+    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published; on
+    all others the default one.
 
     Args:
         channels: of input and output.

@@ -44,7 +44,7 @@ class CIFAR10(ClassificationData):
         root: folder of the files.
         download: let torchvision fetch the original (170 MB) into `root` if it is not there.
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
         val_size: images held out for validation, by class shares.
 
     Raises:
@@ -61,7 +61,7 @@ class CIFAR10(ClassificationData):
         root: str,
         download: bool = False,
         batch_size: int = 128,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         val_size: int = 5000,
     ) -> None:
         super().__init__(batch_size, num_workers)

@@ -22,7 +22,7 @@ class Photographs(ClassificationData):
 
     Args:
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
         image_size: height and width that the model gets, in pixels.
         resize: the shorter side before the centre crop, in pixels.
         auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
@@ -37,7 +37,7 @@ class Photographs(ClassificationData):
     def __init__(
         self,
         batch_size: int = 64,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         image_size: int = 224,
         resize: int = 256,
         auto_augment: str | None = None,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...nn import Diagnosis, diagnose
-from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .predictions import RankingWriter
 from .preprocessing import Preprocessing
@@ -74,9 +74,8 @@ class Classifier(TaskModule):
             its depth, see `zoo.load_resnet`.
 
     Raises:
-        RuntimeError: timm does not know `model_name`.
-        ValueError: mixup or cutmix is negative; the data have another number of classes, or init_from does not fit
-            (once the trainer starts).
+        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the data have another number of
+            classes, or init_from does not fit (once the trainer starts).
     """
 
     task = "classify"
@@ -103,6 +102,12 @@ class Classifier(TaskModule):
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
         self._mixing = _mixing(mixup, cutmix, num_classes)
+        if not timm.is_model(model_name.partition(".")[0]) and ":" not in model_name:
+            close = get_close_matches(model_name, timm.list_models(), 3)
+            raise ValueError(
+                f"model_name must be a model of timm's, got {model_name!r}; timm.list_models() lists them"
+                + (f", {', '.join(close)} among them" if close else "")
+            )
         net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
         self.net: nn.Module = net.to(memory_format=self.memory_format)
         # By name: FSDP flattens parameters before there is an optimizer.
@@ -171,11 +176,6 @@ class Classifier(TaskModule):
     def unlabelled(self, images: list[Tensor]) -> Batch:
         """A batch whose labels are all the first class."""
         return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
-
-    def read(self, file: Path) -> Tensor:
-        """An image file as the network wants it, [3, H, W]."""
-        image: Tensor = self.evaluation(read_image(file))
-        return image
 
     def writer(
         self,

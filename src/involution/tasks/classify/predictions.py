@@ -58,7 +58,7 @@ class RankingWriter:
 
 def write_csv(file: Path, names: Sequence[str], rows: Sequence[Ranking]) -> None:
     """Writes a line for every image and rank: image, rank (from 1), class, probability."""
-    with file.open("w", newline="") as stream:
+    with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "rank", "class", "probability"])
         for name, row in zip(names, rows, strict=True):

@@ -192,7 +192,7 @@ class COCO(TaskData):
         images: the image folder below root, likewise.
         categories: names of those to keep, in this order; None keeps all. Objects of others are left out.
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
         min_size: pixels of the shorter side in evaluation.
         max_size: at most so many pixels of the longer side, in evaluation and training.
         train_min_sizes: the shorter side in training, one by chance; None is `min_size`.
@@ -217,6 +217,7 @@ class COCO(TaskData):
     """
 
     collate = staticmethod(batch)
+    drop_single = False  # images are large: their statistics are of many positions
 
     def __init__(
         self,
@@ -229,7 +230,7 @@ class COCO(TaskData):
         images: str = "{split}",
         categories: list[str] | None = None,
         batch_size: int = 2,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         min_size: int = 800,
         max_size: int = 1333,
         train_min_sizes: list[int] | None = None,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...nn import Diagnosis, diagnose
 from ..data import IMAGENET_MEAN, IMAGENET_STD
-from ..images import read_image
 from ..module import TaskModule, linear_warmup
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
@@ -218,10 +217,10 @@ class Detector(TaskModule):
             targets.append({**nothing, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)})
         return images, targets
 
-    def read(self, file: Path) -> Tensor:
-        """An image file as the network wants it, [3, H, W]."""
-        image: Tensor = to_tensor()(read_image(file))
-        return image
+    @property
+    def evaluation(self) -> Any:  # the detector resizes and normalises
+        """The transform of an image that is no training image: a tensor in 0..1."""
+        return to_tensor()
 
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
         """What is found in every image; masks as run lengths, which take little memory."""

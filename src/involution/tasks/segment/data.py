@@ -88,7 +88,7 @@ class SegmentationData(TaskData):
 
     Args:
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader.
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
         resize: pixels of an image's shorter side, in training before `scale`.
         scale: range of the factor that scales training images.
         crop: height and width of a training image, in pixels; one number for a square.
@@ -109,7 +109,7 @@ class SegmentationData(TaskData):
     def __init__(
         self,
         batch_size: int = 2,
-        num_workers: int = 2,
+        num_workers: int | None = None,
         resize: int = 512,
         scale: tuple[float, float] = (0.5, 2.0),
         crop: tuple[int, int] | int = (512, 512),

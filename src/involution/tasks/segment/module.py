@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...nn import Diagnosis, diagnose
 from ..images import read_image
-from ..module import TaskModule, linear_warmup
+from ..module import Reader, TaskModule, linear_warmup
 from ..pictures import Colour, colour
 from ..sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from .evaluation import scores, table
@@ -52,6 +52,15 @@ def pixel_loss(logits: Tensor, masks: Tensor, over: str = "known") -> Tensor:
     """
     total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
     return total / (masks.numel() if over == "all" else (masks != IGNORED).sum().clamp(min=1))
+
+
+class SizedReader(Reader):
+    """Reads image files, preprocesses them, and tells their own size: tensor, and (height, width)."""
+
+    def __call__(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
+        """See `Reader`."""
+        image = read_image(file)
+        return self.transform(image), (image.height, image.width)
 
 
 class Segmenter(TaskModule):
@@ -254,10 +263,10 @@ class Segmenter(TaskModule):
         """[3, h, w] -> the likeliest class of each of an image's own pixels, [*size] int64; one image at a time."""
         return self.inference.probabilities(self, image, size).argmax(0)
 
-    def read(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
-        """An image file as the network wants it, [3, h, w], and its own height and width."""
-        image = read_image(file)
-        return self.evaluation(image), (image.height, image.width)
+    @property
+    def read(self) -> Reader:
+        """Reads an image file as the network wants it, [3, h, w], and its own height and width."""
+        return SizedReader(self.evaluation)
 
     def predict_step(self, images: list[tuple[Tensor, tuple[int, int]]], batch_idx: int) -> list[Tensor]:
         """Of every image, the classes of its pixels: [H, W] uint8."""

@@ -1,0 +1,95 @@
+"""What a person sees of a run: the network's size, a line an epoch, at the end the best score and the next command."""
+
+import logging
+import sys
+import time
+import warnings
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+_ADVICE = ("Tip:", "TPU available", "Loading `train_dataloader` to estimate")  # Lightning's, of what is right here
+_IRRELEVANT = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*does not have many workers which may be a bottleneck",  # there are as many as cores
+    r"The number of training batches .* is smaller than the logging interval",  # which `Screen` shortens then
+    r"The dirpath has changed from",  # every run has a folder of its own
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips what was seen
+)
+
+
+def quiet_lightning() -> None:
+    """Silences what Lightning says of its own parts, and shows warnings in a line."""
+    for message in _IRRELEVANT:
+        warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = _formatted
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _ADVICE)
+
+
+def _formatted(message: Any, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    where = "" if f"{__package__.partition('.')[0]}/" in filename else f" ({category.__name__}, {filename}:{lineno})"
+    return f"warning: {message}{where}\n"
+
+
+def on_a_terminal() -> bool:
+    """Whether a progress bar can be drawn."""
+    return sys.stdout.isatty()
+
+
+class Screen(Callback):
+    """Prints the network's size, and a line an epoch where there is no progress bar."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the number of parameters, and logs every batch where there are few."""
+        settings: Any = trainer
+        if settings.num_training_batches < settings.log_every_n_steps:
+            settings.log_every_n_steps = max(1, int(trainer.num_training_batches))
+        if trainer.is_global_zero:
+            everything = sum(one.numel() for one in pl_module.parameters())
+            trained = sum(one.numel() for one in pl_module.parameters() if one.requires_grad)
+            frozen = f", {trained / 1e6:.2f} million of them trained" if trained < everything else ""
+            print(f"{everything / 1e6:.2f} million parameters{frozen}; {trainer.num_training_batches} batches an epoch")
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the epoch's line: losses and what checkpoints are chosen by."""
+        if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
+            return
+        metrics = trainer.callback_metrics
+        monitored = [one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+        names = dict.fromkeys(["train/loss", "val/loss", *filter(None, monitored)])
+        numbers = "".join(f"  {name} {float(metrics[name]):.4f}" for name in names if name in metrics)
+        of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        seconds = time.perf_counter() - self._began
+        print(f"epoch {trainer.current_epoch + 1}{of}{numbers}  {seconds:.0f} s", flush=True)
+
+
+def result_of(trainer: Trainer, recipe: str) -> list[str]:
+    """What to say after training: the best score, its checkpoint, and the next commands."""
+    best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor), None)
+    kept = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
+    if not kept:
+        return []
+    if best is not None and best.best_model_path:
+        path = best.best_model_path
+        score = "" if best.best_model_score is None else f" {float(best.best_model_score):.4f}"
+        lines = [f"best {best.monitor}{score}: {path}"]
+    else:
+        path = kept[-1].best_model_path
+        lines = [f"checkpoint: {path}"]
+    return [
+        *lines,
+        f"next: involution test -c {recipe} --ckpt_path {path}",
+        f"      involution predict --ckpt_path {path} --data.predict_path PHOTOGRAPHS --output RESULTS",
+    ]

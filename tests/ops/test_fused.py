@@ -284,12 +284,22 @@ def averaged(x: Tensor, stride: list[int]) -> Tensor:
     return sums / members
 
 
-def composed_block(block: Block, given: dict[str, Any]) -> list[Tensor]:
-    """Step by step; for absolute values, the sizes of the sums that were rounded."""
+def hidden_features(block: Block, given: dict[str, Any]) -> Tensor:
+    """Before their RMS norm."""
+    pooled = averaged(given["input"], block.layer.window[1])
+    return pointwise(pooled, given["reduce_weight"], given["reduce_bias"]).relu()
+
+
+def composed_block(block: Block, given: dict[str, Any], values: dict[str, Any] | None = None) -> list[Tensor]:
+    """Step by step; for absolute values, the sizes of the sums that were rounded.
+
+    Those are divided by the RMS of the features that have their signs, of `values`: it may be much smaller.
+    """
     x, window = given["input"], block.layer.window
-    hidden = pointwise(averaged(x, window[1]), given["reduce_weight"], given["reduce_bias"]).relu()
+    hidden = hidden_features(block, given)
     if given["rms_eps"]:
-        hidden = hidden / (hidden.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
+        features = hidden if values is None else hidden_features(block, values)
+        hidden = hidden / (features.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
     y = composed(x, hidden, given["span_weight"], given["span_bias"], given["scale"], given["shift"], *window)
     y = y.relu() if given["relu"] else y
     if given["next_weight"] is None:
@@ -329,7 +339,8 @@ def blocks(draw: st.DrawFn, dims: int) -> Block:
 
 def assert_block_agrees(block: Block, seed: int, sets: tuple[str, ...] = ()) -> None:
     given = block.tensors(seed)
-    want, bound = composed_block(block, named(given)), composed_block(block, named(given, absolute=True))
+    values = named(given)
+    want, bound = composed_block(block, values), composed_block(block, named(given, absolute=True), values)
     runs = [
         (name, isa) for name in BACKENDS for isa in (sets or [block.layer.instruction_set] if name == "cpu" else [None])
     ]

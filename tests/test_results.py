@@ -47,6 +47,20 @@ def test_tables_of_the_dense_tasks_are_those_of_their_results_files(name: str, m
     assert all(table in page for table in tables.values()), f"run python experiments/{name}.py report"
 
 
+def test_the_table_of_replacements_is_that_of_its_results_file() -> None:
+    module = experiment("replace")
+    lines = module.finished(module.RESULTS)
+    assert {line["name"] for line in lines} <= {run.name for run in module.runs()}
+    [(name, table)] = module.tables(lines).items()
+    assert name == "replace"
+    assert table in (ROOT / "docs" / "results.md").read_text(), "run python experiments/replace.py report"
+    made = [{"name": run.name, "test_accuracy": 0.5 + 0.01 * index} for index, run in enumerate(module.runs())]
+    rows = module.tables(made)["replace"].splitlines()
+    assert len(rows) == 2 + len(made)
+    assert rows[2] == "| no convolution | nothing | 9 | 50.00% |  |"
+    assert rows[3] == "| every convolution | nothing | 0 | 51.00% | +1.00 |"
+
+
 def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:
     lines = cifar10.finished(cifar10.RESULTS)
     keys = [(line["name"], line["seed"]) for line in lines]

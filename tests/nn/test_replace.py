@@ -1,5 +1,6 @@
 """Involutions in networks that were made of convolutions."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -129,3 +130,30 @@ def test_what_fails_changes_nothing() -> None:
     with pytest.raises(TypeError, match="heads"):
         replace(network, heads=3)
     assert not any(isinstance(module, Involution2d) for module in network.modules())
+
+
+def test_everything_else_of_a_trained_network_is_kept() -> None:
+    network = resnet18()
+    for parameter in network.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for buffer in network.buffers():
+        buffer.fill_(2)
+    before = {name: one.clone() for name, one in network.state_dict().items()}
+    identities = {name: id(one) for name, one in network.named_parameters()}
+    replaced = tuple(f"{name}." for name in replace(network).replaced)
+    after = network.state_dict()
+    kept = [name for name in before if not name.startswith(replaced)]
+    assert len(kept) == len(before) - 13
+    assert kept == [name for name in after if not name.startswith(replaced)]
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    assert all(identities[name] == id(one) for name, one in network.named_parameters() if name in kept)
+
+
+@pytest.mark.skipif("kernel_init" not in inspect.signature(Involution2d).parameters, reason="kernels begin at random")
+@pytest.mark.parametrize("stride", [1, 2])
+def test_new_layers_begin_as_the_identity(stride: int) -> None:
+    network = nn.Sequential(nn.Conv2d(32, 32, 3, stride=stride, padding=1))
+    replace(network)
+    x = torch.randn(2, 32, 9, 8)
+    for mode in (True, False):
+        torch.testing.assert_close(network.train(mode)(x), x[:, :, ::stride, ::stride])

@@ -68,9 +68,11 @@ def _report(trainer: Trainer, pl_module: Any, batch: Any) -> str:
     """What is wrong, in the precision of training."""
     try:
         with trainer.precision_plugin.forward_context():
-            return str(pl_module.diagnose(batch))
+            found = pl_module.diagnose(batch)
     except Exception as error:  # parameters that are sharded, a module that is none of ours, no memory left
         return f"there is no diagnosis: {type(error).__name__}: {error}"
+    again = "\nnote: computed again, this batch's loss is finite: random numbers (mixing, dropout) made the difference"
+    return f"{found}{again if math.isfinite(found.loss) else ''}"
 
 
 def _last_good(trainer: Trainer) -> str:

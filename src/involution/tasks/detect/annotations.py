@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ class Annotations(NamedTuple):
 
     images: list[ImageEntry]
     categories: dict[int, str]
-    objects: dict[int, list[ObjectEntry]]
+    objects: Mapping[int, list[ObjectEntry]]
 
     def only(self, names: Sequence[str]) -> "Annotations":
         """The same images with the objects of some categories.
@@ -88,8 +88,12 @@ def read_annotations(file: Path, image_folder: Path, masks: bool = False, on_err
     for part in ("images", "categories", "annotations"):
         if not isinstance(content.get(part), list):
             raise AnnotationError(f"{file}: {part} must be a list, got {_shown(content.get(part))}")
-    if masks:
-        _check_any_masks(file, content["annotations"])
+    objects_found = [one for one in content["annotations"] if isinstance(one, dict)]
+    if masks and objects_found and not any(one.get("segmentation") for one in objects_found):
+        raise AnnotationError(
+            f"{file}: an object must have a segmentation, for masks are asked for, got {len(objects_found)} boxes "
+            "alone; faster_rcnn_rednet50_fpn_1x is a recipe for boxes"
+        )
     categories: dict[int, str] = {}
     for entry in _entries(file, content, "categories"):
         name = entry.value("name", str, "a name")
@@ -185,16 +189,6 @@ def _object(entry: _Entry, image: ImageEntry, categories: dict[int, str], masks:
     else:
         _check_polygons(entry, segmentation)
     return ObjectEntry(entry.fields["id"], category, (left, top, width, height), bool(crowd), segmentation, area)
-
-
-def _check_any_masks(file: Path, annotations: list[Any]) -> None:
-    """Refuses a file of boxes alone: leaving out what has no mask would leave nothing."""
-    found = [one for one in annotations if isinstance(one, dict)]
-    if found and not any(one.get("segmentation") for one in found):
-        raise AnnotationError(
-            f"{file} must hold segmentations, for masks are asked for, got boxes alone: none of {len(found)} objects "
-            f"has one; boxes want a recipe without masks, such as -c faster_rcnn_rednet50_fpn_1x"
-        )
 
 
 def _check_polygons(entry: _Entry, polygons: Any) -> None:

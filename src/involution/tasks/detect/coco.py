@@ -15,6 +15,7 @@ from ..data import IMAGENET_MEAN, IMAGENET_STD, TaskData
 from ..images import read_image
 from ..recovery import ResumableSampler
 from .annotations import AnnotationError, Annotations, ImageEntry, ObjectEntry, read_annotations
+from .packed import packed
 from .preprocessing import Preprocessing, to_tensor, training
 from .targets import Targets
 
@@ -220,7 +221,8 @@ class COCO(TaskData):
             if not annotations.is_file():
                 raise FileNotFoundError(f"root must hold the annotations of {part}, got {self.root}: no {annotations}")
             found = read_annotations(annotations, images, self.masks, self.on_error)
-            self._splits[name] = Split(images, found if self._kept is None else found.only(self._kept))
+            found = found if self._kept is None else found.only(self._kept)
+            self._splits[name] = Split(images, packed(found, self.masks))
         return self._splits[name]
 
     @cached_property

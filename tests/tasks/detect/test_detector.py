@@ -273,7 +273,7 @@ def test_boxes_alone_want_another_recipe(
     assert main(command) == 1
     message = capsys.readouterr().err
     assert "an object must have a segmentation, for masks are asked for, got 10 boxes alone" in message
-    assert "such as -c faster_rcnn_rednet50_fpn_1x" in message
+    assert "faster_rcnn_rednet50_fpn_1x is a recipe for boxes" in message
 
 
 def test_schedule() -> None:

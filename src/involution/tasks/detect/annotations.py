@@ -4,7 +4,7 @@ import json
 import math
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class Annotations(NamedTuple):
 
     images: list[ImageEntry]
     categories: dict[int, str]
-    objects: dict[int, list[ObjectEntry]]
+    objects: Mapping[int, list[ObjectEntry]]
 
     def only(self, names: Sequence[str]) -> "Annotations":
         """The same images with the objects of some categories.

@@ -17,6 +17,7 @@ from ..files import files_below
 from ..images import Header, Skipping, UnreadableImage, for_each, inspect, read_image
 from ..recovery import ResumableSampler
 from .annotations import AnnotationError, Annotations, ImageEntry, ObjectEntry, read_annotations
+from .packed import packed
 from .preprocessing import Preprocessing, to_tensor, training
 from .targets import Targets
 
@@ -292,7 +293,7 @@ class COCO(TaskData):
             found = found if self._kept is None else found.only(self._kept)
             if self._names["val"] is None and name == self._names["train"]:
                 found = found.part(self.val_fraction, evaluation)
-            self._splits[key] = Split(images, found)
+            self._splits[key] = Split(images, packed(found, self.masks))
         return self._splits[key]
 
     def _key(self, part: str) -> tuple[str, bool]:

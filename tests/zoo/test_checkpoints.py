@@ -32,9 +32,7 @@ def test_a_classifier_begins_with_anothers_weights(num_classes: int, left_out: l
 
 def test_another_network_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "best.ckpt")
-    with pytest.raises(
-        ValueError, match=r"checkpoint_path must fit the model, got .*ckpt: missing: .*unexpected"
-    ):
+    with pytest.raises(ValueError, match=r"checkpoint_path must fit the model, got .*ckpt: missing: .*unexpected"):
         load_network(timm.create_model("resnet26"), tmp_path / "best.ckpt")
 
 

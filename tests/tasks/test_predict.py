@@ -43,6 +43,7 @@ def photographs(tmp_path: Path) -> Path:
 
 def predict(checkpoint: Path, path: Path, output: Path, *options: str) -> int:
     where = ["--ckpt_path", str(checkpoint), "--data.predict_path", str(path), "--output", str(output)]
+    where += ["--data.num_workers", "0"] if "--data.num_workers" not in options else []
     return main(["predict", *where, *QUIET, *options])
 
 

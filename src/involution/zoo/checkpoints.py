@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 _CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones do without
+_BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -36,11 +37,11 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def load_backbone(body: nn.Module, file: Path) -> list[str]:
-    """Fills a backbone with a classifier's weights.
+    """Fills a backbone with the weights of a classifier, or of the backbone of a detector or segmenter.
 
     Args:
         body: made by timm with features_only.
-        file: see `read_weights`; the classifier's last layer is left out.
+        file: see `read_weights`; a classifier's last layer, and what is not of the backbone, is left out.
 
     Returns:
         Names of what was left out.
@@ -49,9 +50,41 @@ def load_backbone(body: nn.Module, file: Path) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: it lacks tensors, has others or of other shapes.
     """
-    weights, wanted = read_weights(file), body.state_dict()
-    left_out = [name for name in weights if name.startswith(_CLASSIFIER)]
-    weights = {name: one for name, one in weights.items() if name not in left_out}
+    weights = read_weights(file)
+    prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
+    left_out = [name for name in weights if name.startswith(_CLASSIFIER) or not name.startswith(prefix)]
+    kept = {name.removeprefix(prefix): one for name, one in weights.items() if name not in left_out}
+    _fill(body, kept, f"backbone_weights must fit the backbone, got {file}")
+    return left_out
+
+
+def load_network(network: nn.Module, file: Path) -> list[str]:
+    """Fills a classifier with another one's weights.
+
+    Args:
+        network: a timm model.
+        file: see `read_weights`; the last layer is left out where it is for another number of classes.
+
+    Returns:
+        Names of what was left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks tensors, has others or of other shapes.
+    """
+    weights, own = read_weights(file), network.state_dict()
+    left_out = [
+        name
+        for name, one in weights.items()
+        if name.startswith(_CLASSIFIER) and name in own and own[name].shape != one.shape
+    ]
+    _fill(network, weights | {name: own[name] for name in left_out}, f"checkpoint_path must fit the model, got {file}")
+    return left_out
+
+
+def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+    """Loads weights that must be all of a module's, and no others."""
+    wanted = module.state_dict()
     shapes = [
         f"{name} {list(one.shape)} for {list(wanted[name].shape)}"
         for name, one in weights.items()
@@ -64,9 +97,8 @@ def load_backbone(body: nn.Module, file: Path) -> list[str]:
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"backbone_weights must fit the backbone, got {file}: {found}")
-    body.load_state_dict(weights)
-    return left_out
+        raise ValueError(f"{complaint}: {found}")
+    module.load_state_dict(weights)
 
 
 def _some(names: list[str]) -> str:

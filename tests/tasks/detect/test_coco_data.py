@@ -353,3 +353,52 @@ def test_another_layout_names_the_options(coco_folder: Path, tmp_path: Path) -> 
     (root / "annotations" / "instances_train2017.json").rename(root / "train2017" / "_annotations.coco.json")
     with pytest.raises(FileNotFoundError, match=r"data\.annotations is the file's pattern.*_annotations\.coco\.json"):
         data(root)
+
+
+def roboflow(root: Path) -> dict[str, Any]:
+    """Ids from 0, a category for the project, annotations beside the images."""
+    for part, name in (("train2017", "train"), ("val2017", "valid")):
+
+        def export(content: dict[str, Any]) -> None:
+            content["categories"].insert(0, {"id": 0, "name": "cat", "supercategory": "none"})
+            for number, one in enumerate(content["annotations"]):
+                one["id"] = number
+
+        change(root, part, export)
+        (root / part).rename(root / name)
+        (root / "annotations" / f"instances_{part}.json").rename(root / name / "_annotations.coco.json")
+    return {"train": "train", "val": "valid", "annotations": "{split}/_annotations.coco.json"}
+
+
+def cvat(root: Path) -> dict[str, Any]:
+    """One part, whose images are in a folder of its name."""
+    (root / "images").mkdir()
+    (root / "train2017").rename(root / "images" / "default")
+    (root / "annotations" / "instances_train2017.json").rename(root / "annotations" / "instances_default.json")
+    return {"train": "default", "val": None, "images": "images/{split}"}
+
+
+def label_studio(root: Path) -> dict[str, Any]:
+    """One file beside the folder of images, which file names begin with, as Windows writes them."""
+
+    def export(content: dict[str, Any]) -> None:
+        for one in content["images"]:
+            one["file_name"] = f"images\\{one['file_name']}"
+
+    change(root, "train2017", export)
+    (root / "train2017").rename(root / "images")
+    (root / "annotations" / "instances_train2017.json").rename(root / "result.json")
+    return {"train": "result", "val": None, "images": ".", "annotations": "{split}.json"}
+
+
+@pytest.mark.parametrize("export", [roboflow, cvat, label_studio])
+def test_exports_of_labelling_tools(
+    export: Callable[[Path], dict[str, Any]], coco_folder: Path, tmp_path: Path
+) -> None:
+    """As docs/detection.md says."""
+    root = broken(coco_folder, tmp_path)
+    made = data(root, **export(root))
+    assert made.classes == ["cat", "dog"]
+    assert len(made.train_set) >= 5
+    assert len(made.val_set) >= 1
+    assert made.train_set[0][0].shape[0] == made.val_set[0][0].shape[0] == 3

@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,6 +20,7 @@ from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...nn import Diagnosis, diagnose
+from ...zoo.checkpoints import load_network
 from ..module import TaskModule, linear_warmup
 from .predictions import RankingWriter
 from .preprocessing import Preprocessing
@@ -56,7 +58,8 @@ class Classifier(TaskModule):
     Args:
         model_name: any name that timm.create_model takes, ours included.
         num_classes: length of the model's output; `involution fit` fills it in from the data.
-        model_kwargs: further arguments of timm.create_model.
+        model_kwargs: further arguments of timm.create_model. checkpoint_path may be a checkpoint of `involution fit`, a
+            state dict or .safetensors; its last layer is left out where it is for another number of classes.
         lr: peak learning rate.
         lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
             accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
@@ -108,7 +111,12 @@ class Classifier(TaskModule):
                 f"model_name must be a model of timm's, got {model_name!r}; timm.list_models() lists them"
                 + (f", {', '.join(close)} among them" if close else "")
             )
-        net = timm.create_model(model_name, num_classes=num_classes, **(model_kwargs or {}))
+        options = dict(model_kwargs or {})
+        weights = options.pop("checkpoint_path", None)
+        net = timm.create_model(model_name, num_classes=num_classes, **options)
+        if weights:
+            left_out = load_network(net, Path(weights))
+            rank_zero_info(f"checkpoint_path: all of the network's, none missing; left out: {left_out or 'none'}")
         self.net: nn.Module = net.to(memory_format=self.memory_format)
         # By name: FSDP flattens parameters before there is an optimizer.
         self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}

@@ -210,6 +210,8 @@ def _entries(file: Path, content: dict[str, Any], part: str) -> "list[_Entry]":
 
 def _image(entry: _Entry, folder: Path, names: set[str]) -> ImageEntry:
     name = entry.value("file_name", str, "a file's name")
+    if "\\" in name and not (folder / name).is_file():  # exported on Windows
+        name = name.replace("\\", "/")
     entry.check(name not in names, "file_name", "a file that no other image has", name)
     names.add(name)
     inside = name.strip() != "" and not Path(name).is_absolute() and ".." not in Path(name).parts

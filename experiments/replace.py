@@ -5,9 +5,10 @@
     python experiments/replace.py report                      puts its table into docs/results.md
 
 ResNet-18 at a quarter of its width is trained on 30,000 images of CIFAR-10; then `involution.nn.replace` changes it,
-and it is tested before any training, with new statistics of its norms, after distillation, and after one and three epochs
-more. How many epochs does it take to be as accurate as it was? A run appends a line to docs/results/replace.jsonl and
-is not made again as long as that line is there; the trained network's weights stay in --folder.
+and it is tested before any training, with new statistics of its norms, after distillation, and after one and three
+epochs more. How many epochs does it take to be as accurate as it was? A run appends a line to
+docs/results/replace.jsonl and is not made again as long as that line is there; the trained network's weights stay in
+--folder.
 """
 
 import argparse

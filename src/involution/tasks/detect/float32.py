@@ -3,6 +3,7 @@
 Of logits in bfloat16, which has eight bits, hundreds are equal, and what is found first among equal scores is chance.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, h, w] float32."""
-        with torch.autocast(input.device.type, enabled=False):
+        with _without_autocast(input.device.type):
             return self._conv_forward(input.float(), self.weight.float(), _float(self.bias))
 
 
@@ -24,8 +25,14 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] float32."""
-        with torch.autocast(input.device.type, enabled=False):
+        with _without_autocast(input.device.type):
             return F.linear(input.float(), self.weight.float(), _float(self.bias))
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """The meta device, on which costs are counted, knows no autocast."""
+    known = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 
 def _float(bias: Tensor | None) -> Tensor | None:

@@ -84,6 +84,26 @@ def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, mo
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_scores_do_not_tie(precision: str) -> None:
+    """bfloat16 has 128 values in an octave; some are equal in float32 too, for all logits begin close to each other."""
+    torch.manual_seed(0)
+    retina, model = retinanet(**TINY).head, mask_rcnn(**TINY)
+    level = torch.randn(1, 256, 40, 40)
+    regions, masks = torch.randn(2000, 1024).relu(), torch.randn(20, 256, 14, 14).relu()
+    if precision == "bf16-true":
+        retina, model = retina.bfloat16(), model.bfloat16()
+        level, regions, masks = level.bfloat16(), regions.bfloat16(), masks.bfloat16()
+    heads = model.roi_heads
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        outputs = [*retina([level]).values(), model.rpn.head([level])[0][0], model.rpn.head([level])[1][0]]
+        outputs += [heads.box_predictor(regions)[0], heads.box_predictor(regions)[1][:, 4:]]
+        outputs.append(heads.mask_predictor(masks)[:, 1:])
+    for output in outputs:
+        assert output.dtype == torch.float32
+        assert len(output.unique()) > 0.5 * output.numel()
+
+
 def test_bfloat16_does_not_change_boxes() -> None:
     """Decoding zero deltas gives the anchors themselves, at 1001 too; their scores do not tie."""
     model = faster_rcnn(**TINY).bfloat16()

@@ -25,6 +25,7 @@ from torchvision.ops import sigmoid_focal_loss
 from ...zoo.fpn import PyramidBackbone, check_layer, involution_layer
 from ..data import IMAGENET_MEAN, IMAGENET_STD
 from .anchors import Anchors, Matcher
+from .float32 import Linear, in_float32
 from .regions import DetectionTransform, ProposalHead, ProposalNetwork, RegionAlign, RegionHeads
 
 CHANNELS = 256  # of the pyramid
@@ -58,7 +59,8 @@ class BoxPredictor(FastRCNNPredictor):
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__(in_channels, num_classes + 1)
-        self.bbox_pred = nn.Linear(in_channels, 4 * num_classes)
+        self.cls_score = Linear(in_channels, num_classes + 1)
+        self.bbox_pred = Linear(in_channels, 4 * num_classes)
         for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -74,6 +76,7 @@ class MaskPredictor(MaskRCNNPredictor):
 
     def __init__(self, in_channels: int, dim_reduced: int, num_classes: int) -> None:
         super().__init__(in_channels, dim_reduced, num_classes)
+        in_float32(self, "mask_fcn_logits")
         for layer in (self.conv5_mask, self.mask_fcn_logits):
             nn.init.zeros_(layer.bias)
 
@@ -170,9 +173,10 @@ class RetinaHead(RetinaNetHead):
     one.
     """
 
-    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
-        """Levels [N, C, h, w] -> cls_logits [N, A, num_classes] and bbox_regression [N, A, 4], of all levels."""
-        return {name: output.float() for name, output in super().forward(x).items()}
+    def __init__(self, in_channels: int, num_anchors: int, num_classes: int, norm_layer: Any = None) -> None:
+        super().__init__(in_channels, num_anchors, num_classes, norm_layer)
+        in_float32(self.classification_head, "cls_logits")
+        in_float32(self.regression_head, "bbox_reg")
 
     def compute_loss(
         self,

@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import LevelMapper
 
+from .float32 import in_float32
 from .masks import mask_targets, paste_masks
 
 Targets = list[dict[str, Tensor]]
@@ -23,10 +24,9 @@ Targets = list[dict[str, Tensor]]
 class ProposalHead(RPNHead):
     """torchvision's, with outputs in float32."""
 
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Levels [N, C, h, w] -> their objectness [N, A, h, w] and box deltas [N, 4 * A, h, w]."""
-        objectness, deltas = super().forward(x)
-        return [one.float() for one in objectness], [one.float() for one in deltas]
+    def __init__(self, in_channels: int, num_anchors: int) -> None:
+        super().__init__(in_channels, num_anchors)
+        in_float32(self, "cls_logits", "bbox_pred")
 
 
 class ProposalNetwork(RegionProposalNetwork):
@@ -145,15 +145,17 @@ class RegionHeads(RoIHeads):
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
         """Scores [R, classes + 1] and box deltas [R, 4 * (classes + 1)]."""
-        scores, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
-        return scores.float(), deltas.float()
+        found: tuple[Tensor, Tensor] = self.box_predictor(
+            self.box_head(self.box_roi_pool(features, boxes, image_shapes))
+        )
+        return found
 
     def _of_masks(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], labels: Tensor
     ) -> Tensor:
         """Logits of the masks of these labels, [R, 28, 28]."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
-        result: Tensor = logits[torch.arange(len(labels), device=labels.device), labels].float()
+        result: Tensor = logits[torch.arange(len(labels), device=labels.device), labels]
         return result
 
 

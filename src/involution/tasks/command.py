@@ -1,5 +1,6 @@
 """The LightningCLI behind `involution fit | validate | test`, the same for every task."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class TaskCLI(LightningCLI):
         if verb == "fit" and checkpoint.is_file():
             now = _hyperparameters(self.config[verb])
             for name in [name for name in now if name in before and now[name] != before[name]]:
-                if not any(argument.startswith(f"--model.{name}") for argument in given):
+                if not _is_given(name, given):
                     rank_zero_info(
                         f"model.{name} is {now[name]!r}, as in the checkpoint, and not {before[name]!r}, as in the "
                         f"config; --model.{name} on the command line changes it"
@@ -84,8 +85,8 @@ class TaskCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Says what has come out, and what to do with it."""
+        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # asks the other processes
         if self.trainer.is_global_zero:
-            config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"
             print(*result_of(self.trainer, str(config)), sep="\n")
 
 
@@ -96,6 +97,12 @@ def _options(arguments: list[str], prefix: str) -> list[str]:
         if argument.startswith(prefix):
             found += [argument] if "=" in argument else [argument, following]
     return found
+
+
+def _is_given(name: str, arguments: list[str]) -> bool:
+    """Whether an option of the model, or a part of it, is among arguments."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--model.")]
+    return any(re.match(rf"--model\.(init_args\.)?{re.escape(name)}(\.|$)", one) for one in names)
 
 
 def _hyperparameters(config: Any) -> dict[str, Any]:

@@ -159,17 +159,19 @@ class GivenOptions(Callback):
         """Puts them back."""
         for stopping, patience in self._patience:
             stopping.patience = patience
+        schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
+        multiples = [one for one in schedules if isinstance(one, torch.optim.lr_scheduler.LambdaLR)]
+        # Another kind of schedule computes rates from those before: they stay the checkpoint's.
+        rates = {"lr", "initial_lr"} if len(multiples) < len(schedules) else set()
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
-            for group, given in zip(optimizer.param_groups, groups, strict=True):
-                group.update(given)
-        for config in trainer.lr_scheduler_configs:
-            schedule: Any = config.scheduler
-            if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-                groups = schedule.optimizer.param_groups
-                schedule.base_lrs = [group["initial_lr"] for group in groups]
-                for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-                    group["lr"] = base * factor(schedule.last_epoch)
-                schedule._last_lr = [group["lr"] for group in groups]
+            for group, given in zip(optimizer.param_groups, groups, strict=False):  # finetuning callbacks add groups
+                group.update({name: value for name, value in given.items() if name not in rates})
+        for schedule in multiples:
+            groups = schedule.optimizer.param_groups
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
+                group["lr"] = base * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
 
 class WholeEpochs(Callback):

@@ -179,7 +179,7 @@ def test_cifar10_names_what_is_missing(tmp_path):
 
 
 def test_image_folder_batches(tmp_path):
-    write_tree(tmp_path, {split: {"cat": 3, "dog": 2} for split in ("train", "val", "test")})
+    write_tree(tmp_path, {split: {"cat": 3, "dog": 3} for split in ("train", "val", "test")})
     data = ImageFolder(str(tmp_path), batch_size=4, num_workers=0, image_size=32, resize=36)
     assert (data.classes, data.num_classes) == (["cat", "dog"], 2)
     data.setup("fit")
@@ -187,7 +187,7 @@ def test_image_folder_batches(tmp_path):
     images, labels = next(iter(data.test_dataloader()))
     assert (images.shape, images.dtype) == ((4, 3, 32, 32), torch.float32)
     assert labels.tolist() == [0, 0, 0, 1]
-    assert sum(len(labels) for _, labels in data.train_dataloader()) == 5
+    assert sum(len(labels) for _, labels in data.train_dataloader()) == 6
 
 
 def test_image_folder_needs_no_test_images_to_train(tmp_path):

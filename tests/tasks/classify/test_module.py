@@ -216,5 +216,5 @@ def test_a_network_trained_without_a_data_module_cannot_read_images(tmp_path):
 
 
 def test_unknown_model_is_named():
-    with pytest.raises(RuntimeError, match="rednet27"):
+    with pytest.raises(ValueError, match=r"model_name must be a model of timm's, got 'rednet27'; .*rednet26"):
         Classifier("rednet27", num_classes=3)

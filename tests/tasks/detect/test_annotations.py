@@ -198,6 +198,17 @@ def test_a_category_without_objects_may_have_the_name_of_another(used: bool, tmp
     assert read_annotations(write(tmp_path, content), tmp_path).categories == {3: "cat", 7: "dog"}
 
 
+def test_a_project_and_its_class_of_the_same_name_are_one(tmp_path: Path) -> None:
+    content = copy.deepcopy(GOOD)
+    content["categories"] = [
+        {"id": 3, "name": "fish", "supercategory": "none"},
+        {"id": 7, "name": "fish", "supercategory": "fish"},
+    ]
+    found = read_annotations(write(tmp_path, content), tmp_path)
+    assert found.categories == {7: "fish"}
+    assert [one.category for one in found.objects[10]] == [7, 7]
+
+
 def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["images"][0] |= {"id": 10.0, "width": 40.0, "height": 30.0}

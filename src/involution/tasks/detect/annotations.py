@@ -83,7 +83,8 @@ def read_annotations(
 ) -> Annotations:
     """Reads and checks an annotation file.
 
-    A category that no object has is left out where another one has its name (Roboflow's exports have such a one).
+    A category that no object has is left out where another one has its name; one that has the name of its supercategory
+    is one with it, as in Roboflow's exports.
 
     Args:
         file: COCO's instances JSON: images, categories and annotations.
@@ -118,7 +119,7 @@ def read_annotations(
             f"{file}: an object must have a segmentation, for masks are asked for, got {len(objects_found)} boxes "
             "alone; faster_rcnn_rednet50_fpn_1x is a recipe for boxes"
         )
-    categories = _categories(file, content)
+    categories, same = _categories(file, content)
     images: dict[int, ImageEntry] = {}
     names: set[str] = set()
     for entry in _entries(file, content, "images"):
@@ -129,6 +130,9 @@ def read_annotations(
     problems: list[AnnotationError] = []
     clipped: list[str] = []
     for entry in _entries(file, content, "annotations"):
+        category = entry.number("category_id")
+        if category in same:
+            entry.fields["category_id"] = same[category]
         number = entry.number("image_id")
         of = None if number is None else images.get(number)
         if on_error == "skip" and not evaluation and of is not None:
@@ -152,21 +156,30 @@ def read_annotations(
     return Annotations(list(images.values()), categories, objects)
 
 
-def _categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
-    """Names by id, in the order of ids."""
+def _categories(file: Path, content: dict[str, Any]) -> tuple[dict[int, str], dict[int, int]]:
+    """Names by id, in the order of ids, and the ids that mean another one's category.
+
+    In Roboflow's exports the project is a category, too, and every category's supercategory. Where a class has its
+    name, the two are one.
+    """
     found = [(entry, entry.value("name", str, "a name")) for entry in _entries(file, content, "categories")]
     used = {_Entry("", one).number("category_id") for one in content["annotations"] if isinstance(one, dict)}
-    last = {name: entry.number("id") for entry, name in found}  # of several without objects, the last one stays
-    last |= {name: entry.number("id") for entry, name in found if entry.number("id") in used}
+    projects = {name for entry, name in found if entry.fields.get("supercategory") == name}
+    kept = {name: entry.number("id") for entry, name in found}  # of several, the last one with objects, or the last
+    kept |= {name: entry.number("id") for entry, name in found if entry.number("id") in used}
     ids: set[int] = set()
     categories: dict[int, str] = {}
+    same: dict[int, int] = {}
     for entry, name in found:
         number = entry.new_id(ids)
         ids.add(number)
-        if number in used or number == last[name]:
-            entry.check(name.strip() != "" and name not in categories.values(), "name", "a new name", name)
-            categories[number] = name
-    return dict(sorted(categories.items()))
+        main = kept[name]
+        if number != main and main is not None and (number not in used or name in projects):
+            same[number] = main
+            continue
+        entry.check(name.strip() != "" and name not in categories.values(), "name", "a new name", name)
+        categories[number] = name
+    return dict(sorted(categories.items())), same
 
 
 class _Entry:

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from involution.tasks.sync_batch_norm import SyncBatchNorm, SyncBatchNorms
+from involution.tasks.sync_batch_norm import SyncBatchNorm, SyncBatchNorms, norms_of_involutions
+from involution.zoo.fpn import involution_layer
 
 
 @pytest.fixture
@@ -63,6 +64,16 @@ def test_norms_with_activations_inside() -> None:
     shared = SyncBatchNorms(on_cpu=False).apply(model)
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in shared.modules()) > 10
     assert sum(isinstance(module, nn.ReLU) for module in shared.modules()) == activations
+
+
+@pytest.mark.parametrize(("on_cpu", "kind"), [(True, SyncBatchNorm), (False, nn.SyncBatchNorm)])
+def test_norms_of_a_necks_generators_are_shared(on_cpu: bool, kind: type[nn.Module]) -> None:
+    layer = involution_layer(32, "rednet26")
+    assert norms_of_involutions(layer) == [layer.generator.norm]
+    before = layer.state_dict()
+    shared = SyncBatchNorms(on_cpu).apply(layer)
+    assert type(shared.generator.norm) is kind
+    torch.testing.assert_close(shared.state_dict(), before)
 
 
 def test_a_batch_of_nothing_leaves_the_statistics(alone: None) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce, is_initialized
 
 from ..nn import Involution2d
+from ..zoo.fpn import GeneratorBatchNorm2d
 from .module import TaskModule
 
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, GeneratorBatchNorm2d)
 
 
 class _OverProcesses(torch.autograd.Function):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
@@ -20,18 +21,34 @@ def check_layer(name: str, value: str) -> None:
         raise ValueError(f"{name} must be convolution or involution, got {value!r}")
 
 
-def involution_layer(channels: int, backbone: str) -> Involution2d:
-    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins as the identity.
+class GeneratorBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that takes its running statistics in training, too, where a batch has one value per channel.
 
-    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published; on
-    all others the default one.
+    One value has no variance, and torch's batch norm raises ValueError. A pyramid's coarsest level is one pixel where
+    images are small, and one image at a time is a batch of one value. The running statistics are not updated then.
+    Everything else, the state dict included, is torch's; so is the error where no running statistics are tracked.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, C, H, W] -> the same."""
+        if self.training and self.running_mean is not None and (*input.shape[:1], *input.shape[2:]) == (1, 1, 1):
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+def involution_layer(channels: int, backbone: str) -> Involution2d:
+    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads.
+
+    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published, and
+    begins as the identity; its norm is a `GeneratorBatchNorm2d`, for levels of one pixel. On all others it has the
+    default generator, and begins close to the identity.
 
     Args:
         channels: of input and output.
         backbone: the name of the network that neck or head are on.
     """
     papers = backbone.startswith("rednet") and not backbone.startswith("rednetv2_")
-    return Involution2d(channels, norm_layer=nn.BatchNorm2d if papers else None)
+    return Involution2d(channels, norm_layer=GeneratorBatchNorm2d if papers else None)
 
 
 class ExtraConvolutions(LastLevelP6P7):

@@ -82,7 +82,7 @@ def test_batch_norms_that_stay_plain() -> None:
 
     model = SemanticFPN("rednet26", neck="involution")
     converted = synchronised(model, norms_of_involutions(model))
-    plain = {name for name, module in converted.named_modules() if type(module) is nn.BatchNorm2d}
+    plain = {name for name, module in converted.named_modules() if isinstance(module, nn.BatchNorm2d)}
     generators = {
         name for name, module in converted.named_modules() if isinstance(module, nn.BatchNorm2d) and "generator" in name
     }

@@ -37,11 +37,10 @@ class GeneratorBatchNorm2d(nn.BatchNorm2d):
 
 
 def involution_layer(channels: int, backbone: str) -> Involution2d:
-    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads.
+    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins as the identity.
 
-    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published, and
-    begins as the identity; its norm is a `GeneratorBatchNorm2d`, for levels of one pixel. On all others it has the
-    default generator, and begins close to the identity.
+    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published: a
+    `GeneratorBatchNorm2d`, for levels of one pixel. On all others it has the default generator.
 
     Args:
         channels: of input and output.

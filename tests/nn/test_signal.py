@@ -156,8 +156,7 @@ class PANet(nn.Module):
 
 
 @pytest.mark.parametrize("make", [neck, resnet18])
-@pytest.mark.parametrize("lr", [0.01, 0.1])
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize(("lr", "autocast"), [(0.01, False), (0.1, False), (0.1, True)])
 def test_networks_train_without_clipping(make: Callable[[], nn.Module], lr: float, autocast: bool) -> None:
     losses = train(make(), lr, 200, autocast)
     assert all(map(math.isfinite, losses))
@@ -167,7 +166,7 @@ def test_networks_train_without_clipping(make: Callable[[], nn.Module], lr: floa
 def growth_in_evaluation(make: Callable[..., nn.Module], **options: Any) -> float:
     """Trains a few steps, and doubles the input."""
     model, (x, _) = make(**options), images()
-    losses = train(model, 0.01, 12)
+    losses = train(model, 0.01, 30)
     assert all(map(math.isfinite, losses))
     with torch.no_grad():
         outputs = [model.eval()(scale * x) for scale in (1.0, 2.0)]

@@ -28,7 +28,8 @@ _POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
 _FRESH = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add, *_CONVOLUTIONS, *_POOLS}
 _FRESH |= {torch.ops.involution.fused.default, torch.ops.involution.apply.default}
-_FRESH |= {F.rms_norm}
+_RMS_NORMS = {F.rms_norm, torch.rms_norm}
+_FRESH |= _RMS_NORMS
 _IN_PLACE = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
     *("ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"),
@@ -303,7 +304,7 @@ def _before_rms_norm(hidden: Any) -> tuple[Any, float]:
     if not _calls(hidden, {"movedim"}) or tuple(hidden.args[1:]) != (-1, 1):
         return hidden, 0.0
     normed = hidden.args[0]
-    if not _calls(normed, {F.rms_norm}):
+    if not _calls(normed, _RMS_NORMS):
         return hidden, 0.0
     values = _bound(normed, ("input", "normalized_shape", "weight", "eps"))
     last = values["input"]

@@ -53,8 +53,8 @@ INVOLUTION_PUBLIC void involution_correlate_bf16(const involution_geometry*, con
  * Matrices [in, out] are packed into panels of 32 columns, [ceil(out / 32), in, 32], the last filled up with anything.
  * A null pointer leaves its part out.
  *
- *     h = hidden, or relu(pool(x) reduce_weight + reduce_bias), pool averaging windows of the stride's size, and with
- *         an rms_eps above 0 divided by sqrt(mean square of the position's features + rms_eps)
+ *     h = hidden, or relu(z) of z = pool(x) reduce_weight + reduce_bias, pool averaging windows of the stride's size; with
+ *         an rms_eps above 0, z is first divided by sqrt(mean square of the position's z + rms_eps)
  *     y = scale * apply(x, h span_weight + span_bias) + shift,  relu'd if `relu`
  *     output = y, or y next_weight + next_bias + shortcut,  relu'd if `next_relu`
  *     following = relu(output following_weight + following_bias)

@@ -160,15 +160,19 @@ struct Work {
     const Index channels = layer.hidden_channels;
     const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
                              static_cast<const T*>(layer.reduce_bias)};
-    rectified_product(product, channels, hidden);
-    if (layer.rms_eps > 0) {
-      for (Index t = 0; t < count; ++t) rms_norm(hidden + t * channels, channels);
+    if (layer.rms_eps <= 0) {
+      rectified_product(product, channels, hidden);
+      return hidden;
     }
+    multiply(product, 0, channels, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
+      store(hidden + t * channels + c, v);
+    }});
+    for (Index t = 0; t < count; ++t) rms_norm_relu(hidden + t * channels, channels);
     return hidden;
   }
 
-  // x / sqrt(mean of x * x + eps), in place.
-  void rms_norm(T* x, Index channels) const {
+  // relu(x / sqrt(mean of x * x + eps)), in place.
+  void rms_norm_relu(T* x, Index channels) const {
     constexpr int W = kLanes<T>;
     Vector<T, W> sums{};
     Index c = 0;
@@ -181,7 +185,7 @@ struct Work {
     for (; c < channels; ++c) sum += x[c] * x[c];
     const T factor = T(1) / T(__builtin_sqrt(double(sum / T(channels)) + layer.rms_eps));
 #pragma omp simd
-    for (Index i = 0; i < channels; ++i) x[i] *= factor;
+    for (Index i = 0; i < channels; ++i) x[i] = x[i] < 0 ? T(0) : x[i] * factor;  // NaN stays NaN
   }
 
   // The kernels of some groups at `count` positions: [count, columns], whole panels of the span's columns.

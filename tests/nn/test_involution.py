@@ -23,9 +23,12 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
     (k, _), (s, _), g = layer.kernel_size, layer.stride, layer.groups
     pooled = nn.functional.avg_pool2d(x, s, s) if s > 1 else x
     generator = layer.generator
-    hidden = torch.relu(generator.norm(generator.reduce(pooled)))
-    if isinstance(generator.norm, nn.Identity):  # the default: hidden features over their RMS
-        hidden = hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    reduced = generator.reduce(pooled)
+    if isinstance(generator.norm, nn.BatchNorm2d):
+        reduced = generator.norm(reduced)
+    else:  # the default: every position over its RMS
+        reduced = reduced / (reduced.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    hidden = torch.relu(reduced)
     weights = generator.span(hidden)
     weights = weights.view(n, g, 1, k * k, h // s, w // s)
     windows = nn.functional.unfold(x, k, padding=(k - 1) // 2, stride=s).view(n, g, c // g, k * k, h // s, w // s)

@@ -284,10 +284,10 @@ def averaged(x: Tensor, stride: list[int]) -> Tensor:
     return sums / members
 
 
-def hidden_features(block: Block, given: dict[str, Any]) -> Tensor:
+def reduced_features(block: Block, given: dict[str, Any]) -> Tensor:
     """Before their RMS norm."""
     pooled = averaged(given["input"], block.layer.window[1])
-    return pointwise(pooled, given["reduce_weight"], given["reduce_bias"]).relu()
+    return pointwise(pooled, given["reduce_weight"], given["reduce_bias"])
 
 
 def composed_block(block: Block, given: dict[str, Any], values: dict[str, Any] | None = None) -> list[Tensor]:
@@ -296,10 +296,11 @@ def composed_block(block: Block, given: dict[str, Any], values: dict[str, Any] |
     Those are divided by the RMS of the features that have their signs, of `values`: it may be much smaller.
     """
     x, window = given["input"], block.layer.window
-    hidden = hidden_features(block, given)
+    hidden = reduced_features(block, given)
     if given["rms_eps"]:
-        features = hidden if values is None else hidden_features(block, values)
+        features = hidden if values is None else reduced_features(block, values)
         hidden = hidden / (features.square().mean(1, keepdim=True) + given["rms_eps"]).sqrt()
+    hidden = hidden.relu()
     y = composed(x, hidden, given["span_weight"], given["span_bias"], given["scale"], given["shift"], *window)
     y = y.relu() if given["relu"] else y
     if given["next_weight"] is None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from involution import Involution2d
 from involution.cost.count import cost
+from involution.nn import ChannelRMSNorm
 from involution.zoo.fpn import GeneratorBatchNorm2d, PyramidBackbone, involution_layer
 
 
@@ -15,7 +16,7 @@ from involution.zoo.fpn import GeneratorBatchNorm2d, PyramidBackbone, involution
 def test_the_papers_networks_alone_have_the_papers_generator(backbone: str, norms: int) -> None:
     layer = involution_layer(32, backbone)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in layer.modules()) == norms
-    assert isinstance(layer.generator.hidden_norm, nn.Identity) == bool(norms)
+    assert isinstance(layer.generator.norm, ChannelRMSNorm) != bool(norms)
     x = torch.randn(2, 32, 9, 8)
     torch.testing.assert_close(layer(x), x)
 

@@ -181,7 +181,7 @@ def _involution(state: dict[str, Tensor], name: str, x: Tensor, stride: int) -> 
     if f"{name}.generator.norm.weight" in state:
         hidden = _norm(state, f"{name}.generator.norm", hidden).relu()
     else:
-        hidden = hidden.relu() / (hidden.relu().square().mean(1, keepdim=True) + 1e-6).sqrt()
+        hidden = (hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()).relu()
     kernels = F.conv2d(hidden, state[f"{name}.generator.span.weight"], state[f"{name}.generator.span.bias"])
     n, c, h, w = x.shape[0], x.shape[1], *kernels.shape[2:]
     size = math.isqrt(kernels.shape[1] // (c // 16))

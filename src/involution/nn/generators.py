@@ -54,10 +54,10 @@ KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], No
 
 
 class BottleneckGenerator(nn.Module):
-    """The paper's form of generator (section 3.2), reduce, activate, span, which the input's scale does not change.
+    """The paper's generator (section 3.2), reduce, normalise, activate, span, with a norm that ends the input's scale.
 
-    By default the hidden features are divided by their RMS at every position, and kernels begin as the identity: the
-    layer is of degree one in its input, as a convolution is, at any depth. In the paper's own generator,
+    By default the norm divides the reduced features by their RMS at every position, and kernels begin as the identity:
+    the layer is of degree one in its input, as a convolution is, at any depth. In the paper's own generator,
     ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, which makes the layer quadratic
     in its input, and begin with random signs.
 
@@ -71,8 +71,8 @@ class BottleneckGenerator(nn.Module):
         stride: one number per spatial axis.
         dilation: one number per spatial axis; makes no difference.
         reduction_ratio: r; the hidden width is max(1, C // r).
-        norm_layer: None has a `ChannelRMSNorm` after the activation; else called with the hidden width, for a norm
-            before it (the paper's is BatchNorm).
+        norm_layer: called with the hidden width, for the norm between reduction and activation; None has a
+            `ChannelRMSNorm` (the paper's is BatchNorm).
         act_layer: called without arguments.
         kernel_init: how kernels begin. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box": the
             window's average. Both zero the span's weight, which training moves at once. "paper": random, by the span
@@ -106,9 +106,8 @@ class BottleneckGenerator(nn.Module):
         self.kernel_init = kernel_init
         self.pool = _pool(stride)
         self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
-        self.norm = nn.Identity() if norm_layer is None else norm_layer(width)
+        self.norm = ChannelRMSNorm() if norm_layer is None else norm_layer(width)
         self.act = act_layer()
-        self.hidden_norm = ChannelRMSNorm() if norm_layer is None else nn.Identity()
         self.span = CONVOLUTION[dims](width, groups * math.prod(kernel_size), 1)
         self.init_kernels()
 
@@ -132,7 +131,7 @@ class BottleneckGenerator(nn.Module):
 
     def hidden(self, input: Tensor) -> Tensor:
         """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
-        hidden: Tensor = self.hidden_norm(self.act(self.norm(self.reduce(self.pool(input)))))
+        hidden: Tensor = self.act(self.norm(self.reduce(self.pool(input))))
         return hidden
 
     def forward(self, input: Tensor) -> Tensor:

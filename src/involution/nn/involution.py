@@ -145,8 +145,8 @@ class Involution2d(_Involution):
         dilation: an int or one per axis.
         group_channels: channels that share a kernel; must divide `channels`; or "all".
         reduction_ratio: of the default generator.
-        norm_layer: of the default generator: None divides the hidden features by their RMS at every position; else
-            called with the hidden width for a norm before the activation (the paper's is BatchNorm).
+        norm_layer: of the default generator: called with the hidden width, for the norm before its activation; None
+            divides every position's features by their RMS (the paper's is BatchNorm).
         act_layer: of the default generator: called without arguments.
         kernel_init: of the default generator: how kernels begin, "identity", "box", "paper" (random) or a callable; see
             `BottleneckGenerator`.

@@ -133,7 +133,7 @@ class _Pointwise(NamedTuple):
 
 
 class _Reduction(NamedTuple):
-    """A generator's reduction: weight [out, in] and bias [out], and the eps of the RMS norm after its ReLU, or 0."""
+    """A generator's reduction: weight [out, in] and bias [out], and the eps of the RMS norm before its ReLU, or 0."""
 
     weight: Tensor
     bias: Tensor
@@ -279,10 +279,10 @@ def _fuse_layer(graph: fx.GraphModule, layer: Node) -> str:
 
 def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple[_Reduction | None, str]:
     """The 1x1 convolution, with a batch norm folded in, from x (pooled where the layer strides) to hidden."""
-    rectified, rms_eps = _before_rms_norm(hidden)
-    if not _is_relu(rectified):
+    if not _is_relu(hidden):
         return None, "its generator's activation is not ReLU"
-    reduced, norm = rectified.args[0], _norm(graph, rectified.args[0])
+    reduced, rms_eps = _before_rms_norm(hidden.args[0])
+    norm = _norm(graph, reduced)
     if norm is None and rms_eps == 0:
         return None, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
     convolution = _pointwise(graph, reduced if norm is None else norm.node.args[0])
@@ -299,18 +299,18 @@ def _reduction(graph: fx.GraphModule, hidden: Any, x: Any, stride: Any) -> tuple
     return _Reduction(weight, weight.new_zeros(len(weight)) if bias is None else bias, rms_eps), ""
 
 
-def _before_rms_norm(hidden: Any) -> tuple[Any, float]:
-    """What `nn.generators.ChannelRMSNorm` reads to make hidden, and its eps; or hidden itself, and 0."""
-    if not _calls(hidden, {"movedim"}) or tuple(hidden.args[1:]) != (-1, 1):
-        return hidden, 0.0
-    normed = hidden.args[0]
+def _before_rms_norm(node: Any) -> tuple[Any, float]:
+    """What `nn.generators.ChannelRMSNorm` reads to make this, and its eps; or the node itself, and 0."""
+    if not _calls(node, {"movedim"}) or tuple(node.args[1:]) != (-1, 1):
+        return node, 0.0
+    normed = node.args[0]
     if not _calls(normed, _RMS_NORMS):
-        return hidden, 0.0
+        return node, 0.0
     values = _bound(normed, ("input", "normalized_shape", "weight", "eps"))
     last = values["input"]
     plain = len(values["normalized_shape"]) == 1 and values.get("weight") is None and values.get("eps") is not None
     if not plain or not _calls(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
-        return hidden, 0.0
+        return node, 0.0
     return last.args[0], values["eps"]
 
 

@@ -143,7 +143,7 @@ class LayerParts(NamedTuple):
     following_bias: Tensor | None = None
     relu: bool = False
     next_relu: bool = False
-    rms_eps: float = 0.0  # above 0, the reduction's features are divided by their RMS at every position
+    rms_eps: float = 0.0  # above 0, the reduced features are divided by their RMS at every position, before their ReLU
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """All but the options, in order."""

@@ -61,10 +61,11 @@ def layer(
     hidden = parts.hidden
     if hidden is None:
         pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
-        hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias).relu()
+        hidden = _pointwise(pooled, parts.reduce_weight, parts.reduce_bias)
         if parts.rms_eps > 0:
             wide = _widened(hidden)
             hidden = (wide * (wide.square().mean(1, keepdim=True) + parts.rms_eps).rsqrt()).to(hidden.dtype)
+        hidden = hidden.relu()
     y = outs[0]
     if parts.next_weight is not None:
         y = allocate("output", (geometry.batch, geometry.channels, *geometry.output), like=parts.input)

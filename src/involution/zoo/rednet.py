@@ -140,7 +140,7 @@ class RedNet(nn.Module):
         stem_stride: 4 (strided convolution and max pooling), 2 (strided convolution) or 1 (neither).
         norm_layer: a norm's name in timm or its class, for the network and its kernel generators.
         generator_norm_layer: the kernel generators' own norm; None takes `norm_layer`, "rms" the default of
-            `BottleneckGenerator`, which divides the hidden features by their RMS at every position.
+            `BottleneckGenerator`, which divides every position's features by their RMS.
         kernel_init: how kernels begin, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; generators
             that are not bottlenecks, and softmaxed kernels, begin in their own way.
         act_layer: an activation's name in timm or its class, for the network and its kernel generators.

@@ -25,10 +25,6 @@ def rms(x: Tensor) -> float:
     return float(x.detach().double().square().mean().sqrt())
 
 
-def median(x: Tensor) -> float:
-    return float(x.detach().abs().float().median())
-
-
 def stack(dims: int, channels: int, dtype: torch.dtype = torch.float32, **options: Any) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(*(LAYERS[dims](channels, **options) for _ in range(8))).to(dtype)
@@ -49,16 +45,15 @@ def stir(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("training", [False, True])
 def test_eight_layers_keep_signal_and_gradient(dims: int, channels: int, dtype: torch.dtype, training: bool) -> None:
-    """At the start; and with kernels that depend on the input, where few features share a norm and single gradients are
-    large: their median is taken."""
-    for layers, size in ((stack(dims, channels, dtype), rms), (stir(stack(dims, channels, dtype)), median)):
+    """At the start, and with kernels that depend on the input."""
+    for layers in (stack(dims, channels, dtype), stir(stack(dims, channels, dtype))):
         layers.train(training)
         for scale in (1e-2, 1.0, 1e2):
             x = (scale * torch.randn(2, channels, *SIZES[dims])).to(dtype).requires_grad_()
             y = layers(x)
             [gradient] = torch.autograd.grad((y.float() * torch.randn(y.shape)).sum(), x)
             assert 0.5 <= rms(y) / rms(x) <= 2
-            assert 0.5 <= size(gradient) <= 2
+            assert 0.5 <= rms(gradient) <= 2
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

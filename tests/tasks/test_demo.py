@@ -24,7 +24,7 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
         assert all(isinstance(value, int | float) for value in row.values())
         assert 0 <= row["test_accuracy"] <= 1
         assert row["seconds_per_epoch"] > 0
-    assert summary["rednet"]["params"] == parameters(timm.create_model("rednet14_cifar"))
+    assert summary["rednet"]["params"] == parameters(timm.create_model("rednetv2_14_cifar"))
     assert summary["twin"]["params"] == parameters(timm.create_model("resnet14_cifar"))
     for picture in ("curves.png", "kernels.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")

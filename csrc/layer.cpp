@@ -185,7 +185,10 @@ struct Work {
     for (; c < channels; ++c) sum += x[c] * x[c];
     const T factor = T(1) / T(__builtin_sqrt(double(sum / T(channels)) + layer.rms_eps));
 #pragma omp simd
-    for (Index i = 0; i < channels; ++i) x[i] = x[i] < 0 ? T(0) : x[i] * factor;  // NaN stays NaN
+    for (Index i = 0; i < channels; ++i) {
+      const T v = x[i] * factor;
+      x[i] = v < 0 ? T(0) : v;  // NaN stays NaN
+    }
   }
 
   // The kernels of some groups at `count` positions: [count, columns], whole panels of the span's columns.

@@ -100,7 +100,7 @@ def train(model: nn.Module, lr: float, steps: int, autocast: bool = False) -> li
 
 
 def resnet18(**options: Any) -> nn.Module:
-    """torchvision's, at an eighth of its width, all 3x3 convolutions that an involution can stand for replaced."""
+    """torchvision's, all 3x3 convolutions that an involution can stand for replaced."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=4)
     assert len(replace(model, **options).replaced) == 13

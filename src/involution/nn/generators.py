@@ -32,7 +32,7 @@ class ChannelRMSNorm(nn.Module):
     """Divides every position by the RMS of its channels, so that their scale makes no difference; no parameters.
 
     It looks at nothing but the position itself: no batch, no running statistics, no other positions. float16 and
-    bfloat16 take the mean square in float32.
+    bfloat16 take the mean square in float32. Where the RMS is not well above sqrt(eps), the result fades to 0.
 
     Args:
         eps: added to the mean square.
@@ -54,7 +54,7 @@ KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], No
 
 
 class BottleneckGenerator(nn.Module):
-    """The paper's generator (section 3.2), reduce, normalise, activate, span, with a norm that ends the input's scale.
+    """The paper's generator (section 3.2), reduce, normalise, activate, span, its input's scale removed.
 
     By default the norm divides the reduced features by their RMS at every position, and kernels begin as the identity:
     the layer is of degree one in its input, as a convolution is, at any depth. In the paper's own generator,
@@ -149,6 +149,8 @@ class BottleneckGenerator(nn.Module):
 
 class LinearGenerator(nn.Module):
     """One 1x1 convolution from the input to the kernels, without a bottleneck (compared in section 4.3 of the paper).
+
+    It has no norm: kernels grow with the input, which makes the layer quadratic in it.
 
     With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
     border. Cost: ``C * G*prod(K) * prod(O)`` multiply-adds.

@@ -141,8 +141,8 @@ class RedNet(nn.Module):
         norm_layer: a norm's name in timm or its class, for the network and its kernel generators.
         generator_norm_layer: the kernel generators' own norm; None takes `norm_layer`, "rms" the default of
             `BottleneckGenerator`, which divides every position's features by their RMS.
-        kernel_init: how kernels begin, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; generators
-            that are not bottlenecks, and softmaxed kernels, begin in their own way.
+        kernel_init: how kernels begin, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; attention,
+            softmaxed kernels and generators that are not bottlenecks begin in their own way.
         act_layer: an activation's name in timm or its class, for the network and its kernel generators.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth at the last block, growing linearly from 0 at the first.
@@ -200,6 +200,8 @@ class RedNet(nn.Module):
             _check_choice("attention", attention, RELATIVE_POSITIONS)
             if (kernel_generator, reduction_ratio) != ("bottleneck", 4):
                 raise ValueError("attention makes its own kernels, got a kernel_generator or reduction_ratio besides")
+        if not callable(kernel_init):
+            _check_choice("kernel_init", kernel_init, ("identity", "box", "paper"))
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))
         _check_choice("stem_stride", stem_stride, (1, 2, 4))
         self.num_classes = num_classes
@@ -212,7 +214,11 @@ class RedNet(nn.Module):
         }
         settings: dict[str, Any] = {
             "reduction_ratio": reduction_ratio,
-            "norm_layer": None if generator_norm_layer == "rms" else get_norm_layer(generator_norm_layer or norm_layer),
+            "norm_layer": None
+            if generator_norm_layer == "rms"
+            else _norm_layer(
+                "generator_norm_layer" if generator_norm_layer else "norm_layer", generator_norm_layer or norm_layer
+            ),
             "act_layer": get_act_layer(act_layer),
         }
         if kernel_generator != "softmax":
@@ -222,7 +228,7 @@ class RedNet(nn.Module):
         parts = _Parts(
             convolution=partial(nn.Conv2d, bias=False, **where),
             involution=partial(Involution2d, **settings, **where),
-            norm=partial(get_norm_layer(norm_layer), **where),
+            norm=partial(_norm_layer("norm_layer", norm_layer), **where),
             act=partial(create_act_layer, act_layer, inplace=True),
         )
         if attention is not None:
@@ -393,6 +399,14 @@ class RedNet(nn.Module):
 def _check_choice(name: str, value: int | str, choices: tuple[int | str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _norm_layer(name: str, value: Layer) -> Any:
+    try:
+        return get_norm_layer(value)
+    except KeyError:
+        wanted = "a norm's name in timm or its class" + (', or "rms"' if name == "generator_norm_layer" else "")
+        raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
 
 
 def _check_least(name: str, value: int, least: int) -> None:

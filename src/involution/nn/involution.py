@@ -132,8 +132,8 @@ class Involution2d(_Involution):
     """The involution layer (paper, section 3.2): kernels generated from the input, then applied to it.
 
     By default its output grows in proportion to its input, and it begins as the identity (with a stride, as
-    subsampling), so that layers can be stacked to any depth with or without norms. The paper's own layer, for its weights and tables, is ``Involution2d(channels,
-    norm_layer=nn.BatchNorm2d, kernel_init="paper")``.
+    subsampling), so that layers can be stacked to any depth with or without norms. The paper's own layer, for its
+    weights and tables, is ``Involution2d(channels, norm_layer=nn.BatchNorm2d, kernel_init="paper")``.
 
     Always returns ceil(S / stride) positions per axis; the left side is padded by floor(dilation * (K - 1) / 2).
 

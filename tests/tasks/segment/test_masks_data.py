@@ -211,11 +211,13 @@ def test_photometric_changes_keep_red_red(tree: Tree) -> None:
     """Brightness, contrast, saturation and a little of the hue; channels are not exchanged."""
     module = data("masks", tree("masks"), crop=(48, 48))
     mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
-    red = torch.zeros(3, 48, 48, dtype=torch.uint8)
+    red = torch.zeros(
+        3, 96, 96, dtype=torch.uint8
+    )  # at half of its size still as large as the crop: nothing is filled up
     red[0] = 200
     seen = []
     for _ in range(40):
-        image, _mask = module._training(tv_tensors.Image(red), tv_tensors.Mask(torch.zeros(48, 48).byte()))
+        image, _mask = module._training(tv_tensors.Image(red), tv_tensors.Mask(torch.zeros(96, 96).byte()))
         colours = (image * std + mean)[:, 20:28, 20:28].mean((1, 2))
         assert colours.argmax() == 0
         seen.append(colours)

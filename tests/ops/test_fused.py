@@ -471,7 +471,7 @@ def test_opcheck(case: str, name: str, layout: str, options: bool) -> None:
             following = [torch.randn(5, 6).double(), torch.randn(5).double()]
             end[2] = LAYOUTS[layout](end[2])
         reduce = torch.randn(3, x.shape[1]).double()
-        arguments = (x, reduce, None, span, bias, scale, shift, options, *end, options, *following, *window)
+        arguments = (x, reduce, None, 1e-6, span, bias, scale, shift, options, *end, options, *following, *window)
         torch.library.opcheck(ops.bottleneck, arguments)
 
 

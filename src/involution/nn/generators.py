@@ -51,6 +51,7 @@ class ChannelRMSNorm(nn.Module):
 
 
 KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], None]
+KERNEL_INITS = ("identity", "box", "paper")
 
 
 class BottleneckGenerator(nn.Module):
@@ -98,7 +99,7 @@ class BottleneckGenerator(nn.Module):
         kernel_init: KernelInit = "identity",
     ) -> None:
         super().__init__()
-        if not callable(kernel_init) and kernel_init not in ("identity", "box", "paper"):
+        if not callable(kernel_init) and kernel_init not in KERNEL_INITS:
             raise ValueError(f"kernel_init must be identity, box, paper or a callable, got {kernel_init!r}")
         dims = len(kernel_size)
         width = max(1, channels // reduction_ratio)

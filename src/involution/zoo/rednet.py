@@ -29,7 +29,7 @@ from ..nn import (
     SoftmaxGenerator,
 )
 from ..nn.attention import RELATIVE_POSITIONS
-from ..nn.generators import KernelInit
+from ..nn.generators import KERNEL_INITS, KernelInit
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
@@ -201,7 +201,7 @@ class RedNet(nn.Module):
             if (kernel_generator, reduction_ratio) != ("bottleneck", 4):
                 raise ValueError("attention makes its own kernels, got a kernel_generator or reduction_ratio besides")
         if not callable(kernel_init):
-            _check_choice("kernel_init", kernel_init, ("identity", "box", "paper"))
+            _check_choice("kernel_init", kernel_init, KERNEL_INITS)
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))
         _check_choice("stem_stride", stem_stride, (1, 2, 4))
         self.num_classes = num_classes
@@ -212,13 +212,14 @@ class RedNet(nn.Module):
         where: dict[str, Any] = {
             name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
         }
+        norm = _norm_layer("norm_layer", norm_layer)
+        generator_norm = norm
+        if generator_norm_layer is not None:
+            is_default = generator_norm_layer == "rms"
+            generator_norm = None if is_default else _norm_layer("generator_norm_layer", generator_norm_layer)
         settings: dict[str, Any] = {
             "reduction_ratio": reduction_ratio,
-            "norm_layer": None
-            if generator_norm_layer == "rms"
-            else _norm_layer(
-                "generator_norm_layer" if generator_norm_layer else "norm_layer", generator_norm_layer or norm_layer
-            ),
+            "norm_layer": generator_norm,
             "act_layer": get_act_layer(act_layer),
         }
         if kernel_generator != "softmax":
@@ -228,7 +229,7 @@ class RedNet(nn.Module):
         parts = _Parts(
             convolution=partial(nn.Conv2d, bias=False, **where),
             involution=partial(Involution2d, **settings, **where),
-            norm=partial(_norm_layer("norm_layer", norm_layer), **where),
+            norm=partial(norm, **where),
             act=partial(create_act_layer, act_layer, inplace=True),
         )
         if attention is not None:

@@ -163,7 +163,7 @@ def run(arguments: list[str]) -> TaskCLI:
     # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [last, RandomStates(), WholeEpochs(), GivenOptions(), FiniteLoss(), Screen()]
-    return TaskCLI(
+    finished = TaskCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -179,3 +179,8 @@ def run(arguments: list[str]) -> TaskCLI:
         parser_kwargs={"prog": "involution"},
         args=resolved,
     )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's threads may still hold Python objects, and one that asks for the GIL of an interpreter that is shutting
+        # down aborts the process. Lightning destroys NCCL's groups only.
+        torch.distributed.destroy_process_group()
+    return finished

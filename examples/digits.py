@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from involution.cost import multiply_adds, parameters
+from involution.engine.command import TaskCLI, run
 from involution.show import catch_kernel_maps, draw_curves, draw_kernels, kernel_heat
 from involution.show.curves import read_curve
-from involution.tasks.command import TaskCLI, run
 
 FOLDER = Path("runs/demo")
 RECIPES = {"rednet": "digits_rednet", "twin": "digits_resnet"}

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from involution import involution2d
 from involution.nn import window_softmax
-from involution.ops.functional import correlate, same_padding
+from involution.ops.arguments import same_padding
+from involution.ops.functional import correlate
 
 
 def nearest(x: Tensor, scale: int) -> Tensor:

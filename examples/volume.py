@@ -13,7 +13,8 @@ from photo import options, say_time
 from torch import Tensor
 
 from involution import involution3d
-from involution.ops.functional import correlate, same_padding
+from involution.ops.arguments import same_padding
+from involution.ops.functional import correlate
 
 
 def bilateral(volume: Tensor, kernel_size: int = 5, sigma_space: float = 1.5, sigma_range: float = 0.2) -> Tensor:

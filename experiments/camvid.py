@@ -116,7 +116,7 @@ def headline(line: dict[str, Any]) -> str:
 @torch.inference_mode()
 def time_table() -> str:
     """Seconds of one image of 240x320, medians of calls that take turns: the table in Markdown."""
-    from involution.bench.timer import in_turn, quartiles
+    from involution.bench.timer import interleaved, quartiles
     from involution.tasks.segment import SemanticFPN
 
     image = torch.randn(1, 3, *SIZE).to(memory_format=torch.channels_last)
@@ -126,7 +126,7 @@ def time_table() -> str:
         for name, options in RUNS.items()
     }
     calls = {name: lambda network=network: network(image) for name, network in networks.items()}
-    for name, taken in in_turn(calls, 40).items():
+    for name, taken in interleaved(calls, 40).items():
         low, middle, high = quartiles(taken)
         rows.append(f"| {name} | {middle:.0f} ({low:.0f}-{high:.0f}) |")
     return "\n".join(rows)

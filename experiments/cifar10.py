@@ -247,14 +247,14 @@ def time_table(threads: int) -> str:
     import timm
 
     from involution.bench.models import training_step
-    from involution.bench.timer import in_turn, quartiles
+    from involution.bench.timer import interleaved, quartiles
 
     torch.set_num_threads(threads)
     images = torch.randn(128, 3, 32, 32).to(memory_format=torch.channels_last)
     twins = [f"{family}{depth}_cifar" for depth in (14, 26) for family in ("rednetv2_", "rednet", "resnet")]
     steps = {name: training_step(timm.create_model(name, **SHARED), images, compiled=False) for name in twins}
     rows = ["| network | seconds per epoch (quartiles) |", "|---|---|"]
-    for name, taken in in_turn(steps, 40).items():
+    for name, taken in interleaved(steps, 40).items():
         low, middle, high = (45_000 / 128 * quartile / 1e3 for quartile in quartiles(taken))
         family, depth = name.removesuffix("_cifar").replace("_", "")[:-2], name.removesuffix("_cifar")[-2:]
         rows.append(f"| {title(f'twins/{depth}/{family}')} | {middle:.1f} ({low:.1f}-{high:.1f}) |")

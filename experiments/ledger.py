@@ -65,7 +65,7 @@ def write_tables(tables: dict[str, str]) -> None:
 
 def fit(options: list[str], root: str, folder: str) -> Any:
     """`involution fit` on the CPU, quietly, its run in a folder; returns the finished command line."""
-    from involution.tasks.command import run
+    from involution.engine.command import run
 
     where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.default_root_dir", folder]

@@ -4,8 +4,8 @@
     python experiments/replace.py run --root DATA --commit    trains what is not done yet, some 20 minutes on one thread
     python experiments/replace.py report                      puts its table into docs/results.md
 
-ResNet-18 at a quarter of its width is trained on 30,000 images of CIFAR-10; then `involution.nn.replace` changes it,
-and it is tested before any training, with new statistics of its norms, after distillation, and after one and three
+ResNet-18 at a quarter of its width is trained on 30,000 images of CIFAR-10; then `involution.rewrite.replace` changes
+it, and it is tested before any training, with new statistics of its norms, after distillation, and after one and three
 epochs more. How many epochs does it take to be as accurate as it was? A run appends a line to
 docs/results/replace.jsonl and is not made again as long as that line is there; the trained network's weights stay in
 --folder.
@@ -86,15 +86,15 @@ class Data(NamedTuple):
 
 def load(root: str, images: int | None) -> Data:
     """CIFAR-10 as `involution fit` reads it; for a smoke test so many images of either part."""
+    from involution.engine.data import SampleSeeded
     from involution.tasks.classify import CIFAR10
-    from involution.tasks.data import Seeded
 
     data = CIFAR10(root, batch_size=BATCH, num_workers=0)
     data.setup("fit")
     data.setup("test")
     train_set = torch.utils.data.Subset(data.train_set, range(images or IMAGES))
     test_set = torch.utils.data.Subset(data.test_set, range(images or len(data.test_set)))  # type: ignore[arg-type]
-    return Data(Seeded(train_set, 0), DataLoader(test_set, 2 * BATCH))
+    return Data(SampleSeeded(train_set, 0), DataLoader(test_set, 2 * BATCH))
 
 
 def batches(data: Data, epoch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -175,7 +175,7 @@ def first_images(data: Data, steps: int) -> Iterator[Tensor]:
 
 def make(run: Run, seed: int, data: Data, folder: Path) -> dict[str, Any]:
     """Trains or changes the network, tests it, and returns what the line says of it."""
-    from involution.nn import replace
+    from involution.rewrite import replace
 
     torch.manual_seed(seed)
     started, weights = time.perf_counter(), folder / f"resnet18_seed{seed}.pt"

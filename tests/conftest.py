@@ -1,21 +1,32 @@
 """Settings every test shares."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
-    "house", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "involution", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
-settings.load_profile("house")
+settings.load_profile("involution")
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     """The folder of real images that INVOLUTION_DATA names; tests that need it skip without it."""
-    folder = Path(os.environ.get("INVOLUTION_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no data: INVOLUTION_DATA ({folder}) is no folder")
-    return folder
+    name = os.environ.get("INVOLUTION_DATA")
+    if not name or not Path(name).is_dir():
+        pytest.skip(f"no data: INVOLUTION_DATA must name their folder, got {name!r}")
+    return Path(name)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors on busy cores take ten times longer on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from involution.cli import main
-from involution.ops.selection import backends
+from involution.ops.backends.selection import backends
 
 
 def in_fresh_python(code: str) -> subprocess.CompletedProcess[str]:

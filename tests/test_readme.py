@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import involution
-from involution.ops import cpu, gpu
-from involution.tasks.recipes import resolve_configs
+from involution.engine.recipes import resolve_configs
+from involution.ops.backends import cpu
+from involution.ops.backends import triton as gpu
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .nn.involution import Involution1d, Involution2d, Involution3d
-    from .nn.optimize import optimize
+    from .ops.backends.selection import backends
     from .ops.functional import involution1d, involution2d, involution3d
-    from .ops.selection import backends
+    from .rewrite.optimize import optimize
 
     __version__: str
 
@@ -18,11 +18,11 @@ _HOME = {
     "involution1d": "ops.functional",
     "involution2d": "ops.functional",
     "involution3d": "ops.functional",
-    "backends": "ops.selection",
+    "backends": "ops.backends.selection",
     "Involution1d": "nn.involution",
     "Involution2d": "nn.involution",
     "Involution3d": "nn.involution",
-    "optimize": "nn.optimize",
+    "optimize": "rewrite.optimize",
 }
 
 __all__ = [

@@ -101,7 +101,7 @@ def _train(verb: str, rest: list[str]) -> int:
         return 1
     if verb == "predict":
         return _predict(rest)
-    from .tasks.recipes import resolve_configs
+    from .engine.recipes import resolve_configs
 
     try:
         resolve_configs(rest)  # before the slow imports
@@ -109,8 +109,8 @@ def _train(verb: str, rest: list[str]) -> int:
         print(f"involution {verb}: {error}", file=sys.stderr)
         return 2
     from . import zoo  # noqa: F401  (registers our models with timm)
-    from .tasks.command import run
-    from .tasks.errors import EXPECTED, one_line
+    from .engine.command import run
+    from .engine.errors import EXPECTED, one_line
 
     try:
         run([verb, *rest])
@@ -121,8 +121,8 @@ def _train(verb: str, rest: list[str]) -> int:
 
 
 def _predict(rest: list[str]) -> int:
-    from .tasks.errors import EXPECTED, one_line
-    from .tasks.predict import main as predict
+    from .engine.errors import EXPECTED, one_line
+    from .engine.predict import main as predict
 
     try:
         predict(rest)
@@ -139,8 +139,8 @@ def _doctor(rest: list[str]) -> int:
     import torch
 
     try:
-        from .ops import cpu
-        from .ops.selection import backends
+        from .ops.backends import cpu
+        from .ops.backends.selection import backends
 
         kernels = cpu.library()
     except ValueError as error:  # an environment variable
@@ -168,7 +168,7 @@ def _doctor(rest: list[str]) -> int:
 def _diagnose(rest: list[str]) -> int:
     if _lacks("doctor MODEL", _TASKS_EXTRA, "tasks"):
         return 1
-    from .tasks.doctor import main as diagnose
+    from .engine.doctor import main as diagnose
 
     try:
         diagnose(rest)

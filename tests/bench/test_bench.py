@@ -11,7 +11,7 @@ from involution import cli, involution3d
 from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roof import Roof
-from involution.ops.gpu import Tile
+from involution.ops.backends.triton import Tile
 
 SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
 

@@ -10,8 +10,8 @@ from torch import nn
 import involution
 from involution import Involution1d, Involution2d, Involution3d
 from involution.nn import BottleneckGenerator, LinearGenerator
-from involution.ops import selection
-from involution.ops.geometry import is_channels_last
+from involution.ops.backends import selection
+from involution.ops.layouts import is_channels_last
 
 LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
 ONES = {1: (9,), 2: (9, 10), 3: (5, 6, 7)}

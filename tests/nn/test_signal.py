@@ -14,7 +14,8 @@ import torchvision
 from torch import Tensor, nn
 
 from involution import Involution1d, Involution2d, Involution3d
-from involution.nn import BottleneckGenerator, replace
+from involution.nn import BottleneckGenerator
+from involution.rewrite import replace
 
 LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
 SIZES = {1: (64,), 2: (16, 17), 3: (7, 8, 9)}

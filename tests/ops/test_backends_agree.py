@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from definition import BACKENDS, INSTRUCTION_SETS, INTERPRETED, Call, backend, calls, examples, loop
+from harness import BACKENDS, INSTRUCTION_SETS, INTERPRETED, backend, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import loop
+from strategies import Call, calls
 
 import involution
-from involution.ops.geometry import is_channels_last
+from involution.ops.layouts import is_channels_last
 
 OPERATOR = {1: involution.involution1d, 2: involution.involution2d, 3: involution.involution3d}
 # In units of the largest value: the rounding of the result, and of sums of a few hundred products. Triton's interpreter

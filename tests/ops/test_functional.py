@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from definition import BACKENDS, backend
+from harness import BACKENDS, backend
 
 import involution
 from involution import involution1d, involution2d, involution3d
-from involution.ops.geometry import is_channels_last
+from involution.ops.layouts import is_channels_last
 
 
 def pair(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,14 +1,12 @@
 """The fused layer and bottleneck against a float64 composition of their steps, and as torch sees them."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from definition import BACKENDS, INSTRUCTION_SETS, INTERPRETED, backend, examples
+from harness import BACKENDS, INSTRUCTION_SETS, INTERPRETED, backend, examples, threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,23 +15,14 @@ from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution import involution2d
-from involution.ops.fused import fused_involution, has_kernel
-from involution.ops.geometry import is_channels_last
+from involution.ops.backends.selection import fuses
+from involution.ops.fused import fused_layer
+from involution.ops.layouts import is_channels_last
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 # Of the machine's epsilon, for every element, in units of the same sums over absolute values.
 ROUNDINGS = 8
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def channels_at_end(t: Tensor) -> Tensor:
@@ -181,7 +170,7 @@ def assert_layer_agrees(layer: Layer, seed: int) -> None:
     for name in BACKENDS:
         with backend(name, layer.instruction_set if name == "cpu" else None), threads(layer.threads):
             got = forward_and_gradients(
-                lambda *t: torch.ops.involution.fused(*t, layer.relu, *layer.window), tensors, lambda _: g
+                lambda *t: torch.ops.involution.fused_layer(*t, layer.relu, *layer.window), tensors, lambda _: g
             )
         assert_within_rounding(got, want, bound, layer.dtype)
         assert (got[0].movedim(1, -1) if is_channels_last(tensors[0]) else got[0]).is_contiguous()
@@ -209,7 +198,7 @@ def test_half_precision(name: str, channels_last: bool, dtype: torch.dtype) -> N
     )  # fmt: skip
     tensors, _ = layer.tensors(0)
     with backend(name):
-        y = fused_involution(*tensors[:4], *layer.window, *tensors[4:], relu=True)
+        y = fused_layer(*tensors[:4], *layer.window, *tensors[4:], relu=True)
     want = composed(*exactly(tensors), *layer.window).relu()
     bound = composed(*exactly(tensors, absolute=True), *layer.window)
     assert y.dtype == dtype
@@ -224,14 +213,14 @@ class Block(NamedTuple):
     reduce_bias: bool
     rms_eps: float
     next: int  # its channels, or 0
-    next_bias: bool
+    expand_bias: bool
     shortcut: bool
-    next_relu: bool
-    following: int  # its channels, or 0
-    following_bias: bool
+    expand_relu: bool
+    next_reduce: int  # its channels, or 0
+    next_reduce_bias: bool
 
     def tensors(self, seed: int) -> dict[str, Any]:
-        """The arguments of torch.ops.involution.bottleneck by name, its window left out; weights not packed."""
+        """The arguments of torch.ops.involution.fused_bottleneck by name, its window left out; weights not packed."""
         (x, _, span, bias, scale, shift), _ = self.layer.tensors(seed)
         generator = torch.Generator().manual_seed(seed + 1)
 
@@ -248,25 +237,25 @@ class Block(NamedTuple):
             "scale": scale,
             "shift": shift,
             "relu": self.layer.relu,
-            **dict.fromkeys(("next_weight", "next_bias", "shortcut")),
-            "next_relu": self.next_relu,
-            **dict.fromkeys(("following_weight", "following_bias")),
+            **dict.fromkeys(("expand_weight", "expand_bias", "shortcut")),
+            "expand_relu": self.expand_relu,
+            **dict.fromkeys(("next_reduce_weight", "next_reduce_bias")),
         }
         if self.next:
-            given["next_weight"] = normal(self.next, self.layer.channels)
-            given["next_bias"] = normal(self.next) if self.next_bias else None
+            given["expand_weight"] = normal(self.next, self.layer.channels)
+            given["expand_bias"] = normal(self.next) if self.expand_bias else None
             shortcut = normal(self.layer.batch, self.next, *self.layer.output)
             shortcut = channels_at_end(shortcut) if self.layer.layout == "channels_last" else shortcut
             given["shortcut"] = shortcut if self.shortcut else None
-        if self.following:
-            given["following_weight"] = normal(self.following, self.next)
-            given["following_bias"] = normal(self.following) if self.following_bias else None
+        if self.next_reduce:
+            given["next_reduce_weight"] = normal(self.next_reduce, self.next)
+            given["next_reduce_bias"] = normal(self.next_reduce) if self.next_reduce_bias else None
         return given
 
     def run(self, given: dict[str, Any]) -> list[Tensor]:
         weights = {name for name in given if name.endswith("weight") and given[name] is not None and self.packed}
         packed = [panels(value) if name in weights else value for name, value in given.items()]
-        return torch.ops.involution.bottleneck(*packed, *self.layer.window)
+        return torch.ops.involution.fused_bottleneck(*packed, *self.layer.window)
 
 
 def panels(weight: Tensor) -> Tensor:
@@ -303,14 +292,14 @@ def composed_block(block: Block, given: dict[str, Any], values: dict[str, Any] |
     hidden = hidden.relu()
     y = composed(x, hidden, given["span_weight"], given["span_bias"], given["scale"], given["shift"], *window)
     y = y.relu() if given["relu"] else y
-    if given["next_weight"] is None:
+    if given["expand_weight"] is None:
         return [y]
-    y = pointwise(y, given["next_weight"], given["next_bias"])
+    y = pointwise(y, given["expand_weight"], given["expand_bias"])
     y = y if given["shortcut"] is None else y + given["shortcut"]
-    y = y.relu() if given["next_relu"] else y
-    if given["following_weight"] is None:
+    y = y.relu() if given["expand_relu"] else y
+    if given["next_reduce_weight"] is None:
         return [y]
-    return [y, pointwise(y, given["following_weight"], given["following_bias"]).relu()]
+    return [y, pointwise(y, given["next_reduce_weight"], given["next_reduce_bias"]).relu()]
 
 
 def named(given: dict[str, Any], absolute: bool = False) -> dict[str, Any]:
@@ -323,18 +312,18 @@ def named(given: dict[str, Any], absolute: bool = False) -> dict[str, Any]:
 def blocks(draw: st.DrawFn, dims: int) -> Block:
     layer = draw(layers(dims))
     packed = draw(st.booleans())
-    following = draw(st.sampled_from([0, 1, 7, 32, 45]))
+    next_reduce = draw(st.sampled_from([0, 1, 7, 32, 45]))
     return Block(
         layer=layer._replace(bias=packed or layer.bias),
         packed=packed,
         reduce_bias=packed or draw(st.booleans()),
         rms_eps=draw(st.sampled_from([0.0, 1e-6, 0.1])),
-        next=draw(st.sampled_from([5, 16, 33, 64] if following else [0, 0, 1, 32, 40])),
-        next_bias=packed or draw(st.booleans()),
+        next=draw(st.sampled_from([5, 16, 33, 64] if next_reduce else [0, 0, 1, 32, 40])),
+        expand_bias=packed or draw(st.booleans()),
         shortcut=draw(st.booleans()),
-        next_relu=draw(st.booleans()),
-        following=following,
-        following_bias=packed or draw(st.booleans()),
+        expand_relu=draw(st.booleans()),
+        next_reduce=next_reduce,
+        next_reduce_bias=packed or draw(st.booleans()),
     )
 
 
@@ -376,15 +365,15 @@ def test_an_image_smaller_than_the_stride(name: str, dims: int) -> None:
         torch.testing.assert_close(block.run(given), composed_block(block, given))
 
 
-@pytest.mark.parametrize("following", [0, 64])
+@pytest.mark.parametrize("next_reduce", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outputs_that_no_cache_would_keep(following: int, dtype: torch.dtype) -> None:
+def test_outputs_that_no_cache_would_keep(next_reduce: int, dtype: torch.dtype) -> None:
     """4 << 20 numbers: from there on the kernels write past the cache."""
     layer = Layer(
         4, 1, 16, (64, 64), (3, 3), (1, 1), (1, 1), 4, True, True, True,
         dtype, "channels_last", INSTRUCTION_SETS[0], 2,
     )  # fmt: skip
-    block = Block(layer, True, True, 1e-6, 256, True, True, True, following, True)
+    block = Block(layer, True, True, 1e-6, 256, True, True, True, next_reduce, True)
     assert layer.batch * block.next * math.prod(layer.output) >= 4 << 20
     assert_block_agrees(block, 0, tuple(INSTRUCTION_SETS))
 
@@ -398,9 +387,9 @@ def test_a_layers_own_output_that_no_cache_would_keep(relu: bool, instruction_se
     )  # fmt: skip
     tensors, _ = layer.tensors(0)
     with backend("cpu", instruction_set), threads(2):
-        y = torch.ops.involution.fused(*tensors, relu, *layer.window)
+        y = torch.ops.involution.fused_layer(*tensors, relu, *layer.window)
     with backend("reference"):
-        want = torch.ops.involution.fused(*tensors, relu, *layer.window)
+        want = torch.ops.involution.fused_layer(*tensors, relu, *layer.window)
     assert y.numel() >= 4 << 20
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
 
@@ -435,7 +424,7 @@ def permuted(t: Tensor) -> Tensor:
 
 
 def through_front_door(window: Any, relu: bool = False) -> Any:
-    return lambda x, h, w, b=None, scale=None, shift=None: fused_involution(x, h, w, b, *window, scale, shift, relu)
+    return lambda x, h, w, b=None, scale=None, shift=None: fused_layer(x, h, w, b, *window, scale, shift, relu)
 
 
 def unfused(window: Any, relu: bool = False) -> Any:
@@ -465,13 +454,13 @@ def test_opcheck(case: str, name: str, layout: str, options: bool) -> None:
         torch.library.opcheck(ops.fused_backward, (g, *tensors[:4], *window))
         x, _, span, bias, scale, shift = tensors
         end = [None] * 3
-        following = [None] * 2
+        next_reduce = [None] * 2
         if options:
             end = [torch.randn(6, x.shape[1]).double(), None, torch.randn(len(x), 6, *y.shape[2:]).double()]
-            following = [torch.randn(5, 6).double(), torch.randn(5).double()]
+            next_reduce = [torch.randn(5, 6).double(), torch.randn(5).double()]
             end[2] = LAYOUTS[layout](end[2])
         reduce = torch.randn(3, x.shape[1]).double()
-        arguments = (x, reduce, None, 1e-6, span, bias, scale, shift, options, *end, options, *following, *window)
+        arguments = (x, reduce, None, 1e-6, span, bias, scale, shift, options, *end, options, *next_reduce, *window)
         torch.library.opcheck(ops.bottleneck, arguments)
 
 
@@ -538,7 +527,7 @@ class Head(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.reduce(x)
-        return fused_involution(x, hidden, self.span.weight.flatten(1), self.span.bias, [3, 3], self.stride, [1, 1])
+        return fused_layer(x, hidden, self.span.weight.flatten(1), self.span.bias, [3, 3], self.stride, [1, 1])
 
 
 @both_layouts
@@ -597,15 +586,15 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
 
     forward = flops(steps)
     assert forward > 0
-    assert flops(lambda: fused_involution(x, hidden, span, None, *window)) == forward
+    assert flops(lambda: fused_layer(x, hidden, span, None, *window)) == forward
     # Backward: the kernel map again, and twice the forward pass.
     backward = 2 * forward + flops(lambda: F.conv2d(hidden, span[..., None, None]))
     aggregation_again = forward - flops(lambda: F.conv2d(hidden, span[..., None, None]))
-    counted = flops(lambda: fused_involution(x, hidden, span, None, *window).sum().backward()) - forward
+    counted = flops(lambda: fused_layer(x, hidden, span, None, *window).sum().backward()) - forward
     assert backward <= counted <= backward + aggregation_again
 
     reduce, after, last = torch.randn(5, 8), torch.randn(12, 8), torch.randn(7, 12)
-    sizes = {"reduce": 5 * 8, "next": 12 * 8, "following": 7 * 12}
+    sizes = {"reduce": 5 * 8, "expand": 12 * 8, "next_reduce": 7 * 12}
     around = 2 * 2 * math.prod(output) * sum(sizes.values())
     given = (
         x,
@@ -630,7 +619,7 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
 
 
 def arguments() -> dict[str, Any]:
-    """A call of fused_involution in which everything fits: 2 groups of 4 channels, 3x3 kernels."""
+    """A call of fused_layer in which everything fits: 2 groups of 4 channels, 3x3 kernels."""
     window = {"kernel_size": (3, 3), "stride": (2, 2), "dilation": (1, 1)}
     tensors = {"input": (2, 8, 5, 6), "hidden": (2, 5, 3, 3), "span_weight": (18, 5), "span_bias": (18,)}
     tensors |= {"scale": (8,), "shift": (8,)}
@@ -675,9 +664,9 @@ def arguments() -> dict[str, Any]:
 )
 def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: str) -> None:
     call = arguments()
-    fused_involution(**call)
+    fused_layer(**call)
     with pytest.raises(error, match=message):
-        fused_involution(**(call | change))
+        fused_layer(**(call | change))
 
 
 @pytest.mark.parametrize(
@@ -686,37 +675,37 @@ def test_bad_arguments(change: dict[str, Any], error: type[Exception], message: 
         ({"reduce_weight": torch.randn(5, 7)}, ValueError, "reduce_weight must be"),
         ({"reduce_weight": torch.randn(4, 8)}, ValueError, "reduce_weight must be"),
         ({"reduce_bias": torch.randn(6)}, ValueError, "reduce_bias must be"),
-        ({"next_weight": torch.randn(12, 7)}, ValueError, "next_weight must be"),
-        ({"next_weight": torch.randn(12, 8).double()}, TypeError, "next_weight must have input's"),
-        ({"next_bias": torch.randn(11)}, ValueError, "next_bias must be"),
+        ({"expand_weight": torch.randn(12, 7)}, ValueError, "expand_weight must be"),
+        ({"expand_weight": torch.randn(12, 8).double()}, TypeError, "expand_weight must have input's"),
+        ({"expand_bias": torch.randn(11)}, ValueError, "expand_bias must be"),
         ({"shortcut": torch.randn(2, 12, 5, 6)}, ValueError, "shortcut must be"),
         ({"shortcut": torch.randn(2, 1, 3, 3)}, ValueError, "shortcut must be"),
-        ({"following_weight": torch.randn(7, 11)}, ValueError, "following_weight must be"),
-        ({"following_bias": torch.randn(6)}, ValueError, "following_bias must be"),
+        ({"next_reduce_weight": torch.randn(7, 11)}, ValueError, "next_reduce_weight must be"),
+        ({"next_reduce_bias": torch.randn(6)}, ValueError, "next_reduce_bias must be"),
         ({"span_weight": panels(torch.randn(18, 5)), "span_bias": None}, ValueError, "with span_bias, packed"),
-        ({"next_weight": panels(torch.randn(40, 8))}, ValueError, "packed as"),
-        ({"next_weight": torch.randn(1, 8, 16)}, ValueError, "packed as"),
-        ({"next_weight": None}, ValueError, "next_bias|shortcut|following_weight"),
-        ({"following_weight": None}, ValueError, "following_bias"),
-        ({"next_weight": None, "next_bias": None, "shortcut": None}, ValueError, "following_weight"),
+        ({"expand_weight": panels(torch.randn(40, 8))}, ValueError, "packed as"),
+        ({"expand_weight": torch.randn(1, 8, 16)}, ValueError, "packed as"),
+        ({"expand_weight": None}, ValueError, "expand_bias|shortcut|next_reduce_weight"),
+        ({"next_reduce_weight": None}, ValueError, "next_reduce_bias"),
+        ({"expand_weight": None, "expand_bias": None, "shortcut": None}, ValueError, "next_reduce_weight"),
     ],
 )
 def test_bad_bottlenecks(change: dict[str, Any], error: type[Exception], message: str) -> None:
     call = bottleneck_arguments()
-    torch.ops.involution.bottleneck(**call)
+    torch.ops.involution.fused_bottleneck(**call)
     with pytest.raises(error, match=message):
-        torch.ops.involution.bottleneck(**(call | change))
+        torch.ops.involution.fused_bottleneck(**(call | change))
 
 
 def bottleneck_arguments() -> dict[str, Any]:
     call = arguments()
     del call["hidden"]
-    shapes = {"reduce_weight": (5, 8), "reduce_bias": (5,), "next_weight": (12, 8), "next_bias": (12,)}
-    shapes |= {"shortcut": (2, 12, 3, 3), "following_weight": (7, 12), "following_bias": (7,)}
+    shapes = {"reduce_weight": (5, 8), "reduce_bias": (5,), "expand_weight": (12, 8), "expand_bias": (12,)}
+    shapes |= {"shortcut": (2, 12, 3, 3), "next_reduce_weight": (7, 12), "next_reduce_bias": (7,)}
     return (
         call
         | {name: torch.randn(shape) for name, shape in shapes.items()}
-        | {"relu": True, "next_relu": True, "rms_eps": 1e-6}
+        | {"relu": True, "expand_relu": True, "rms_eps": 1e-6}
     )
 
 
@@ -725,7 +714,7 @@ def test_bad_gradients() -> None:
     tensors, window = list(call.values())[:4], list(call.values())[6:]
     for shape, dtype in (((2, 8, 3, 4), torch.float32), ((2, 8, 3, 3), torch.float64)):
         with pytest.raises(ValueError, match="grad must be"):
-            torch.ops.involution.fused_backward(torch.randn(shape, dtype=dtype), *tensors, *window)
+            torch.ops.involution.fused_layer_backward(torch.randn(shape, dtype=dtype), *tensors, *window)
 
 
 @every_backend
@@ -738,13 +727,13 @@ def test_empty_batch(name: str, channels_last: bool) -> None:
     for vector in ("span_weight", "span_bias", "scale", "shift"):
         call[vector].requires_grad_()
     with backend(name):
-        y = fused_involution(**call)
+        y = fused_layer(**call)
         y.sum().backward()
         for vector in ("span_weight", "span_bias", "scale", "shift"):
             assert torch.equal(call[vector].grad, torch.zeros_like(call[vector]))
         assert call["input"].grad.shape == (0, 8, 5, 6)
         assert call["hidden"].grad.shape == (0, 5, 3, 3)
-        both = torch.ops.involution.bottleneck(
+        both = torch.ops.involution.fused_bottleneck(
             **(bottleneck_arguments() | {"input": call["input"].detach(), "shortcut": None})
         )
     assert y.shape == (0, 8, 3, 3)
@@ -753,34 +742,34 @@ def test_empty_batch(name: str, channels_last: bool) -> None:
 
 def test_meta_tensors_have_shapes_and_no_values() -> None:
     call = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in arguments().items()}
-    assert fused_involution(**call).shape == (2, 8, 3, 3)
+    assert fused_layer(**call).shape == (2, 8, 3, 3)
 
 
 def test_autocast_casts_every_tensor() -> None:
     call = arguments()
     with torch.autocast("cpu", torch.bfloat16):
-        y = fused_involution(**call)
-        assert fused_involution(**{n: v.double() if isinstance(v, Tensor) else v for n, v in call.items()}).dtype == (
+        y = fused_layer(**call)
+        assert fused_layer(**{n: v.double() if isinstance(v, Tensor) else v for n, v in call.items()}).dtype == (
             torch.float64
         )
     cast = {name: value.bfloat16() if isinstance(value, Tensor) else value for name, value in call.items()}
-    torch.testing.assert_close(y, fused_involution(**cast), rtol=0, atol=0)
+    torch.testing.assert_close(y, fused_layer(**cast), rtol=0, atol=0)
 
 
 def test_a_window_of_ints() -> None:
     call = arguments()
     sizes = {"kernel_size": 3, "stride": 2, "dilation": 1}
-    torch.testing.assert_close(fused_involution(**(call | sizes)), fused_involution(**call), rtol=0, atol=0)
+    torch.testing.assert_close(fused_layer(**(call | sizes)), fused_layer(**call), rtol=0, atol=0)
 
 
-def test_has_kernel() -> None:
+def test_fuses() -> None:
     x = torch.empty(1)
-    assert has_kernel(x)
-    assert has_kernel(x.double())
-    assert not has_kernel(x.bfloat16())
-    assert not has_kernel(x.to("meta"))
+    assert fuses(x)
+    assert fuses(x.double())
+    assert not fuses(x.bfloat16())
+    assert not fuses(x.to("meta"))
     with backend("reference"):
-        assert not has_kernel(x)
+        assert not fuses(x)
 
 
 RUNS = [(name, isa) for name in BACKENDS for isa in (INSTRUCTION_SETS if name == "cpu" else [None])]
@@ -811,8 +800,8 @@ def test_taps_outside_are_skipped(name: str, instruction_set: str | None, channe
     with backend(name, instruction_set):
         ys, gradients = [], []
         for features in (hidden, clean):
-            ys.append(torch.ops.involution.fused(x, features, weight, None, None, None, False, *window))
-            gradients.append(torch.ops.involution.fused_backward(g, x, features, weight, None, *window))
+            ys.append(torch.ops.involution.fused_layer(x, features, weight, None, None, None, False, *window))
+            gradients.append(torch.ops.involution.fused_layer_backward(g, x, features, weight, None, *window))
     assert ys[0].isfinite().all()
     assert torch.equal(*ys)
     for ours, theirs in list(zip(*gradients, strict=True))[:2]:
@@ -830,7 +819,7 @@ def test_nan_stays_nan_through_relu(name: str, instruction_set: str | None, chan
     tensors, _ = layer.tensors(0)
     tensors[0][0, 2, 3, 4] = math.nan
     with backend(name, instruction_set):
-        y = torch.ops.involution.fused(*tensors, True, *layer.window)
+        y = torch.ops.involution.fused_layer(*tensors, True, *layer.window)
         wanted = torch.zeros_like(y, dtype=torch.bool)
         wanted[0, 2, 2:5, 3:6] = True
         assert torch.equal(y.isnan(), wanted)
@@ -847,7 +836,7 @@ def test_an_infinite_gradient_stops_at_relu(name: str) -> None:
     tensors, window = small("2d")
     with backend(name):
         x = tensors[0].requires_grad_()
-        y = torch.ops.involution.fused(*tensors, True, *window)
+        y = torch.ops.involution.fused_layer(*tensors, True, *window)
         rectified = y == 0
         assert rectified.any()
         (dx,) = torch.autograd.grad(y, x, torch.where(rectified, math.inf, 1.0).to(y.dtype))
@@ -874,8 +863,8 @@ def test_results_do_not_depend_on_the_thread_count(
             with backend("cpu", instruction_set), threads(count):
                 results.append(
                     [
-                        torch.ops.involution.fused(*tensors, True, *layer.window),
-                        *torch.ops.involution.fused_backward(g, *tensors[:4], *layer.window),
+                        torch.ops.involution.fused_layer(*tensors, True, *layer.window),
+                        *torch.ops.involution.fused_layer_backward(g, *tensors[:4], *layer.window),
                         *block.run(given),
                     ]
                 )

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from definition import backend
+from harness import backend
 from torch import Tensor
 
 from involution import Involution2d, involution1d, involution2d, involution3d
-from involution.ops import gpu
+from involution.ops.backends import triton as gpu
 
 pytestmark = [
     pytest.mark.gpu,

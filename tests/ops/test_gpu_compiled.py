@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from definition import INTERPRETED
+from harness import INTERPRETED
 from torch import Tensor
 
-from involution.ops import gpu
-from involution.ops.geometry import Geometry, LayerParts, allocate, geometry
-from involution.ops.gpu import Tile
+from involution.ops.backends import triton as gpu
+from involution.ops.backends.triton import Tile
+from involution.ops.geometry import Geometry, geometry
+from involution.ops.layer import LayerParts
+from involution.ops.layouts import allocate
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel is not compiled")
@@ -135,12 +137,12 @@ def compile_for(target: int | str, launch: Launch, folder: Path) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from involution.ops import gpu_kernels
+    from involution.ops.backends import triton_kernels
 
-    kernel = getattr(gpu_kernels, launch.name)
+    kernel = getattr(triton_kernels, launch.name)
     compiler_options = gpu.compiler_options(launch.tile, isinstance(target, int))
     given = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    fixed = {name for name in kernel.arg_names if name in gpu_kernels._SIZES}
+    fixed = {name for name in kernel.arg_names if name in triton_kernels._SIZES}
     signature: dict[str, str] = {}
     values, aligned = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -233,16 +235,16 @@ def assert_loads_are_wide(code: str, target: int | str, name: str, most: int) ->
 @pytest.mark.parametrize(("channels", "stride"), [(64, 1), (64, 2), (48, 2), (33, 2)])
 def test_image_sizes_make_no_new_program(channels: int, stride: int, channels_last: bool) -> None:
     """Programs are kept by their constants and by which numbers are 1 or multiples of 16."""
-    from involution.ops import gpu_kernels
+    from involution.ops.backends import triton_kernels
 
     programs: dict[str, set[Any]] = {}
     for size in (7, 8, 14, 32, 56, 57, 60, 99, 200):
         width = 16 if channels % 16 == 0 else 3
         shape = Shape(channels, width, (size, size + 1), (7, 7), (stride, stride), (1, 1))
         for launch in of_maps(shape, torch.float16, channels_last) + of_layer(shape, torch.float16, True):
-            names = getattr(gpu_kernels, launch.name).arg_names
+            names = getattr(triton_kernels, launch.name).arg_names
             numbers = {n: a for n, a in zip(names, launch.arguments, strict=False) if isinstance(a, int)}
-            traits = [(n, a == 1, a % 16 == 0) for n, a in numbers.items() if n not in gpu_kernels._SIZES]
+            traits = [(n, a == 1, a % 16 == 0) for n, a in numbers.items() if n not in triton_kernels._SIZES]
             programs.setdefault(launch.name, set()).add((*traits, *sorted(launch.constants.items())))
     assert len(programs) == 4
     assert {name: len(found) for name, found in programs.items()} == dict.fromkeys(programs, 1)

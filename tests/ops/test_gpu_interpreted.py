@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from definition import INTERPRETED, TILES, backend
+from harness import INTERPRETED, TILES, backend
 
 from involution import involution2d
 from involution.nn import LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
-from involution.ops import gpu
-from involution.ops.fused import fused_involution
+from involution.ops.backends import triton as gpu
+from involution.ops.fused import fused_layer
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="wants TRITON_INTERPRET=1")
 both_layouts = pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
@@ -94,10 +94,10 @@ def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypat
     x, h = torch.randn(1, 6, 4, 4, dtype=dtype), torch.randn(1, hidden, 4, 4, dtype=dtype)
     weight, bias = torch.randn(18, hidden, dtype=dtype), torch.randn(18, dtype=dtype)
     with backend("triton"):
-        y = fused_involution(x, h, weight, bias, 3)
+        y = fused_layer(x, h, weight, bias, 3)
     assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_kernel"]
     with backend("reference"):
-        torch.testing.assert_close(y, fused_involution(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(y, fused_layer(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("set_newer", [True, False])

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
-from definition import BACKENDS, INTERPRETED, backend
+from harness import BACKENDS, INTERPRETED, backend
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 import involution
 from involution import involution1d, involution2d, involution3d
-from involution.ops.geometry import is_channels_last
+from involution.ops.layouts import is_channels_last
 
 GEOMETRY = {  # operator, input, kernel map, window
     "1d": (involution1d, (2, 4, 7), (2, 2, 3, 4), (2, 1, 1)),

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from involution import involution2d
-from involution.ops.fused import fused_involution
+from involution.ops.fused import fused_layer
 
 SHAPES = [(1, 32, 9, 11), (2, 32, 14, 14), (1, 64, 7, 30), (3, 16, 20, 20)]
 
@@ -29,7 +28,7 @@ def call(index: int, channels_last: bool) -> list[Tensor]:
         x, hidden = (t.to(memory_format=torch.channels_last) for t in (x, hidden))
     leaves = [t.requires_grad_() for t in (x, hidden, kernel_map, weight, bias)]
     plain = involution2d(x, kernel_map, padding=2)
-    fused = fused_involution(x, hidden, weight, bias, [5, 5], [1, 1], [1, 1], relu=True)
+    fused = fused_layer(x, hidden, weight, bias, [5, 5], [1, 1], [1, 1], relu=True)
     return [plain.detach(), fused.detach(), *torch.autograd.grad(plain.square().sum() + fused.square().sum(), leaves)]
 
 
@@ -37,12 +36,7 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_one_openmp_runtime() -> None:

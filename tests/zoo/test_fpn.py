@@ -77,5 +77,5 @@ def test_a_generators_batch_norm_raises_what_torchs_raises() -> None:
 
 def test_a_generators_batch_norm_is_counted_as_a_batch_norm() -> None:
     norms = [cost(nn.Sequential(kind(4)), (4, 5, 6)) for kind in (GeneratorBatchNorm2d, nn.BatchNorm2d)]
-    assert norms[0].honest == norms[1].honest == 2 * 4 * 5 * 6
+    assert norms[0].total == norms[1].total == 2 * 4 * 5 * 6
     assert norms[0].parameters == norms[1].parameters == 8

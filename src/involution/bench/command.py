@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..ops import cpu
+from ..ops.backends import cpu
 from . import kernels
 from .baselines import Prototype
 from .cases import CASES, NECK, Case

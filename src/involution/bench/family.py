@@ -17,7 +17,7 @@ from ..nn import (
     SoftmaxGenerator,
 )
 from .cases import Case
-from .timer import Rivals, Row, in_turn, quartiles, spread
+from .timer import Rivals, Row, interleaved, quartiles, spread
 
 GENERATORS = {
     "bottleneck": None,
@@ -40,7 +40,7 @@ def family(cases: Sequence[Case], batches: Sequence[int], seconds: float) -> lis
                 "forward + backward": {name: partial(_both, member, x, g) for name, member in members.items()},
             }
             for what, some in calls.items():
-                times = in_turn(some, seconds)
+                times = interleaved(some, seconds)
                 ours = median(times["bottleneck"])
                 for name, taken in times.items():
                     row: Row = {"what": f"{name}, {what}", "case": case.name, "batch": batch, "ms": spread(taken)}

@@ -13,7 +13,7 @@ from ..ops.functional import involution2d
 from . import baselines
 from .cases import Case
 from .roof import Roof, measure_roof
-from .timer import Row, in_turn, quartiles, spread
+from .timer import Row, interleaved, quartiles, spread
 
 _MAPS = ("apply", "adjoint", "correlate")
 _OPS = torch.ops.involution
@@ -48,7 +48,7 @@ def layers(
             for name in _MAPS:
                 rivals = {"ours": ours[name]} | ({"prototype": theirs[name]} if theirs else {})
                 _check_equal({rival: run() for rival, run in rivals.items()})
-                times = in_turn(rivals | {dtype: maps[name] for dtype, maps in narrow.items()}, seconds)
+                times = interleaved(rivals | {dtype: maps[name] for dtype, maps in narrow.items()}, seconds)
                 row = _row(name, case, batch, times) | _under(roof, times, case.flops(batch), case.bytes(batch))
                 row |= {dtype: median(times["ours"]) / median(times[dtype]) for dtype in narrow}
                 if theirs:
@@ -117,7 +117,7 @@ def compare(
         rivals = {name: partial(run, operator) for name, operator in operators.items()}
         if what == "forward":  # another function, so not compared: what the same window costs a convolution
             rivals["depthwise"] = partial(forward, baselines.depthwise)
-        times = in_turn(rivals, seconds)
+        times = interleaved(rivals, seconds)
         row = _row(what, case, batch, times)
         for name in [name for name in rivals if name != "ours"]:
             row |= {f"{name}, ms": spread(times[name]), name: median(times[name]) / median(times["ours"])}
@@ -149,7 +149,7 @@ def fused(cases: Sequence[Case], batches: Sequence[int], seconds: float, roof: R
         for case in cases:
             rivals = _layer_of(case, batch)
             _check_equal({name: run() for name, run in rivals.items()})
-            times = in_turn(rivals, seconds)
+            times = interleaved(rivals, seconds)
             row = _row("fused", case, batch, times)
             row |= _under(roof, times, case.fused_flops(batch), case.fused_bytes(batch))
             rows.append(row | {"unfused": median(times["unfused"]) / median(times["ours"])})
@@ -200,7 +200,7 @@ def _threads_of(case: Case, batch: int, seconds: float, alone: Roof, together: R
 
     rows = []
     for name, run in calls.items():
-        times = in_turn(dict.fromkeys(counts, run), seconds, prepare)
+        times = interleaved(dict.fromkeys(counts, run), seconds, prepare)
         flops, size = case.flops(batch), case.bytes(batch)
         if name == "fused":
             flops, size = case.fused_flops(batch), case.fused_bytes(batch)
@@ -229,7 +229,7 @@ def overhead(seconds: float) -> list[Row]:
                 name: partial(_repeat, run, 100)
                 for name, run in {"ours": partial(involution2d, x, k, 1, 1), "floor": floor}.items()
             }
-            times = in_turn(rivals, seconds)
+            times = interleaved(rivals, seconds)
         times = {name: [taken / 100 for taken in values] for name, values in times.items()}
         row = {"what": what, "case": tiny.name, "batch": 1, "us": median(times["ours"]) * 1e6}
         row |= {"floor, us": median(times["floor"]) * 1e6}

@@ -12,8 +12,8 @@ import torch._inductor.config
 from torch import Tensor, nn
 
 from .. import zoo
-from ..nn.optimize import optimize
-from .timer import Row, in_turn, quartiles, spread
+from ..rewrite.optimize import optimize
+from .timer import Row, interleaved, quartiles, spread
 
 PAIR = ("rednet50", "resnet50")
 assert zoo  # importing it registers RedNet
@@ -39,7 +39,7 @@ def models(
                 start = time.perf_counter()
                 optimized[name] = optimize(model, image)
                 took[name] = time.perf_counter() - start
-        times = in_turn({name: partial(model, image) for name, model in optimized.items()}, seconds)
+        times = interleaved({name: partial(model, image) for name, model in optimized.items()}, seconds)
         rows.append(_row("inference", f"{names[0]} / {names[1]}", batch, times, names))
         rows[-1] |= {f"optimize {name}, s": took[name] for name in names}
         rows[-1]["optimize ratio"] = took[names[0]] / took[names[1]]
@@ -56,7 +56,7 @@ def training(
         for what, compiled in (("training step", False), ("training step, compiled", True)):
             torch.compiler.reset()
             steps = {name: training_step(timm.create_model(name).to(device), image, compiled) for name in names}
-            times = in_turn(steps, seconds)
+            times = interleaved(steps, seconds)
             rows.append(_row(what, f"{names[0]} / {names[1]}", batch, times, names))
     return rows
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..ops import gpu
+from ..ops.backends import triton as gpu
 from ..ops.geometry import Geometry
 from .cases import Case
 from .timer import Row

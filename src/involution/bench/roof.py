@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import cpu
+from ..ops.backends import cpu
 
 
 class Roof(NamedTuple):

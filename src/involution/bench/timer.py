@@ -11,7 +11,7 @@ Row = dict[str, Any]  # one line of a report: what was timed, and what came out
 Rivals = Mapping[str, Callable[[], object]]
 
 
-def in_turn(
+def interleaved(
     rivals: Rivals, seconds: float, prepare: Callable[[str], object] = lambda name: None
 ) -> dict[str, list[float]]:
     """Seconds per call of every rival, measured A B C A B C ... for about `seconds`, after two calls to warm up.

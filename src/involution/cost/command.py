@@ -56,11 +56,11 @@ def _print_rows(rows: list[tuple[Row, Counted]], form: str) -> None:
         print(json.dumps([counted._asdict() for _, counted in rows], indent=1))
         return
     table = Table(title="multiply-adds of one image, G", caption="M: trainable parameters of the counted model")
-    for column in ("row", "published M", "G", "counted M", "G", "honest G", "MAC G", "where the paper differs"):
+    for column in ("row", "published M", "G", "counted M", "G", "total G", "MAC G", "where the paper differs"):
         table.add_column(column, justify="left" if column in ("row", "where the paper differs") else "right")
     for row, counted in rows:
         printed = [f"{value:.2f}" for value in row.printed] if row.printed else ["", ""]
-        gigas = [f"{counted.counted / 1e9:.4f}", *(f"{value / 1e9:.3f}" for value in (counted.honest, counted.mac))]
+        gigas = [f"{counted.counted / 1e9:.4f}", *(f"{value / 1e9:.3f}" for value in (counted.total, counted.mac))]
         table.add_row(row.name, *printed, f"{counted.params_trainable / 1e6:.4f}", *gigas, disagreement(row, counted))
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 
@@ -81,7 +81,7 @@ def _figures(found: Cost) -> str:
     frozen = "" if found.trainable == found.parameters else f" ({found.trainable:,} trainable)"
     return (
         f"{found.parameters:,} parameters{frozen}, {found.multiply_adds:,} multiply-adds (MAC), "
-        f"{found.honest:,} by the paper's rules"
+        f"{found.total:,} by the paper's rules"
     )
 
 
@@ -91,7 +91,7 @@ def _as_json(name: str, found: Cost, size: Sequence[int], layers: bool) -> dict[
         "input_size": list(size),
         "params": found.parameters,
         "params_trainable": found.trainable,
-        "honest": found.honest,
+        "total": found.total,
         "mac": found.multiply_adds,
     }
     return result | ({"layers": [operation._asdict() for operation in found.operations]} if layers else {})

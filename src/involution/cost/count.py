@@ -42,7 +42,7 @@ class Operation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A network's cost: parameters, and multiply-adds as ``MAC`` alone or, ``honest``, with everything else."""
+    """A network's cost: parameters, and multiply-adds as ``MAC`` alone or, ``total``, with everything else."""
 
     operations: list[Operation]
     parameters: int
@@ -54,8 +54,8 @@ class Cost(NamedTuple):
         return sum(operation.multiply_adds for operation in self.operations)
 
     @property
-    def honest(self) -> int:
-        """All that the paper's rules count, of all modules: the column "honest"."""
+    def total(self) -> int:
+        """All that the paper's rules count, of all modules: the column "total"."""
         return self.multiply_adds + sum(operation.others for operation in self.operations)
 
 

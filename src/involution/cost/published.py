@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from .. import zoo
+from ..engine.sync_batch_norm import norms_of_involutions, synchronised
 from ..tasks.detect import faster_rcnn, mask_rcnn, retinanet
 from ..tasks.segment import SemanticFPN, UPerNet
-from ..tasks.sync_batch_norm import norms_of_involutions, synchronised
 from .count import Cost, cost
 from .detectors import CountedRCNN, CountedRetinaNet
 
@@ -41,7 +41,7 @@ class Counted(NamedTuple):
     row: str
     params_trainable: int
     counted: int
-    honest: int
+    total: int
     mac: int
 
 
@@ -136,7 +136,7 @@ def count_row(row: Row) -> Counted:
         paper = cost(row.counted(), row.input_size)
         released = paper if row.counted is row.model else cost(row.model(), row.input_size)
     counted = sum(o.multiply_adds + o.others for o in paper.operations if o.module not in row.left_out)
-    return Counted(row.name, paper.trainable, counted, released.honest, released.multiply_adds)
+    return Counted(row.name, paper.trainable, counted, released.total, released.multiply_adds)
 
 
 def count_rows(rows: Iterable[Row] = ROWS) -> list[Counted]:
@@ -157,7 +157,7 @@ def disagreement(row: Row, counted: Counted) -> str:
     if row.counted is not row.model:
         differs.append("with another stem than the released code's")
     if differs:
-        reasons.append(f"printed {' and '.join(differs)}: {counted.honest / 1e9:.3f} G")
+        reasons.append(f"printed {' and '.join(differs)}: {counted.total / 1e9:.3f} G")
     return "; ".join(reasons)
 
 

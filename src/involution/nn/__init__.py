@@ -12,7 +12,6 @@ from .generators import (
     window_softmax,
 )
 from .involution import Involution1d, Involution2d, Involution3d
-from .replace import Replaced, replace
 
 __all__ = [
     "AttentionGenerator",
@@ -29,9 +28,7 @@ __all__ = [
     "LocalSelfAttention2d",
     "LocalSelfAttention3d",
     "PositionGenerator",
-    "Replaced",
     "SoftmaxGenerator",
     "diagnose",
-    "replace",
     "window_softmax",
 ]

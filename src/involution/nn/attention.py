@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops.functional import Ints, correlate, involve, per_axis, same_padding
+from ..ops.arguments import Ints, per_axis, same_padding
+from ..ops.functional import correlate, involve
 from .generators import CONVOLUTION, window_softmax
 
 CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.functional import same_padding
-from ..ops.reference import average_windows
+from ..ops.arguments import same_padding
+from ..ops.layer import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -140,7 +140,7 @@ class BottleneckGenerator(nn.Module):
         span: Tensor = self.span(self.hidden(input))
         return span.unflatten(1, self.map_shape)
 
-    def spans_plainly(self) -> bool:
+    def is_fusable(self) -> bool:
         """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -6,8 +6,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops.functional import Ints, involve, per_axis, same_padding
-from ..ops.fused import fused_involution, has_kernel
+from ..ops.arguments import Ints, per_axis, same_padding
+from ..ops.backends import selection
+from ..ops.functional import involve
+from ..ops.fused import fused_layer
 from .generators import BottleneckGenerator, KernelInit
 
 
@@ -98,11 +100,11 @@ class _Involution(nn.Module):
         generator = self.generator
         if (
             isinstance(generator, BottleneckGenerator)
-            and generator.spans_plainly()
-            and (self.memory_efficient or (not torch.is_grad_enabled() and has_kernel(input)))
+            and generator.is_fusable()
+            and (self.memory_efficient or (not torch.is_grad_enabled() and selection.fuses(input)))
         ):
             span, hidden = generator.span, generator.hidden(input)
-            return fused_involution(
+            return fused_layer(
                 input, hidden, span.weight.flatten(1), span.bias, self.kernel_size, self.stride, self.dilation
             )
         kernel_map = generator(input)

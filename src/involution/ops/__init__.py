@@ -1,7 +1,7 @@
 """The operator: three maps, their backends, and the functions that users call.
 
-Importing this registers torch.ops.involution.apply, .adjoint, .correlate, .fused, .fused_backward and .bottleneck;
-loading an exported program needs that.
+Importing this registers torch.ops.involution.apply, .adjoint, .correlate, .fused_layer, .fused_layer_backward and
+.fused_bottleneck; loading an exported program needs that.
 """
 
 import os

@@ -1,12 +1,12 @@
-"""The layer in one pass: kernels are generated a patch of positions at a time, applied, and never stored.
+"""The fused layer as torch operators: kernels are generated for a patch of positions, applied, and never stored.
 
-torch.ops.involution.fused is the differentiable operator from (input, hidden) on; torch.ops.involution.bottleneck adds,
-for inference, what stands around it in a network: the reduction before, the 1x1 convolution and the shortcut after.
+torch.ops.involution.fused_layer is differentiable and begins at the hidden features. fused_bottleneck is for inference
+and adds the neighbours in a residual block: the reduction before, the expansion (1x1 convolution) and the shortcut
+after, and the reduction of the next block.
 """
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,16 +14,26 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from . import cpu, gpu, selection
-from .functional import Ints, per_axis
-from .geometry import DTYPES, MAPS, PANEL, Geometry, LayerParts, allocate, layer_output, layer_window
-from .reference import finish, generate, per_channel
+from .arguments import Ints, per_axis
+from .backends import selection
+from .geometry import MAPS
+from .layer import (
+    LayerParts,
+    checked_geometry,
+    finish,
+    generate,
+    layer_output,
+    layer_window,
+    per_channel,
+    unpacked_shape,
+)
+from .layouts import allocate
 from .registration import evaluate, library
 
 _APPLY, _ADJOINT, _CORRELATE = MAPS
 
 
-def fused_involution(
+def fused_layer(
     input: Tensor,
     hidden: Tensor,
     span_weight: Tensor,
@@ -71,23 +81,8 @@ def fused_involution(
     window = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _unfused(_fused_parts(*tensors, relu), window)  # the maps know every transform
-    result: Tensor = torch.ops.involution.fused.default(*tensors, relu, *window)
+    result: Tensor = torch.ops.involution.fused_layer.default(*tensors, relu, *window)
     return result
-
-
-def has_kernel(input: Tensor) -> bool:
-    """Whether the fused layer is faster on such a tensor than its steps: where there is a kernel of its own."""
-    if input.device.type != "cpu":
-        return gpu.fuses(input) and selection.forced in (None, "triton")
-    return input.dtype in (torch.float32, torch.float64) and _CPU_RUNS and selection.forced in (None, "cpu")
-
-
-def why_no_kernel(input: Tensor) -> str:
-    """Why such a tensor's fused layer has no kernel of its own."""
-    return selection.refusal("cpu" if input.device.type == "cpu" else "triton", input)
-
-
-_CPU_RUNS = not cpu.why_not(None)  # asked once, here: torch.compile could not trace the answer
 
 
 def _unfused(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
@@ -99,77 +94,11 @@ def _unfused(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
     return finish(evaluate(_APPLY, parts.input, kernel_map, size, *sizes[-3:]), parts)
 
 
-def _checked(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
-    """The geometry of a fused layer, if its tensors belong together."""
-    dtype, device = parts.input.dtype, parts.input.device
-    shapes = []
-    for name, tensor in zip(parts._fields, parts.tensors(), strict=False):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device or dtype not in DTYPES):
-            raise TypeError(
-                f"{name} must have input's floating dtype and device, {dtype} on {device}, got {tensor.dtype} on "
-                f"{tensor.device}"
-            )
-        shapes.append(None if tensor is None else tensor.shape)
-    return _fitting(tuple(shapes), tuple(tuple(axes) for axes in window))
-
-
-@lru_cache(maxsize=1024)
-def _fitting(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
-    """The geometry of a layer whose parts have these shapes, if they fit."""
-    found = dict(zip(LayerParts._fields, shapes, strict=False))
-    for name in ("reduce", "span", "next", "following"):
-        found[f"{name}_weight"] = _plain(name, found[f"{name}_weight"], found[f"{name}_bias"])
-    x, span, after = found["input"], found["span_weight"], found["next_weight"]
-    assert x is not None
-    assert span is not None
-    sizes = layer_window(x, span[0], *window)
-    channels, next_channels = sizes.channels, after[0] if after else None
-    wanted: dict[str, tuple[int | None, ...]] = {
-        "hidden": (x[0], span[1], *sizes.output),
-        "reduce_weight": (span[1], channels),
-        "reduce_bias": (span[1],),
-        "span_bias": (span[0],),
-        "scale": (channels,),
-        "shift": (channels,),
-        "next_weight": (next_channels, channels),
-        "next_bias": (next_channels,),
-        "shortcut": (x[0], next_channels, *sizes.output),
-    }
-    if following := found["following_weight"]:
-        wanted |= {"following_weight": (following[0], next_channels), "following_bias": (following[0],)}
-    for name, shape in wanted.items():
-        got = found[name]
-        if got is not None and tuple(got) != shape:
-            raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(got)}")
-    for name in ("reduce", "next", "following"):
-        if found[f"{name}_weight"] is None and found[f"{name}_bias"] is not None:
-            raise ValueError(f"{name}_bias must come with a {name}_weight")
-    if found["next_weight"] is None and (found["shortcut"] is not None or found["following_weight"] is not None):
-        raise ValueError("shortcut and following_weight must come with a next_weight")
-    if (found["hidden"] is None) == (found["reduce_weight"] is None):
-        raise ValueError("exactly one of hidden and reduce_weight must be given")
-    if (found["scale"] is None) != (found["shift"] is None):
-        raise ValueError("scale and shift must be given together")
-    return sizes
-
-
-def _plain(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) -> Sequence[int] | None:
-    """The shape [out, in] of a weight that may be packed."""
-    if weight is None or len(weight) == 2:
-        return weight
-    if len(weight) != 3 or weight[2] != PANEL or bias is None or weight[0] != -(-bias[0] // PANEL):
-        raise ValueError(
-            f"{name}_weight must be [out, in] or, with {name}_bias, packed as [ceil(out / {PANEL}), in, {PANEL}], got "
-            f"{list(weight)} and {None if bias is None else list(bias)}"
-        )
-    return bias[0], weight[1]
-
-
 def _run(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
-    sizes = _checked(parts, window)
+    sizes = checked_geometry(parts, window)
     outs = [allocate("output", size, like=parts.input) for size in parts.output_sizes(sizes.output)]
     if outs[0].numel():
-        selection.backend_for(parts.input).layer(parts, outs, sizes)
+        selection.backend_for(parts.input).fused_layer(parts, outs, sizes)
     return outs
 
 
@@ -182,7 +111,7 @@ def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
 _FUSED = ("hidden", "span_weight", "span_bias", "scale", "shift", "relu")
 _BOTTLENECK = (
     *("reduce_weight", "reduce_bias", "rms_eps", "span_weight", "span_bias", "scale", "shift", "relu"),
-    *("next_weight", "next_bias", "shortcut", "next_relu", "following_weight", "following_bias"),
+    *("expand_weight", "expand_bias", "shortcut", "expand_relu", "next_reduce_weight", "next_reduce_bias"),
 )
 _NONE: dict[str, Any] = dict.fromkeys(("hidden", "reduce_weight", "reduce_bias"))
 
@@ -211,7 +140,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     dscale = dshift = None
     if scale is not None:
         others = (0, *range(2, grad.dim()))
-        plain = torch.ops.involution.fused.default(input, hidden, weight, bias, None, None, False, *ctx.window)
+        plain = torch.ops.involution.fused_layer.default(input, hidden, weight, bias, None, None, False, *ctx.window)
         dscale, dshift = (grad * plain).sum(others), grad.sum(others)
         grad = grad * per_channel(scale, grad)
     if torch.is_grad_enabled():  # somebody wants to differentiate the gradients: from differentiable steps
@@ -224,7 +153,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dhidden = torch.einsum("nmo,mr->nro", flat, weight).view_as(hidden)
         dweight, dbias = torch.einsum("nmo,nro->mr", flat, hidden.flatten(2)), flat.sum((0, 2))
     else:
-        dx, dhidden, dweight, dbias = torch.ops.involution.fused_backward.default(
+        dx, dhidden, dweight, dbias = torch.ops.involution.fused_layer_backward.default(
             grad, input, hidden, weight, bias, *ctx.window
         )
     return dx, dhidden, dweight, None if bias is None else dbias, dscale, dshift, None, None, None, None
@@ -234,7 +163,7 @@ def _run_backward(
     grad: Tensor, input: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *window: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     parts = LayerParts(input, hidden, None, None, weight, bias)
-    sizes = _checked(parts, window)
+    sizes = checked_geometry(parts, window)
     if grad.shape != (*input.shape[:2], *sizes.output) or grad.dtype != input.dtype or grad.device != input.device:
         raise ValueError(
             f"grad must be {[*input.shape[:2], *sizes.output]} in {input.dtype} on {input.device}, got "
@@ -242,7 +171,7 @@ def _run_backward(
         )
     results = _fake_backward(grad, input, hidden, weight, bias, *window)
     if grad.numel():
-        selection.backend_for(input).layer_backward(grad, parts, results, sizes)
+        selection.backend_for(input).fused_layer_backward(grad, parts, results, sizes)
     else:
         for result in results:
             result.zero_()
@@ -266,37 +195,41 @@ def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], wind
 
 _WINDOW = "SymInt[] kernel_size, SymInt[] stride, SymInt[] dilation"
 _SCHEMAS = (
-    "fused(Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, Tensor? scale, Tensor? shift, "
+    "fused_layer(Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, Tensor? scale, Tensor? shift, "
     f"bool relu, {_WINDOW}) -> Tensor",
-    "fused_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, "
+    "fused_layer_backward(Tensor grad, Tensor input, Tensor hidden, Tensor span_weight, Tensor? span_bias, "
     f"{_WINDOW}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, float rms_eps, Tensor span_weight, "
-    "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, Tensor? next_weight, Tensor? next_bias, "
-    f"Tensor? shortcut, bool next_relu, Tensor? following_weight, Tensor? following_bias, {_WINDOW}) -> Tensor[]",
+    "fused_bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, float rms_eps, Tensor span_weight, "
+    "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, Tensor? expand_weight, Tensor? expand_bias, "
+    f"Tensor? shortcut, bool expand_relu, Tensor? next_reduce_weight, Tensor? next_reduce_bias, {_WINDOW}) -> Tensor[]",
 )
 for _schema in _SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-library.impl("fused", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
-library.impl("fused_backward", _run_backward, "CompositeExplicitAutograd")
-library.impl("bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
-torch.library.register_fake("involution::fused", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
-torch.library.register_fake("involution::fused_backward", _fake_backward, lib=library)
-torch.library.register_fake("involution::bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library)
-torch.library.register_autograd("involution::fused", _backward, setup_context=_setup_context, lib=library)
+library.impl("fused_layer", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
+library.impl("fused_layer_backward", _run_backward, "CompositeExplicitAutograd")
+library.impl("fused_bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
+torch.library.register_fake("involution::fused_layer", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
+torch.library.register_fake("involution::fused_layer_backward", _fake_backward, lib=library)
+torch.library.register_fake(
+    "involution::fused_bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library
+)
+torch.library.register_autograd("involution::fused_layer", _backward, setup_context=_setup_context, lib=library)
 
 
-@register_flop_formula(torch.ops.involution.fused)
+@register_flop_formula(torch.ops.involution.fused_layer)
 def _fused_flops(x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     return _flops(x, [weight], rest[-3:])
 
 
-@register_flop_formula(torch.ops.involution.fused_backward)
+@register_flop_formula(torch.ops.involution.fused_layer_backward)
 def _backward_flops(g: Any, x: Any, h: Any, weight: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     return 3 * _flops(x, [weight], rest[-3:])
 
 
-@register_flop_formula(torch.ops.involution.bottleneck)
+@register_flop_formula(torch.ops.involution.fused_bottleneck)
 def _bottleneck_flops(x: Any, *rest: Any, out_shape: Any = None, **_: Any) -> int:
     parts = dict(zip(_BOTTLENECK, rest, strict=False))
-    names = ("span", "reduce", "next", "following")
-    return _flops(x, [_plain(name, parts[f"{name}_weight"], parts[f"{name}_bias"]) for name in names], rest[-3:])
+    names = ("span", "reduce", "expand", "next_reduce")
+    return _flops(
+        x, [unpacked_shape(name, parts[f"{name}_weight"], parts[f"{name}_bias"]) for name in names], rest[-3:]
+    )

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula  # a tenth of a second: it loads triton where that is
 
-from . import selection
-from .geometry import DTYPES, MAPS, Geometry, Map, allocate, geometry
+from .backends import selection
+from .geometry import DTYPES, MAPS, Geometry, Map, geometry
+from .layouts import allocate
 
 _ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # a role's name as an argument
 _MAKER = {map.makes: map for map in MAPS}

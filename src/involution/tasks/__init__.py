@@ -1,1 +1,1 @@
-"""One room per task: model builder, data, Lightning module and recipes together. Tasks do not import each other."""
+"""A package per task, of one shape: models, data, Lightning module, evaluation, predictions, recipes."""

@@ -209,7 +209,7 @@ class RedNet(nn.Module):
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
 
-        where: dict[str, Any] = {
+        factory_kwargs: dict[str, Any] = {
             name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
         }
         norm = _norm_layer("norm_layer", norm_layer)
@@ -227,13 +227,13 @@ class RedNet(nn.Module):
         generator = kernel_generator if callable(kernel_generator) else _generator(kernel_generator, settings)
         settings |= {"group_channels": group_channels, "kernel_generator": generator}
         parts = _Parts(
-            convolution=partial(nn.Conv2d, bias=False, **where),
-            involution=partial(Involution2d, **settings, **where),
-            norm=partial(norm, **where),
+            convolution=partial(nn.Conv2d, bias=False, **factory_kwargs),
+            involution=partial(Involution2d, **settings, **factory_kwargs),
+            norm=partial(norm, **factory_kwargs),
             act=partial(create_act_layer, act_layer, inplace=True),
         )
         if attention is not None:
-            parts = parts._replace(involution=partial(_attention, where, group_channels, attention))
+            parts = parts._replace(involution=partial(_attention, factory_kwargs, group_channels, attention))
         self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), parts)
         self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
         stem_info = {"num_chs": stem_channels, "reduction": min(stem_stride, 2), "module": "stem"}
@@ -244,12 +244,12 @@ class RedNet(nn.Module):
         self.feature_info: list[dict[str, Any]] = [stem_info, *stage_info]
 
         self.num_features = EXPANSION * channels[-1]
-        self._make_head(global_pool, where)
+        self._make_head(global_pool, factory_kwargs)
         self.init_weights(zero_init_last)
 
-    def _make_head(self, global_pool: str, where: dict[str, Any]) -> None:
+    def _make_head(self, global_pool: str, factory_kwargs: dict[str, Any]) -> None:
         self.global_pool, self.fc = create_classifier(
-            self.num_features, self.num_classes, pool_type=global_pool, **where
+            self.num_features, self.num_classes, pool_type=global_pool, **factory_kwargs
         )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
@@ -440,7 +440,7 @@ def _generator(name: str, settings: dict[str, Any]) -> Callable[..., nn.Module] 
 
 
 def _attention(
-    where: dict[str, Any],
+    factory_kwargs: dict[str, Any],
     group_channels: int | Literal["all"],
     relative_position: str,
     channels: int,
@@ -450,7 +450,7 @@ def _attention(
 ) -> LocalSelfAttention2d:
     """In the place of an involution, with as many heads as that has groups."""
     heads = 1 if group_channels == "all" else channels // group_channels
-    return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **where)
+    return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **factory_kwargs)
 
 
 def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, parts: _Parts) -> nn.Sequential:

@@ -50,8 +50,8 @@ class CifarResNet(ResNet):
             raise ValueError(f"output_stride must be one of {strides}, got {output_stride!r}")
         # Of timm's stems the deep one leaves the output's width free; only its norm and activation stay.
         super().__init__(*args, in_chans=in_chans, stem_width=stem_width, stem_type="deep", **kwargs)
-        where: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
-        self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, stride=stem_stride, padding=1, bias=False, **where)
+        factory_kwargs: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
+        self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, stride=stem_stride, padding=1, bias=False, **factory_kwargs)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws the others
         self.maxpool = nn.Identity()
         for info in self.feature_info:

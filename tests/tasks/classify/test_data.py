@@ -9,9 +9,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from involution.tasks.classify import CIFAR10, CIFAR100, Digits, ImageFolder, ImageNet, Imagenette
-from involution.tasks.classify.cifar import read_npz
-from involution.tasks.classify.data import stratified_split
-from involution.tasks.classify.digits import load_scans
+from involution.tasks.classify.data.base import stratified_split
+from involution.tasks.classify.data.cifar import read_npz
+from involution.tasks.classify.data.digits import load_scans
 from involution.tasks.classify.preprocessing import Preprocessing, random_crops
 
 SIZE = (40, 48)

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from involution.tasks.classify import ClassificationData, Classifier
-from involution.tasks.classify.data import TensorImages
+from involution.tasks.classify.data.base import TensorImages
 from involution.tasks.classify.module import warmup_cosine
 from involution.tasks.classify.preprocessing import Preprocessing
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from involution.tasks.classify import Shards
-from involution.tasks.classify.shards import TarImages
+from involution.tasks.classify.data.shards import TarImages
 
 
 def png(number: int) -> bytes:

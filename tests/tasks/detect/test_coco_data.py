@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from involution.engine.images import UnreadableImage
 from involution.tasks.detect import COCO
-from involution.tasks.detect.annotations import AnnotationError
-from involution.tasks.detect.coco import GroupedSampler
-from involution.tasks.images import UnreadableImage
+from involution.tasks.detect.data.annotations import AnnotationError
+from involution.tasks.detect.data.coco import GroupedSampler
 
 
 def data(root: Path, **options: Any) -> COCO:

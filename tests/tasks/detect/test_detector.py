@@ -13,10 +13,10 @@ from PIL import Image
 from pycocotools.coco import COCO as TheirCOCO
 
 from involution.cli import main
-from involution.tasks.command import TaskCLI, run
+from involution.engine.command import TaskCLI, run
+from involution.engine.recipes import recipes
 from involution.tasks.detect import Detector
 from involution.tasks.detect.module import warmup_steps_down
-from involution.tasks.recipes import recipes
 
 NORM = ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}']
 # Few regions: what takes the time.

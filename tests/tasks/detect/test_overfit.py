@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from involution.tasks.command import run
+from involution.engine.command import run
 
 SHORTEST = 48  # pixels: at the reduced size of training, smaller sides than that would vanish
 

@@ -10,7 +10,7 @@ from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import nn
 
 from involution.cli import main
-from involution.tasks.command import run
+from involution.engine.command import run
 from involution.tasks.detect import COCO, faster_rcnn, mask_rcnn, retinanet
 from involution.tasks.detect.targets import Targets
 

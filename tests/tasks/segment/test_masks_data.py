@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from involution.tasks.images import UnreadableImage
+from involution.engine.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
-from involution.tasks.segment.data import SegmentationData
+from involution.tasks.segment.data.base import SegmentationData
 from involution.tasks.segment.preprocessing import RandomCrop
 
 Tree = Callable[[str], Path]

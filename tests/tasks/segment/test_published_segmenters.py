@@ -14,7 +14,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
-from involution.tasks.recipes import recipes
+from involution.engine.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter, SemanticFPN, UPerNet
 from involution.tasks.segment.module import pixel_loss, warmup_poly
 from involution.tasks.segment.preprocessing import PhotometricDistortion

@@ -78,7 +78,7 @@ def test_encoder_of_segmentation_models_pytorch(decoder: str, options: dict[str,
 
 def test_batch_norms_that_stay_plain() -> None:
     """The paper's rule: all are synchronised but those of kernel generators and the stem's after its involution."""
-    from involution.tasks.sync_batch_norm import norms_of_involutions, synchronised
+    from involution.engine.sync_batch_norm import norms_of_involutions, synchronised
 
     model = SemanticFPN("rednet26", neck="involution")
     converted = synchronised(model, norms_of_involutions(model))

@@ -15,8 +15,8 @@ from sklearn.metrics import confusion_matrix
 from torchvision.transforms import v2
 
 from involution.cli import main
-from involution.tasks.command import TaskCLI, run
-from involution.tasks.recipes import recipes
+from involution.engine.command import TaskCLI, run
+from involution.engine.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly

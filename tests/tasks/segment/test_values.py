@@ -11,7 +11,7 @@ from PIL import Image
 
 from involution.cli import main
 from involution.tasks.segment import Folders, Segmenter
-from involution.tasks.segment.values import PixelValues, pixel_values
+from involution.tasks.segment.data.values import PixelValues, pixel_values
 
 IDS = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
 COLOURS = np.array([(0, 0, 0), (255, 128, 0), (0, 0, 255)], np.uint8)
@@ -205,5 +205,5 @@ def test_options_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert torch.load(checkpoint)["involution"]["palette"] == [(0, 0, 0), (255, 128, 0)]
     model = Segmenter.load_from_checkpoint(checkpoint, map_location="cpu")
     assert model.inference.window == (16, 16)
-    model.look(window=20, window_stride=10)
+    model.configure_inference(window=20, window_stride=10)
     assert (model.inference.window, model.inference.stride) == ((20, 20), (10, 10))

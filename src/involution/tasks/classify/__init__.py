@@ -1,12 +1,12 @@
 """Image classification: the Lightning module, the data, and the recipes."""
 
-from .cifar import CIFAR10, CIFAR100
-from .data import ClassificationData
-from .digits import Digits
-from .image_folder import ImageFolder
-from .imagenet import ImageNet, Imagenette
+from .data.base import ClassificationData
+from .data.cifar import CIFAR10, CIFAR100
+from .data.digits import Digits
+from .data.image_folder import ImageFolder
+from .data.imagenet import ImageNet, Imagenette
+from .data.shards import Shards
 from .module import Classifier
-from .shards import Shards
 
 __all__ = [
     "CIFAR10",

@@ -19,9 +19,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...engine.module import TaskModule, linear_warmup
 from ...nn import Diagnosis, diagnose
 from ...zoo.checkpoints import load_network
-from ..module import TaskModule, linear_warmup
 from .predictions import RankingWriter
 from .preprocessing import Preprocessing
 

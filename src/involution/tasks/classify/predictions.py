@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from ..images import read_image
+from ...engine.images import read_image
 
 _SHOWN = 20  # images in the table on the screen
 _CELL, _LINE = 192, 16  # pixels: a picture's side in the grid, and a line of text under it

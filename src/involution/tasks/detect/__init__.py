@@ -1,6 +1,6 @@
 """Object detection and instance segmentation: the models, the Lightning module, the data, and the recipes."""
 
-from .coco import COCO
+from .data.coco import COCO
 from .models import faster_rcnn, mask_rcnn, retinanet
 from .module import Detector
 

@@ -8,7 +8,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as run_lengths
 from torch import Tensor
 
-from .annotations import Annotations
+from .data.annotations import Annotations
 
 KINDS = {"box": "bbox", "mask": "segm"}  # ours and COCO's names
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")

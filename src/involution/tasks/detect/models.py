@@ -22,8 +22,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import sigmoid_focal_loss
 
+from ...engine.data import IMAGENET_MEAN, IMAGENET_STD
 from ...zoo.fpn import PyramidBackbone, check_layer, involution_layer
-from ..data import IMAGENET_MEAN, IMAGENET_STD
 from .anchors import Anchors, Matcher
 from .float32 import Linear, in_float32
 from .regions import DetectionTransform, ProposalHead, ProposalNetwork, RegionAlign, RegionHeads

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...engine.data import IMAGENET_MEAN, IMAGENET_STD
+from ...engine.module import TaskModule, linear_warmup
 from ...nn import Diagnosis, diagnose
-from ..data import IMAGENET_MEAN, IMAGENET_STD
-from ..module import TaskModule, linear_warmup
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
 from .predictions import DetectionWriter

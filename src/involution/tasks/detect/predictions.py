@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ..images import read_image
-from ..pictures import colour, picture_names
+from ...engine.images import read_image
+from ...engine.pictures import colour, picture_names
 from .evaluation import Detection
 
 

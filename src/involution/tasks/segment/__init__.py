@@ -1,11 +1,11 @@
 """Semantic segmentation: the models, the Lightning module, the data, and the recipes."""
 
-from .cityscapes import Cityscapes
-from .data import SegmentationData
-from .folders import CamVid, Folders
+from .data.base import SegmentationData
+from .data.cityscapes import Cityscapes
+from .data.folders import CamVid, Folders
+from .data.voc import VOC, Pets
 from .models import SemanticFPN, UPerNet
 from .module import Segmenter
-from .voc import VOC, Pets
 
 __all__ = [
     "VOC",

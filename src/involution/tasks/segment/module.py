@@ -14,11 +14,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
+from ...engine.images import read_image
+from ...engine.module import Reader, TaskModule, linear_warmup
+from ...engine.pictures import Colour, colour
+from ...engine.sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from ...nn import Diagnosis, diagnose
-from ..images import read_image
-from ..module import Reader, TaskModule, linear_warmup
-from ..pictures import Colour, colour
-from ..sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
@@ -272,7 +272,7 @@ class Segmenter(TaskModule):
         """Of every image, the classes of its pixels: [H, W] uint8."""
         return [self._classes(image, size).byte().cpu() for image, size in images]
 
-    def look(
+    def configure_inference(
         self,
         window: tuple[int, int] | int | None = None,
         window_stride: tuple[int, int] | int | None = None,

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from ..images import read_image
-from ..pictures import Colour, picture_names
+from ...engine.images import read_image
+from ...engine.pictures import Colour, picture_names
 
 
 class MaskWriter:

@@ -1,0 +1,1 @@
+"""Training, evaluation and prediction, as far as all tasks share them."""

@@ -1,0 +1,188 @@
+"""The LightningCLI behind `involution fit | validate | test`, the same for every task."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from .checkpoints import AtomicCheckpointIO, last_checkpoint
+from .console import Screen, on_a_terminal, quiet_lightning, result_of
+from .finite_loss import FiniteLoss
+from .recipes import resolve_configs
+from .resume import EpochCounterFix, GivenOptions
+from .sampling import RandomStates
+from .sync_batch_norm import SyncBatchNorms
+
+
+class TaskCLI(LightningCLI):
+    """LightningCLI with this project's defaults.
+
+    Beside LightningCLI's own arguments there are `checkpoint`, the ModelCheckpoint that keeps best.ckpt (by
+    `checkpoint.monitor`; without one the latest), and `recovery`, the one that writes last.ckpt every
+    `recovery.every_n_train_steps` steps, besides the end of every epoch. `--ckpt_path last` goes on from the newest
+    last.ckpt of the runs in `trainer.default_root_dir`, with the same data and random numbers. The model's num_classes
+    comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir: config.yaml,
+    metrics.csv, TensorBoard's events, checkpoints.
+    """
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """As LightningCLI's, without its warning about `args` beside a filled sys.argv: the dispatcher owns that."""
+        self.config = parser.parse_args(args)
+        self._arguments = list(args or [])
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters stand above a config's, and those of the command line above both."""
+        verb = self.config.subcommand
+        config = self.config[verb]
+        if config.get("ckpt_path") == "last":
+            config.ckpt_path = str(last_checkpoint(Path(config.trainer.default_root_dir)))
+        checkpoint = Path(config.get("ckpt_path") or "")
+        before = _hyperparameters(config)
+        super()._parse_ckpt_path()
+        given = _options(self._arguments, "--model.")
+        if verb == "fit" and checkpoint.is_file():
+            given = _without_initial_weights(given, checkpoint)
+        if given:
+            self.config = self.parser.parse_args([verb, *given], namespace=self.config)
+        if verb == "fit" and checkpoint.is_file():
+            now = _hyperparameters(self.config[verb])
+            for name in [name for name in now if name in before and now[name] != before[name]]:
+                if not _is_given(name, given):
+                    rank_zero_info(
+                        f"model.{name} is {now[name]!r}, as in the checkpoint, and not {before[name]!r}, as in the "
+                        f"config; --model.{name} on the command line changes it"
+                    )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `checkpoint` and `recovery`, and takes the number of classes from the data."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.filename": "best"})
+        parser.add_lightning_class_args(ModelCheckpoint, "recovery")
+        recovery = {"filename": "last", "every_n_train_steps": 500, "enable_version_counter": False}
+        parser.set_defaults({f"recovery.{name}": value for name, value in recovery.items()})
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Logs to CSV and TensorBoard unless `trainer.logger` says otherwise; checkpoints are written whole."""
+        trainer = self.config[self.subcommand]["trainer"]
+        plugins = trainer["plugins"] or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        plugins = [*plugins, AtomicCheckpointIO()]
+        if trainer["sync_batchnorm"]:
+            on_cpu = trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
+            plugins.append(SyncBatchNorms(on_cpu))
+            kwargs["sync_batchnorm"] = False  # Lightning's own conversion loses the activations of timm's norms
+        kwargs["plugins"] = plugins
+        if trainer["logger"] in (None, True):
+            kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
+        if trainer["enable_progress_bar"] is None:
+            kwargs["enable_progress_bar"] = on_a_terminal()
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Says what has come out, and what to do with it."""
+        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # asks the other processes
+        if self.trainer.is_global_zero:
+            print(*result_of(self.trainer, str(config)), sep="\n")
+
+
+def _options(arguments: list[str], prefix: str) -> list[str]:
+    """Those that begin so, with their values."""
+    found = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument.startswith(prefix):
+            found += [argument] if "=" in argument else [argument, following]
+    return found
+
+
+def _is_given(name: str, arguments: list[str]) -> bool:
+    """Whether an option of the model, or a part of it, is among arguments."""
+    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--model.")]
+    return any(re.match(rf"--model\.(init_args\.)?{re.escape(name)}(\.|$)", one) for one in names)
+
+
+def _hyperparameters(config: Any) -> dict[str, Any]:
+    """Of the model in a verb's config."""
+    arguments = (config.get("model") or {}).get("init_args") or {}
+    return {name: value for name, value in dict(arguments).items() if name != "backbone_weights"}
+
+
+def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
+    """Options without --model.backbone_weights, which a resumed run has behind it.
+
+    Raises:
+        ValueError: the checkpoint's run did not begin with those.
+    """
+    kept: list[str] = []
+    begun = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("involution", {})
+    arguments = iter(given)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        value = value if equals else next(arguments)
+        if name in ("--model.backbone_weights", "--model.init_args.backbone_weights"):
+            if value != begun.get("backbone_weights"):
+                raise ValueError(
+                    f"backbone_weights must be {begun.get('backbone_weights')!r}, with which the run of {checkpoint} "
+                    f"began, or not be given, got {value!r}; weights to begin with want a run without ckpt_path"
+                )
+        else:
+            kept += [name, value]
+    return kept
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    """Both write into the same `version_N`; left alone, each would count its own."""
+    csv = CSVLogger(folder, name="", flush_logs_every_n_steps=20)
+    return [csv, TensorBoardLogger(folder, name="", version=csv.version, default_hp_metric=False)]
+
+
+def run(arguments: list[str]) -> TaskCLI:
+    """Runs one verb.
+
+    Args:
+        arguments: the verb (fit, validate, test), then LightningCLI's arguments. `-c` also takes the name of
+            a packaged recipe, and runs/<that name> is then where the run writes.
+
+    Returns:
+        The finished LightningCLI, with `.trainer`, `.model` and `.datamodule`.
+
+    Raises:
+        ValueError: a config is neither a file nor a recipe; num_classes is given, which the data say.
+        FloatingPointError: the loss or the weights are no longer finite.
+        SystemExit: an argument is wrong (jsonargparse's message is on stderr).
+    """
+    quiet_lightning()
+    resolved, name = resolve_configs(arguments)
+    for argument in resolved:
+        if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):
+            raise ValueError(f"num_classes comes from the data, got {argument}")
+    # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
+    last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    callbacks = [last, RandomStates(), EpochCounterFix(), GivenOptions(), FiniteLoss(), Screen()]
+    finished = TaskCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "default_root_dir": f"runs/{name or 'unnamed'}",
+            "callbacks": callbacks,
+            "enable_model_summary": False,
+        },
+        parser_kwargs={"prog": "involution"},
+        args=resolved,
+    )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # gloo's threads may still hold Python objects, and one that asks for the GIL of an interpreter that is shutting
+        # down aborts the process. Lightning destroys NCCL's groups only.
+        torch.distributed.destroy_process_group()
+    return finished

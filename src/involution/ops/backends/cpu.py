@@ -1,0 +1,310 @@
+"""The CPU backend: loads the C++ kernels of csrc/ and calls them through their C ABI (csrc/involution.h).
+
+ctypes releases the GIL during a call. The library links libgomp by its plain name and torch is imported first, so
+both share one OpenMP runtime; every call passes torch's own thread count.
+"""
+
+import ctypes
+import math
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import MAPS, Geometry
+from ..layer import LayerParts, pack
+from ..layouts import is_channels_last, lies_channels_last, memory_order
+
+_FILE = "libinvolution.so"
+_ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
+_16_BIT = (torch.float16, torch.bfloat16)
+_MOST_16_BIT_TAPS, _MOST_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
+_TENSORS = LayerParts._fields[:-3]  # in the order of involution_layer
+_WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
+_IMAGES = {"input", "hidden", "shortcut"}
+
+
+class _CGeometry(ctypes.Structure):
+    """`involution_geometry` of csrc/involution.h. Missing leading axes have size 1."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
+        *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
+        *((name, ctypes.c_int64) for name in ("channels_last", "threads", "adds")),
+    ]
+
+
+class _CLayer(ctypes.Structure):
+    """`involution_layer` of csrc/involution.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "next_reduce_output", "scratch")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("hidden_channels", "expand_channels", "next_reduce_channels", "relu", "expand_relu")
+        ),
+        ("rms_eps", ctypes.c_double),
+    ]
+
+
+def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.apply."""
+    _call("apply", (input, kernel_map, out), geometry)
+
+
+def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.adjoint."""
+    _call("adjoint", (grad, kernel_map, out), geometry)
+
+
+def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
+    """See reference.correlate."""
+    _call("correlate", (grad, input, out), geometry)
+
+
+_LARGE_KERNEL, _WIDE_GROUP = 25, 16  # from which on contiguous tensors are faster converted to channels last, and back
+
+
+def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
+    """Brings both operands into the layout of the first, or a faster one, runs the kernel, and fills `out` (last)."""
+    out = tensors[2]
+    taps, width = math.prod(geometry.kernel), geometry.channels // geometry.groups
+    large = name != "correlate" and taps >= _LARGE_KERNEL and width >= _WIDE_GROUP
+    channels_last = large or is_channels_last(tensors[0])
+    in_16_bits = channels_last and taps <= _MOST_16_BIT_TAPS
+    if name == "correlate":
+        in_16_bits = in_16_bits and width <= _MOST_16_BIT_WIDTH
+    dtype = torch.float32 if out.dtype in _16_BIT and not in_16_bits else out.dtype
+    result_dtype = torch.float32 if dtype in _16_BIT and name == "adjoint" else dtype
+    if channels_last:
+        dims = len(geometry.input)
+        tensors = tuple(  # type: ignore[assignment]
+            t.permute(memory_order(role, dims)) for role, t in zip(_ROLES[name], tensors, strict=True)
+        )
+    first, second, result = tensors
+    first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
+    if out.dtype != result_dtype or not result.is_contiguous():
+        result = torch.empty(result.shape, dtype=result_dtype)
+    _function(f"involution_{name}_{_SUFFIX[dtype]}")(
+        _c_geometry(geometry, channels_last, torch.get_num_threads()),
+        first.data_ptr(),
+        second.data_ptr(),
+        result.data_ptr(),
+    )
+    if result is not tensors[2]:
+        tensors[2].copy_(result)
+
+
+def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
+    """See reference.fused_layer."""
+    dtype = _layer_dtype(outs[0].dtype)
+    held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts.tensors(), strict=True)]
+    results = [_as_kernel_fills(out, dtype) for out in outs]
+    c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
+    c_layer = _CLayer(
+        *(None if tensor is None else tensor.data_ptr() for tensor in held),
+        results[0].data_ptr(),
+        results[-1].data_ptr(),
+        None,
+        parts.span_weight.shape[1],
+        outs[0].shape[1],
+        outs[-1].shape[1],
+        parts.relu,
+        parts.expand_relu,
+        parts.rms_eps,
+    )
+    scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
+    c_layer.scratch = scratch.data_ptr()
+    _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
+    _fill(outs, results)
+
+
+def _layer_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The fused layer's dtype for tensors of `dtype`: it has no kernel map, nearly all of what 16 bits would save."""
+    return torch.float32 if dtype in _16_BIT else dtype
+
+
+def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Images as [N, *S, C], weights packed, in the kernels' dtype; itself where it already is."""
+    if tensor is None:
+        return None
+    tensor = tensor.to(dtype) if tensor.dtype != dtype else tensor
+    if name in _WEIGHTS:
+        return pack(tensor) if tensor.dim() == 2 else tensor.contiguous()
+    if name in _IMAGES:
+        return tensor if lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """The result itself if the kernels can fill it, else one of its shape that they can."""
+    if out.dtype == dtype and (lies_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
+        return out
+    if out.dim() <= 2:
+        return torch.empty(out.shape, dtype=dtype)
+    return torch.empty(out.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
+
+
+def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
+    for out, result in zip(outs, computed, strict=True):
+        if result is not out:
+            out.copy_(result)
+
+
+def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
+    """See reference.fused_layer_backward. Some positions at a time; their map is overwritten by its own gradient."""
+    dtype = _layer_dtype(grad.dtype)
+    assert parts.hidden is not None
+    x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (parts.input, grad, parts.hidden))
+    span, offset = parts.span_weight.to(dtype), None if parts.span_bias is None else parts.span_bias.to(dtype)
+    computed = [_as_kernel_fills(result, dtype) for result in results]
+    dx, dh = (image.movedim(1, -1) for image in computed[:2])
+    dweight, dbias = computed[2:]
+    for total in (dx, dweight, dbias):
+        total.zero_()
+    row = math.prod(geometry.output[1:]) * len(span)  # numbers of the map in one row of the first spatial axis
+    images = max(1, _MAP_AT_ONCE // (row * geometry.output[0]))
+    rows = geometry.output[0] if images > 1 else max(1, _MAP_AT_ONCE // row)
+    threads = torch.get_num_threads()
+    for n, r in product(range(0, geometry.batch, images), range(0, geometry.output[0], rows)):
+        at = (slice(n, n + images), slice(r, r + rows))
+        features = h[at].flatten(0, -2)
+        kernels = torch.nn.functional.linear(features, span, offset)
+        part = geometry._replace(
+            batch=h[at].shape[0],
+            output=(h[at].shape[1], *geometry.output[1:]),
+            padding=(geometry.padding[0] - r * geometry.stride[0], *geometry.padding[1:]),
+        )
+        pointers = g[at].data_ptr(), kernels.data_ptr(), x[n].data_ptr(), dx[n].data_ptr()
+        suffix = _SUFFIX[dtype]
+        _function(f"involution_adjoint_{suffix}")(
+            _c_geometry(part, True, threads, True), pointers[0], pointers[1], pointers[3]
+        )
+        _function(f"involution_correlate_{suffix}")(
+            _c_geometry(part, True, threads), pointers[0], pointers[2], pointers[1]
+        )
+        dh[at] = (kernels @ span).view(dh[at].shape)
+        dweight.addmm_(kernels.t(), features)
+        dbias += kernels.sum(0)
+    _fill(results, computed)
+
+
+_MAP_AT_ONCE = 1 << 20  # numbers of the kernel map in a backward pass: well inside the last cache
+
+
+@lru_cache(maxsize=1024)
+def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, adds: bool = False) -> _CGeometry:
+    missing = 3 - len(geometry.input)
+    sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
+    padding = (*(0,) * missing, *geometry.padding)
+    dilation = (*(1,) * missing, *geometry.dilation)
+    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, threads, adds)
+
+
+def instruction_set() -> str:
+    """The instruction set in use: avx512, avx2 or baseline.
+
+    Raises:
+        RuntimeError: there is no library to ask.
+    """
+    name: bytes = _loaded().involution_instruction_set()
+    return name.decode()
+
+
+def peak_flops(seconds: float = 0.2) -> float:
+    """The float32 operations per second that all of torch's threads reach in registers, a multiply-add being two.
+
+    Args:
+        seconds: how long to measure, at least.
+    """
+    threads, end = torch.get_num_threads(), time.perf_counter() + seconds
+    rates: list[float] = []
+    while time.perf_counter() < end or not rates:
+        start = time.perf_counter()
+        operations = _function("involution_multiply_adds")(threads, 500_000)
+        rates.append(operations / (time.perf_counter() - start))
+    return statistics.quantiles([*rates, rates[-1]], n=10)[-1]  # the best but for a clock's mishap
+
+
+def why_not(tensor: Tensor | None) -> str:
+    """Why the kernels cannot run on tensors like this one, or (None) at all; empty if they can."""
+    reason = _load()[1]
+    if not reason and tensor is not None and tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device}"
+    return reason
+
+
+def fuses(tensor: Tensor) -> bool:
+    """See selection.BackendModule: in the dtypes of the kernels; 16-bit tensors would be converted on the way."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and _AVAILABLE
+
+
+def library() -> ctypes.CDLL | None:
+    """The loaded kernels, or None."""
+    return _load()[0]
+
+
+@cache
+def _function(name: str) -> Any:
+    return getattr(_loaded(), name)
+
+
+def _loaded() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError(f"the CPU kernels cannot be used: {why_not(None)}")
+    return found
+
+
+@cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    path = _path()
+    if path is None:
+        return None, f"{_FILE} is not installed (was this installed with INVOLUTION_NATIVE=0, or without a compiler?)"
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path} does not load: {error}"
+    for name in _ROLES:
+        for suffix in _SUFFIX.values():
+            function = getattr(loaded, f"involution_{name}_{suffix}")
+            function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
+            function.restype = None
+    for suffix in ("f32", "f64"):
+        function = getattr(loaded, f"involution_layer_{suffix}")
+        function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
+        function.restype = None
+    loaded.involution_layer_scratch.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
+    loaded.involution_layer_scratch.restype = ctypes.c_int64
+    loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
+    loaded.involution_multiply_adds.restype = ctypes.c_double
+    loaded.involution_instruction_set.restype = ctypes.c_char_p
+    loaded.involution_use.argtypes = [ctypes.c_char_p]
+    wanted = os.environ.get("INVOLUTION_ISA")
+    if wanted and not loaded.involution_use(wanted.encode()):
+        raise ValueError(f"INVOLUTION_ISA={wanted!r}: wanted avx512, avx2 or baseline, and one that this CPU can run")
+    return loaded, ""
+
+
+def _path() -> Path | None:
+    """The library beside this file or, in an editable install, where the installer put it."""
+    beside = Path(__file__).with_name(_FILE)
+    if beside.exists():
+        return beside
+    try:
+        installed = Path(str(metadata.distribution("involution").locate_file(f"involution/ops/backends/{_FILE}")))
+    except metadata.PackageNotFoundError:
+        return None
+    return installed if installed.exists() else None
+
+
+_AVAILABLE = not why_not(None)  # asked once, when this is imported: torch.compile could not trace the answer

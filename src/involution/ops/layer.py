@@ -1,0 +1,212 @@
+"""The fused layer's parts: the tensors that it takes, the checks of their sizes, and its steps in plain PyTorch."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .geometry import DTYPES, LARGEST, Geometry, geometry
+from .layouts import logical_order
+
+
+class LayerParts(NamedTuple):
+    """The tensors of a fused layer (fused.py); None leaves a step out.
+
+    Weights are [out, in], or packed (see `pack`): [ceil(out / 32), in, 32], and then the bias says how many `out` are.
+    """
+
+    input: Tensor
+    hidden: Tensor | None  # or made from the input by the reduction
+    reduce_weight: Tensor | None
+    reduce_bias: Tensor | None
+    span_weight: Tensor
+    span_bias: Tensor | None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    expand_weight: Tensor | None = None
+    expand_bias: Tensor | None = None
+    shortcut: Tensor | None = None
+    next_reduce_weight: Tensor | None = None
+    next_reduce_bias: Tensor | None = None
+    relu: bool = False
+    expand_relu: bool = False
+    rms_eps: float = 0.0  # above 0, the reduced features are divided by their RMS at every position, before their ReLU
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but the options, in order."""
+        return tuple(self[:-3])
+
+    def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
+        """[N, C or the expansion's channels, *positions]; and the next block's reduced features, where it is a part."""
+        batch, channels = self.input.shape[:2]
+        if self.expand_weight is not None:
+            channels = _columns(self.expand_weight, self.expand_bias)
+        sizes = [(batch, channels, *positions)]
+        if self.next_reduce_weight is not None:
+            sizes.append((batch, _columns(self.next_reduce_weight, self.next_reduce_bias), *positions))
+        return sizes
+
+
+PANEL = 32  # columns, as csrc/multiply.h has it
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight [out, in] as the CPU kernels read it: [ceil(out / 32), in, 32], filled up with zeros."""
+    missing = -weight.shape[0] % PANEL
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
+    return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+
+
+def _columns(weight: Tensor, bias: Tensor | None) -> int:
+    """How many outputs a weight has that may be packed."""
+    return (weight if bias is None else bias).shape[0]
+
+
+def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The weight [out, in], packed or not; a packed one's `out` is that of its bias."""
+    if weight.dim() == 2:
+        return weight
+    assert bias is not None
+    return weight.transpose(1, 2).flatten(0, 1)[: bias.shape[0]]
+
+
+def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """A layer's output positions per axis: ceil(S / stride)."""
+    return [-(-size // step) for size, step in zip(input, stride, strict=True)]
+
+
+def layer_window(
+    input: Sequence[int], maps: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Geometry:
+    """The geometry of a layer whose span has `maps` = G * prod(K) outputs; it makes ceil(S / stride) positions.
+
+    Raises:
+        ValueError: the sizes do not belong together.
+    """
+    dims = len(input) - 2
+    for name, axes in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
+        if len(axes) != dims or min(axes) < 1 or max(axes) > LARGEST:
+            raise ValueError(f"{name} must be {dims} numbers from 1 to {LARGEST}, got {list(axes)}")
+    taps = math.prod(kernel_size)
+    if taps < 1 or maps % taps != 0:
+        raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")
+    groups, output = maps // taps, layer_output(input[2:], stride)
+    if groups == 0 or input[1] % groups != 0:
+        raise ValueError(
+            f"span_weight must have G * {taps} rows with G dividing input's {input[1]} channels, got {maps}, "
+            f"which is G = {groups}"
+        )
+    shapes: dict[str, Sequence[int]] = {
+        "input": input,
+        "kernel_map": (input[0], groups, *kernel_size, *output),
+        "output": (input[0], input[1], *output),
+    }
+    padding = [d * (k - 1) // 2 for k, d in zip(kernel_size, dilation, strict=True)]
+    return geometry(shapes, stride, padding, dilation)
+
+
+def checked_geometry(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
+    """The geometry of a fused layer, if its tensors belong together."""
+    dtype, device = parts.input.dtype, parts.input.device
+    shapes = []
+    for name, tensor in zip(parts._fields, parts.tensors(), strict=False):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device or dtype not in DTYPES):
+            raise TypeError(
+                f"{name} must have input's floating dtype and device, {dtype} on {device}, got {tensor.dtype} on "
+                f"{tensor.device}"
+            )
+        shapes.append(None if tensor is None else tensor.shape)
+    return _checked_shapes(tuple(shapes), tuple(tuple(axes) for axes in window))
+
+
+@lru_cache(maxsize=1024)
+def _checked_shapes(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
+    """The geometry of a layer whose parts have these shapes, if they fit."""
+    found = dict(zip(LayerParts._fields, shapes, strict=False))
+    for name in ("reduce", "span", "expand", "next_reduce"):
+        found[f"{name}_weight"] = unpacked_shape(name, found[f"{name}_weight"], found[f"{name}_bias"])
+    x, span, after = found["input"], found["span_weight"], found["expand_weight"]
+    assert x is not None
+    assert span is not None
+    sizes = layer_window(x, span[0], *window)
+    channels, expand_channels = sizes.channels, after[0] if after else None
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "hidden": (x[0], span[1], *sizes.output),
+        "reduce_weight": (span[1], channels),
+        "reduce_bias": (span[1],),
+        "span_bias": (span[0],),
+        "scale": (channels,),
+        "shift": (channels,),
+        "expand_weight": (expand_channels, channels),
+        "expand_bias": (expand_channels,),
+        "shortcut": (x[0], expand_channels, *sizes.output),
+    }
+    if following := found["next_reduce_weight"]:
+        wanted |= {"next_reduce_weight": (following[0], expand_channels), "next_reduce_bias": (following[0],)}
+    for name, shape in wanted.items():
+        got = found[name]
+        if got is not None and tuple(got) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(got)}")
+    for name in ("reduce", "expand", "next_reduce"):
+        if found[f"{name}_weight"] is None and found[f"{name}_bias"] is not None:
+            raise ValueError(f"{name}_bias must come with a {name}_weight")
+    if found["expand_weight"] is None and (found["shortcut"] is not None or found["next_reduce_weight"] is not None):
+        raise ValueError("shortcut and next_reduce_weight must come with a expand_weight")
+    if (found["hidden"] is None) == (found["reduce_weight"] is None):
+        raise ValueError("exactly one of hidden and reduce_weight must be given")
+    if (found["scale"] is None) != (found["shift"] is None):
+        raise ValueError("scale and shift must be given together")
+    return sizes
+
+
+def unpacked_shape(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) -> Sequence[int] | None:
+    """The shape [out, in] of a weight that may be packed."""
+    if weight is None or len(weight) == 2:
+        return weight
+    if len(weight) != 3 or weight[2] != PANEL or bias is None or weight[0] != -(-bias[0] // PANEL):
+        raise ValueError(
+            f"{name}_weight must be [out, in] or, with {name}_bias, packed as [ceil(out / {PANEL}), in, {PANEL}], got "
+            f"{list(weight)} and {None if bias is None else list(bias)}"
+        )
+    return bias[0], weight[1]
+
+
+def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The span convolution: hidden [N, R, *O], weight [G * prod(K), R] -> kernel map [N, G, *K, *O]."""
+    dims = len(geometry.kernel)
+    flat = torch.nn.functional.linear(hidden.movedim(1, -1), weight, bias)
+    in_memory = flat.unflatten(-1, (geometry.groups, *geometry.kernel))
+    return in_memory.permute(logical_order("kernel_map", dims))
+
+
+def finish(y: Tensor, parts: LayerParts) -> Tensor:
+    """What a fused layer does to its aggregate y: scale, shift and ReLU, as asked."""
+    if parts.scale is not None and parts.shift is not None:
+        y = y * per_channel(parts.scale, y) + per_channel(parts.shift, y)
+    return y.relu() if parts.relu else y
+
+
+def per_channel(vector: Tensor, image: Tensor) -> Tensor:
+    """[C], shaped to meet [N, C, *S]."""
+    return vector.view(-1, *[1] * (image.dim() - 2))
+
+
+def average_windows(image: Tensor, stride: Sequence[int]) -> Tensor:
+    """The averages of the stride's windows, cut off at the border: [N, C, *S] -> [N, C, *ceil(S / stride)].
+
+    torch's 3d pooling refuses a window that reaches beyond the whole image, so none does.
+    """
+    window = [min(pair) for pair in zip(stride, image.shape[2:], strict=True)]
+    return _POOL[len(stride)](image, window, tuple(stride), ceil_mode=True, count_include_pad=False)
+
+
+_POOL = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}
+
+
+def pointwise(image: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution of [N, C, *S]; the weight may be packed."""
+    assert weight is not None
+    return torch.nn.functional.linear(image.movedim(1, -1), unpack(weight, bias), bias).movedim(-1, 1)

@@ -1,0 +1,1 @@
+"""The data sets of image classification, a file each."""

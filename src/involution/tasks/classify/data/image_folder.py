@@ -1,0 +1,174 @@
+"""Images of any size in files: a tree of class folders, and what its relatives share."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from ....engine.data import IMAGENET_MEAN, IMAGENET_STD
+from ....engine.files import entries, is_hidden
+from ....engine.images import SkipUnreadable, read_image
+from ..preprocessing import Preprocessing, random_crops
+from .base import ClassificationData
+
+
+class Photographs(ClassificationData):
+    """Images of any size, cropped at random in training, at the centre otherwise.
+
+    Args:
+        batch_size: images per batch (per process).
+        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
+        image_size: height and width that the model gets, in pixels.
+        resize: the shorter side before the centre crop, in pixels.
+        auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
+        random_erasing: probability that a rectangle of a training image becomes noise.
+        on_error: "raise" where a file cannot be read, or "skip": its place is taken by the next one that can be, and a
+            warning names it.
+
+    Raises:
+        ValueError: an argument does not fit.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        num_workers: int | None = None,
+        image_size: int = 224,
+        resize: int = 256,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        on_error: str = "raise",
+    ) -> None:
+        super().__init__(batch_size, num_workers)
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be raise or skip, got {on_error!r}")
+        for name, value in (("image_size", image_size), ("resize", resize)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
+        self.on_error = on_error
+        self.preprocessing = Preprocessing(image_size, resize, IMAGENET_MEAN, IMAGENET_STD)
+        self._training = random_crops(self.preprocessing, auto_augment, random_erasing)
+
+    def setup(self, stage: str) -> None:
+        """Lists what the stage needs: training and validation, or test."""
+        if stage == "fit":
+            self.train_set = self._guarded(self._read("train", self._training))
+        if stage in ("fit", "validate"):
+            self.val_set = self._guarded(self._read("val", self.preprocessing.evaluation()))
+        if stage == "test":
+            self.test_set = self._guarded(self._read("test", self.preprocessing.evaluation()))
+
+    def teardown(self, stage: str) -> None:
+        """Says how many files were skipped, in all processes."""
+        sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
+        count = sum(int(self._anywhere(part.broken).sum()) for part in sets if isinstance(part, SkipUnreadable))
+        if count:
+            rank_zero_warn(f"{count} files could not be read and were skipped (on_error=skip)")
+
+    def _anywhere(self, flags: Tensor) -> Tensor:
+        """1 where any process has 1."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return flags
+        strategy = self.trainer.strategy
+        found: Tensor = strategy.reduce(flags.to(strategy.root_device), reduce_op="max")
+        return found
+
+    def _guarded(self, dataset: Any) -> Any:
+        return SkipUnreadable(dataset) if self.on_error == "skip" else dataset
+
+    def _read(self, split: str, transform: v2.Transform) -> Any:
+        """The images of "train", "val" or "test", with the transform, as a map-style data set."""
+        raise NotImplementedError
+
+
+class _ClassFolders(datasets.ImageFolder):
+    """torchvision's, without hidden folders."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """Names of the class folders, and the label of each."""
+        names = [path.name for path in entries(Path(directory)) if path.is_dir()]
+        return names, {name: label for label, name in enumerate(names)}
+
+
+class ImageFolder(Photographs):
+    """Any tree root/{train,val,test}/class/image; the classes are the folders of root/train, in alphabetical order.
+
+    Files and folders whose names begin with a dot are skipped.
+
+    Training images are cropped at random (area 8 % to 100 %, resized to `image_size`) and flipped; the others are
+    resized so that the shorter side is `resize` and cropped at the centre. `test` is needed for testing only.
+
+    Args:
+        root: the tree.
+        **photographs: see `Photographs`.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or a class folder holds no image.
+        ValueError: root/train holds no class folder; a file in a class folder is no image (on_error "raise"); the
+            classes of val or test are not those of train; another argument does not fit; a file cannot be read (when it
+            is needed).
+    """
+
+    def __init__(
+        self,
+        root: str,
+        **photographs: Any,
+    ) -> None:
+        super().__init__(**photographs)
+        self.root = Path(root)
+
+    @cached_property
+    def classes(self) -> list[str]:  # type: ignore[override]  # read when asked for, so that making the object is free
+        """The folders of root/train."""
+        return self._class_folders("train")
+
+    def _folder(self, split: str) -> Path:
+        return self.root / split
+
+    def _read(self, split: str, transform: v2.Transform) -> datasets.ImageFolder:
+        wanted, found = self._class_folders("train"), self._class_folders(split)
+        if found != wanted:
+            missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+            raise ValueError(
+                f"root must hold the same classes in {split} as in train, got {self.root}: "
+                f"{split} lacks {missing or 'none'} and has besides {extra or 'none'}"
+            )
+        return self._images(self._folder(split), transform)
+
+    def _images(self, folder: Path, transform: v2.Transform) -> datasets.ImageFolder:
+        """torchvision's data set; it leaves out files that are no images, and here they have their say."""
+        others: list[str] = []
+
+        def is_image(path: str) -> bool:
+            if is_hidden(Path(path).relative_to(folder)):
+                return False
+            image = path.lower().endswith(IMG_EXTENSIONS)
+            if not image:
+                others.append(path)
+            return image
+
+        try:
+            found = _ClassFolders(folder, transform, loader=read_image, is_valid_file=is_image)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"root must hold images of every class, got {folder}: {error}") from error
+        if others and self.on_error == "raise":
+            raise ValueError(
+                f"{others[0]} is no image ({', '.join(IMG_EXTENSIONS)}); on_error=skip leaves such files out"
+            )
+        if others:
+            rank_zero_warn(f"left out {len(others)} files that are no images, {others[0]} the first (on_error=skip)")
+        return found
+
+    def _class_folders(self, split: str) -> list[str]:
+        folder = self._folder(split)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"root must hold a folder {split!r} of class folders, got {self.root}: no {folder}")
+        found = [path.name for path in entries(folder) if path.is_dir()]
+        if not found:
+            raise ValueError(f"root must hold a folder per class in {split!r}, got {self.root}: {folder} has none")
+        return found

@@ -1,0 +1,1 @@
+"""The data sets of semantic segmentation, a file each."""

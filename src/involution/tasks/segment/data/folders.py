@@ -1,0 +1,176 @@
+"""Folders of images and of masks with the same names, and CamVid, which is kept so."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ....engine.files import files_below
+from ....engine.pictures import Colour
+from ..preprocessing import IGNORED
+from .base import Pair, SegmentationData
+from .values import PixelValues, colour_of, pixel_values
+
+MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # formats that keep every pixel's value
+
+
+class Folders(SegmentationData):
+    """Images in one folder, masks in another: root/images/train/a.jpg belongs to root/masks/train/a.png.
+
+    Masks are PNG, TIFF, BMP or GIF files. Their pixels are class indices from 0 on, or what `values` says, or
+    `ignore_index`. A palette's colours do not matter: its indices do, unless `values` are colours. Images and masks may
+    be in one folder, as a.jpg beside a.png or, with a `mask_suffix`, a.png beside a_mask.png.
+
+    Args:
+        root: the tree.
+        classes: their names, in the order of ids.
+        images: the image folder below root, {split} being the part's name.
+        masks: the mask folder, likewise.
+        mask_suffix: what a mask's stem has after its image's.
+        train: name of the part to train on.
+        val: of the part to validate on.
+        test: of the part to test on; None takes that of `val`.
+        values: the value of every class in masks, in the order of `classes`: numbers as [0, 255], or colours as
+            ["#000000", "#ff8000"] or [[0, 0, 0], [255, 128, 0]], for which an alpha channel does not matter. "binary"
+            is for two classes: 0 is the first, 1 or 255 the second. None takes class indices.
+        ignore_index: value of pixels that are ignored, a number or a colour; None ignores none. It stands above a class
+            index, and below `values`.
+        palette: every class's colour in pictures, three numbers of 0..255; None takes those of `values`, or makes some.
+        **segmentation: see `SegmentationData`.
+
+    Raises:
+        FileNotFoundError: a folder is missing; an image has no mask, or a mask no image.
+        ValueError: an argument does not fit; two files have one name and differ in its ending alone; a mask has another
+            size, several channels or an id of no class (when it is needed).
+    """
+
+    def __init__(
+        self,
+        root: str,
+        classes: list[str],
+        images: str = "images/{split}",
+        masks: str = "masks/{split}",
+        mask_suffix: str = "",
+        train: str = "train",
+        val: str = "val",
+        test: str | None = None,
+        values: list[int] | list[tuple[int, int, int]] | list[str] | str | None = None,
+        ignore_index: int | tuple[int, int, int] | str | None = IGNORED,
+        palette: Sequence[Colour] | None = None,
+        **segmentation: Any,
+    ) -> None:
+        super().__init__(**segmentation)
+        self._remedy = "; data.values gives the value of every class, and is binary for masks of 0 and 255"
+        if len(classes) == 1:
+            raise ValueError(
+                f"classes must be two at least, got {classes!r}, of which every pixel would be; name the background "
+                f"too, as ['background', {classes[0]!r}]"
+            )
+        if not 2 <= len(classes) <= IGNORED or len(set(classes)) < len(classes):
+            raise ValueError(f"classes must be 2 to {IGNORED} different names, got {classes!r}")
+        if isinstance(ignore_index, int) and not 0 <= ignore_index < 1 << 16:
+            raise ValueError(f"ignore_index must be an id, from 0 to 65535, got {ignore_index!r}")
+        self._values = pixel_values(values, len(classes), ignore_index)
+        if palette is None and self._values.colours and isinstance(values, list):
+            self.palette = [colour_of(value) for value in values]
+        if palette is not None:
+            if len(palette) != len(classes):
+                raise ValueError(f"palette must have a colour for each of {len(classes)} classes, got {len(palette)}")
+            if any(len(one) != 3 or not all(0 <= value <= 255 for value in one) for one in palette):
+                raise ValueError(f"palette must be of colours, three numbers from 0 to 255, got {palette!r}")
+            self.palette = [(one[0], one[1], one[2]) for one in palette]
+        self.root, self.classes = Path(root), classes
+        self._places, self._suffix = (images, masks), mask_suffix
+        self._names = {"train": train, "val": val, "test": test or val}
+
+    @property
+    def values(self) -> PixelValues:
+        """Of the options `values` and `ignore_index`."""
+        return self._values
+
+    def pairs(self, part: str) -> list[Pair]:
+        """The files of "train", "val" or "test", in alphabetical order."""
+        folders = [self.root / place.format(split=self._names[part]) for place in self._places]
+        for folder in folders:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"root must hold images and masks of {part}, got {self.root}: no {folder}")
+        images, masks = self._images(*folders), _by_name(folders[1], MASK_ENDINGS, self._suffix, folders[0])
+        for missing, kind, found in ((masks, "mask", images), (images, "image", masks)):
+            for name, file in found.items():
+                if name not in missing:
+                    where = folders[kind == "mask"]
+                    wanted = f"{Path(name).name}{self._suffix}.png, .tif, ..." if kind == "mask" else f"{name}.jpg, ..."
+                    raise FileNotFoundError(
+                        f"{file} must have its {kind} in {where}, got none of the same name ({wanted})"
+                    )
+        if not images:
+            raise FileNotFoundError(f"root must hold images of {part}, got {self.root}: none in {folders[0]}")
+        return [(images[name], masks[name]) for name in sorted(images)]
+
+    def _images(self, folder: Path, masks: Path) -> dict[str, Path]:
+        """Images by name; in one folder with the masks, a suffix or else the ending tells them apart."""
+        if folder.resolve() != masks.resolve():
+            return _by_name(folder, IMG_EXTENSIONS, "", masks)
+        if not self._suffix:
+            return _by_name(folder, [ending for ending in IMG_EXTENSIONS if ending not in MASK_ENDINGS], "")
+        found = _by_name(folder, IMG_EXTENSIONS, "")
+        return {name: file for name, file in found.items() if not file.stem.endswith(self._suffix)}
+
+
+def _by_name(folder: Path, endings: Sequence[str], suffix: str, without: Path | None = None) -> dict[str, Path]:
+    """Files by their place below a folder, without ending and suffix; others are left out.
+
+    Where the other folder `without` is below it, that one's files are, too.
+    """
+    found: dict[str, Path] = {}
+    inside = without is not None and without != folder and without.is_relative_to(folder)
+    for file in files_below(folder, endings):
+        if file.stem.endswith(suffix) and not (inside and file.is_relative_to(without or "")):
+            name = str(file.relative_to(folder).with_name(file.stem.removesuffix(suffix)))
+            if name in found:
+                raise ValueError(f"every name must be one file's, got {file} beside {found[name]}")
+            found[name] = file
+    return found
+
+
+class CamVid(Folders):
+    """CamVid as SegNet's authors keep it: 367, 101 and 233 road scenes of 480x360, eleven classes.
+
+    root/{train,val,test}/images and root/{train,val,test}/labels; id 11 (unlabelled) is ignored.
+
+    Args:
+        root: the tree.
+        **segmentation: see `SegmentationData`.
+    """
+
+    def __init__(
+        self, root: str, resize: int = 360, crop: tuple[int, int] | int = (360, 480), **segmentation: Any
+    ) -> None:
+        super().__init__(
+            root,
+            list(_CAMVID),
+            images="{split}/images",
+            masks="{split}/labels",
+            test="test",
+            ignore_index=len(_CAMVID),
+            palette=list(_CAMVID.values()),
+            resize=resize,
+            crop=crop,
+            **segmentation,
+        )
+
+
+_CAMVID = {
+    "Sky": (128, 128, 128),
+    "Building": (128, 0, 0),
+    "Pole": (192, 192, 128),
+    "Road": (128, 64, 128),
+    "Pavement": (60, 40, 222),
+    "Tree": (128, 128, 0),
+    "SignSymbol": (192, 128, 128),
+    "Fence": (64, 64, 128),
+    "Car": (64, 0, 128),
+    "Pedestrian": (64, 64, 0),
+    "Bicyclist": (0, 128, 192),
+}

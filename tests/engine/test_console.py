@@ -1,0 +1,60 @@
+"""What a person sees of a run whose output goes to a file."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from involution.cli import main
+from involution.engine.data import TaskData
+from involution.engine.images import cores
+
+FIT = ["fit", "-c", "digits_rednet", "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "2"]
+
+
+def test_a_line_an_epoch_and_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings(record=True) as told:
+        assert main([*FIT, "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"0\.34 million parameters; 2 batches an epoch", lines[0])
+    for number in (1, 2):
+        numbers = r"  train/loss \d\.\d{4}  val/loss \d\.\d{4}  val/accuracy 0\.\d{4}  \d+ s"
+        assert re.fullmatch(f"epoch {number}/2{numbers}", lines[number])
+    best = "runs/digits_rednet/version_0/checkpoints/best.ckpt"
+    assert re.fullmatch(rf"best val/accuracy 0\.\d{{4}}: {best}", lines[3])
+    assert Path(best).is_file()
+    assert lines[4] == f"next: involution test -c runs/digits_rednet/version_0/config.yaml --ckpt_path {best}"
+    assert lines[5].split()[:4] == ["involution", "predict", "--ckpt_path", best]
+    assert len(lines) == 6
+    said = [str(one.message) for one in told if "lightning" in one.filename and "jsonargparse" not in str(one.category)]
+    assert [message for message in said if "Jsonargparse" not in message and "deprecated" not in message] == []
+
+
+@pytest.mark.parametrize("options", [["--trainer.logger", "false"], ["--trainer.fast_dev_run", "true"]])
+def test_last_finds_what_a_run_without_a_logger_kept(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = ["--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0"]
+    assert main([*FIT, *more, "--trainer.max_epochs", "1", *options]) == 0
+    kept = list(tmp_path.rglob("*.ckpt"))
+    again = main([*FIT, *more, "--trainer.max_epochs", "2", "--trainer.logger", "false", "--ckpt_path", "last"])
+    if "--trainer.logger" in options:
+        assert {file.name for file in kept} == {"best.ckpt", "last.ckpt"}
+        assert again == 0
+    else:
+        assert list(tmp_path.rglob("*")) == []
+        assert again == 1
+        assert "ckpt_path last: no version_*" in capsys.readouterr().err
+
+
+def test_loading_processes_share_the_cores() -> None:
+    data = TaskData(2, None)
+    data.val_set = TensorDataset(torch.zeros(4))
+    assert data.val_dataloader().num_workers == cores()
+    assert TaskData(2, 0)._loader(data.val_set).num_workers == 0

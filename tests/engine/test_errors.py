@@ -1,0 +1,126 @@
+"""What a person reads when a run cannot begin or ends early."""
+
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from involution.cli import main
+from involution.engine.errors import one_line
+from involution.engine.images import UnreadableImage
+from involution.tasks.classify import Classifier, ImageFolder
+
+FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.accelerator", "gpu"], "No supported gpu backend found!"),
+        (["--trainer.max_epochs", "-3"], "`max_epochs` must be a non-negative integer or -1. You passed in -3."),
+        (
+            ["--model.model_name", "rednot50"],
+            "model_name must be a model of timm's, got 'rednot50'; timm.list_models()",
+        ),
+        (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
+        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--model.model_kwargs", '{"in_chans": 1}'], "model_kwargs.in_chans must be 3, or left out, got 1"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_one_line(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "gpu" in options and torch.accelerator.is_available():
+        pytest.skip("there is a GPU")
+    assert main([*FIT, "--trainer.max_epochs", "1", *options]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("involution fit: ")]
+    assert line.startswith(f"involution fit: {message}")
+
+
+def test_a_runtime_error_is_one_line_and_its_traceback_is_kept() -> None:
+    try:
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    except RuntimeError as error:
+        line = one_line(error)
+    assert line.startswith("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3) (RuntimeError; its traceback is")
+    file = Path(line.rpartition(" ")[2].rstrip(")"))
+    assert "test_a_runtime_error_is_one_line" in file.read_text(encoding="utf-8")
+    file.unlink()
+
+
+class Broken(Dataset[Any]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> Any:
+        raise UnreadableImage("a.jpg cannot be read as an image: it is cut off")
+
+
+def test_an_error_of_a_loading_process_is_shown_as_it_was_raised() -> None:
+    with pytest.raises(UnreadableImage, match="DataLoader worker") as caught:
+        list(DataLoader(Broken(), num_workers=1))
+    assert one_line(caught.value) == "a.jpg cannot be read as an image: it is cut off"
+
+
+def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "latin-1"))
+    assert main(["--help"]) == 0
+    print("学习")
+    sys.stdout.flush()
+    assert content.getvalue().endswith(b"\\u5b66\\u4e60\n")
+
+
+def test_a_locale_without_utf_8(tmp_path: Path) -> None:
+    """Class names that it cannot write: to the end of training, and of prediction."""
+    for part in ("train", "val"):
+        for name in ("Küche", "学习"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(2):
+                Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / part / name / f"{number}.png")
+    command = [sys.executable, "-m", "involution.cli"]
+    quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    options = ["--data.root", str(tmp_path), "--data.image_size", "32", "--data.num_workers", "0"]
+    options += ["--data.batch_size", "4", "--model.model_name", "rednet14_cifar", "--trainer.max_epochs", "1"]
+    environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
+    kwargs: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "fit", "-c", "imagefolder_rednet50", *options, *quick], **kwargs)
+    assert done.returncode == 0, done.stderr
+    where = ["--data.predict_path", str(tmp_path / "val"), "--output", "out"]
+    last = "runs/imagefolder_rednet50/version_0/checkpoints/last.ckpt"
+    done = subprocess.run([*command, "predict", "--ckpt_path", last, *where, *quick], **kwargs)
+    assert done.returncode == 0, done.stderr
+    assert "学习" in (tmp_path / "out" / "predictions.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("images", "sizes"), [(9, [4, 4]), (10, [4, 4, 2]), (8, [4, 4])])
+def test_no_batch_is_of_one_image(images: int, sizes: list[int], tmp_path: Path) -> None:
+    for number in range(images):
+        file = tmp_path / "train" / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(file)
+    data = ImageFolder(str(tmp_path), batch_size=4, num_workers=0, image_size=32)
+    data.train_set = data._read("train", data._training)
+    assert [len(labels) for _, labels in data.train_dataloader()] == sizes
+    data.batch_size = 1
+    assert len(list(data.train_dataloader())) == images
+
+
+def test_loading_processes_get_the_preprocessing_and_nothing_else() -> None:
+    """Python 3.14 pickles what they read: a network has more tensors than a process may open files."""
+    from involution.tasks.classify.preprocessing import Preprocessing
+
+    model = Classifier("rednet14_cifar", 3)
+    model.preprocessing = Preprocessing(32, 32, (0.5,) * 3, (0.5,) * 3)
+    content = pickle.dumps(model.read)
+    assert len(content) < 5000
+    assert b"rednet" not in content

@@ -1,0 +1,173 @@
+"""Image files as they are found: turned, grey, 16 bits deep, broken."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from involution.engine.images import Header, SkipUnreadable, UnreadableImage, for_each, inspect, read_image
+from involution.tasks.classify import ImageFolder
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    wide = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3) * 40).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    wide.save(tmp_path / "turned.png", exif=exif)
+    got = read_image(tmp_path / "turned.png")
+    assert got.size == (2, 3)
+    assert (pixels(got)[..., 0] == np.rot90(pixels(wide)[..., 0], -1)).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
+def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (5, 4), (200, 200, 200)).convert(mode)
+    file = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(file)
+    got = read_image(file)
+    assert got.mode == "RGB"
+    assert got.size == (5, 4)
+    assert abs(pixels(got) - pixels(image.convert("RGB"))).max() == 0
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path: Path) -> None:
+    deep = np.array([[0, 256, 32768, 65535]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert pixels(read_image(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_a_broken_file_is_named(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "broken.jpg"
+    if content is None:  # cut off in the midst
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+        content = file.read_bytes()[:1500]
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"broken\.jpg cannot be read as an image"):
+        read_image(file)
+
+
+def tree(root: Path) -> Path:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.new("RGB", (40, 40), (index * 50, 0, 0)).save(root / split / name / f"{index}.png")
+    (root / "train" / "cat" / "1.png").write_bytes(b"broken")
+    return root
+
+
+def test_broken_files_raise_or_are_skipped_and_counted(tmp_path: Path) -> None:
+    root = tree(tmp_path)
+    data = ImageFolder(str(root), batch_size=2, num_workers=0, image_size=32)
+    data.setup("fit")
+    with pytest.raises(ValueError, match=r"cat.1\.png cannot be read"):
+        list(data.train_dataloader())
+    for workers in (0, 2):
+        data = ImageFolder(str(root), batch_size=2, num_workers=workers, image_size=32, on_error="skip")
+        data.setup("fit")
+        with pytest.warns(RuntimeWarning, match=r"skipped: .*1\.png") if workers == 0 else pytest.MonkeyPatch.context():
+            labels = torch.cat([batch[1] for batch in data.train_dataloader()])
+        assert len(labels) == 6
+        with pytest.warns(UserWarning, match=r"1 files could not be read and were skipped"):
+            data.teardown("fit")
+
+
+def test_on_error_is_checked() -> None:
+    with pytest.raises(ValueError, match="on_error must be raise or skip, got 'ignore'"):
+        ImageFolder("photos", on_error="ignore")
+
+
+def test_numbers_that_are_no_grey_levels_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(tmp_path / "float.tif")
+    Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "deep.tif")
+    for name in ("float.tif", "deep.tif"):
+        with pytest.raises(UnreadableImage, match=f"{name} cannot be read as an image: its numbers"):
+            read_image(tmp_path / name)
+
+
+def test_skipping_counts_files_and_not_attempts() -> None:
+    class Some(Dataset[int]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> int:
+            if 2 <= index < 9:
+                raise UnreadableImage(f"{index} is broken")
+            return index
+
+    found = SkipUnreadable(Some())
+    with pytest.warns(RuntimeWarning, match="broken"):
+        read = [found[index] for _ in range(2) for index in range(10)]
+    assert read == [0, 1, *[9] * 8] * 2
+    assert found.broken.tolist() == [0, 0, *[1] * 7, 0]
+
+
+def test_other_errors_are_not_taken_for_broken_files() -> None:
+    class Wrong(Dataset[int]):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, index: int) -> int:
+            raise ValueError("a mistake in a transform")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        SkipUnreadable(Wrong())[0]
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "odd.png")
+
+    def fails(self: Image.Image) -> None:
+        raise NotImplementedError("pixel format 7")
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fails)
+    with pytest.raises(UnreadableImage, match=r"odd\.png cannot be read as an image: pixel format 7"):
+        read_image(tmp_path / "odd.png")
+
+
+def test_only_formats_that_people_train_on_are_tried(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "texture.dds")
+    (tmp_path / "texture.dds").rename(tmp_path / "texture.jpg")
+    with pytest.raises(UnreadableImage, match=r"texture\.jpg cannot be read as an image: cannot identify"):
+        read_image(tmp_path / "texture.jpg")
+
+
+def photograph(file: Path, orientation: int = 1) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, exif=exif)
+    return file
+
+
+def test_a_look_finds_sizes_orientations_and_files_that_are_cut_off(tmp_path: Path) -> None:
+    for kind in ("jpg", "png", "webp"):
+        file = photograph(tmp_path / f"whole.{kind}", 6)
+        assert inspect(file) == Header((64, 40), 6)
+        assert inspect(file).upright_size == read_image(file).size == (40, 64)
+        assert read_image(file, upright=False).size == (64, 40)
+        cut = tmp_path / f"cut.{kind}"
+        cut.write_bytes(file.read_bytes()[:-200])
+        with pytest.raises(UnreadableImage, match=f"cut.{kind} cannot be read"):
+            inspect(cut)
+    padded = tmp_path / "padded.jpg"  # some cameras leave zeros at the end
+    padded.write_bytes(photograph(tmp_path / "a.jpg").read_bytes() + bytes(500))
+    assert inspect(padded).size == (64, 40)
+
+
+def test_results_are_in_order_and_unreadable_images_among_them() -> None:
+    def half(value: int) -> int:
+        if value == 3:
+            raise UnreadableImage("3 is broken")
+        return value // 2
+
+    found = for_each(range(6), half, "numbers")
+    assert [str(one) for one in found] == ["0", "0", "1", "3 is broken", "2", "2"]

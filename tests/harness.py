@@ -1,0 +1,57 @@
+"""What a test process runs on: backends, instruction sets, threads, and how many random examples."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from involution.ops.backends import cpu, selection, triton
+from involution.ops.geometry import Geometry
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then this process tests Triton's kernels, on CPU tensors
+BACKENDS = ["triton"] if INTERPRETED else ["cpu", "reference"]
+TILES = triton.tiles
+LIBRARY = cpu.library()
+assert LIBRARY is not None, cpu.why_not(None)
+INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "baseline") if LIBRARY.involution_use(name.encode())]
+LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
+
+
+def one_tile(name: str, geometry: Geometry, *rest: Any) -> list[triton.Tile]:
+    """One program for an image: the interpreter's time is per operation, however many elements it has."""
+    width, groups = geometry.channels // geometry.groups, geometry.groups
+    positions = max(np.prod(geometry.input), np.prod(geometry.output))
+    return [triton.Tile(*(1 << (int(size) - 1).bit_length() for size in (max(16, positions), groups, width)), 1)]
+
+
+def examples(count: int) -> int:
+    """How many random examples to try where `count` are usual: INVOLUTION_EXAMPLES says what part of them."""
+    return max(1, round(count * float(os.environ.get("INVOLUTION_EXAMPLES", "1"))))
+
+
+@contextmanager
+def backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
+    """Runs the block on one backend, and on one of the CPU's instruction sets."""
+    before = selection.forced
+    selection.forced = name
+    try:
+        if instruction_set is not None:
+            assert LIBRARY.involution_use(instruction_set.encode())
+        yield
+    finally:
+        selection.forced = before
+        LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Runs the block with torch on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from involution import involution2d
 from involution.ops.backends.selection import fuses
-from involution.ops.fused import fused_layer
+from involution.ops.fused_layer import fused_layer
 from involution.ops.layouts import is_channels_last
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
@@ -446,12 +446,12 @@ def test_opcheck(case: str, name: str, layout: str, options: bool) -> None:
     tensors, window = small(case, options)
     tensors = moved(tensors, LAYOUTS[layout])
     ops = torch.ops.involution
-    y = ops.fused(*tensors, options, *window)
+    y = ops.fused_layer(*tensors, options, *window)
     g = LAYOUTS[layout](torch.randn_like(y))
     with backend(name):
         leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
-        torch.library.opcheck(ops.fused, (*leaves, options, *window))
-        torch.library.opcheck(ops.fused_backward, (g, *tensors[:4], *window))
+        torch.library.opcheck(ops.fused_layer, (*leaves, options, *window))
+        torch.library.opcheck(ops.fused_layer_backward, (g, *tensors[:4], *window))
         x, _, span, bias, scale, shift = tensors
         end = [None] * 3
         next_reduce = [None] * 2
@@ -461,7 +461,7 @@ def test_opcheck(case: str, name: str, layout: str, options: bool) -> None:
             end[2] = LAYOUTS[layout](end[2])
         reduce = torch.randn(3, x.shape[1]).double()
         arguments = (x, reduce, None, 1e-6, span, bias, scale, shift, options, *end, options, *next_reduce, *window)
-        torch.library.opcheck(ops.bottleneck, arguments)
+        torch.library.opcheck(ops.fused_bottleneck, arguments)
 
 
 @every_case
@@ -613,9 +613,9 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
         last,
         None,
     )
-    assert flops(lambda: ops.bottleneck(*given, *window)) == forward + around
+    assert flops(lambda: ops.fused_bottleneck(*given, *window)) == forward + around
     packed = (*given[:1], panels(reduce), *given[2:9], panels(after), *given[10:])
-    assert flops(lambda: ops.bottleneck(*packed, *window)) == forward + around
+    assert flops(lambda: ops.fused_bottleneck(*packed, *window)) == forward + around
 
 
 def arguments() -> dict[str, Any]:

@@ -109,7 +109,7 @@ def of_layer(shape: Shape, dtype: torch.dtype, options: bool) -> list[Launch]:
     weight = x.new_empty(taps, hidden.shape[1])
     vectors = [x.new_empty(size) if options else None for size in (taps, shape.channels, shape.channels)]
     parts = LayerParts(x, hidden, None, None, weight, *vectors, relu=options)
-    return launches(lambda: gpu.layer(parts, [y], sizes))
+    return launches(lambda: gpu.fused_layer(parts, [y], sizes))
 
 
 def tensors(shape: Shape, dtype: torch.dtype, channels_last: bool) -> tuple[Tensor, Tensor, Tensor, Geometry]:

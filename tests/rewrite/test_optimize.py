@@ -14,7 +14,7 @@ import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn import BottleneckGenerator
 from involution.ops.backends import selection
-from involution.rewrite.optimize import fuse
+from involution.rewrite.fusion import fuse
 
 BOTTLENECK = torch.ops.involution.fused_bottleneck.default
 LAYER = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -151,7 +151,7 @@ def test_every_involution_of_a_rednet_is_fused_with_its_neighbours(graphs: list[
     assert {call["rms_eps"] > 0 for call in found} == {name.startswith("rednetv2")}
     left = [node.target for node in graph.graph.nodes]
     operators = torch.ops.involution
-    assert not {operators.fused.default, operators.apply.default, F.rms_norm, torch.rms_norm} & set(left)
+    assert not {operators.fused_layer.default, operators.apply.default, F.rms_norm, torch.rms_norm} & set(left)
     # What is left to normalise: the stem's two convolutions, one before the first block, and four shortcuts.
     assert left.count(F.batch_norm) == 7
     assert_same(optimized, model, torch.randn(5, 3, 33, 31))
@@ -319,7 +319,7 @@ def test_a_layer_without_its_neighbours(graphs: list[fx.GraphModule], net: type[
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     (said,) = optimized.unfused
-    assert said.startswith("middle runs without what follows")
+    assert said.startswith("middle runs without its norm")
     assert reason in said
     (call,) = calls(graphs, BOTTLENECK)  # with its reduction all the same
     assert not call["relu"]

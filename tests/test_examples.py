@@ -140,7 +140,7 @@ def test_the_joint_bilaterals_picture(photo: Path) -> None:
 def test_a_photo_that_is_not_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         example(name).main(["nowhere.jpg"])
-    assert "photo must be a file, got nowhere.jpg, which is none" in capsys.readouterr().err
+    assert "photo must be a file, got nowhere.jpg, which does not exist" in capsys.readouterr().err
 
 
 def test_content_aware_upsampling_learns(photo: Path) -> None:

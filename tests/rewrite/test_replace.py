@@ -43,7 +43,7 @@ def test_what_is_replaced_and_why_not() -> None:
         "wider": "it has 32 input and 64 output channels",
         "depthwise": "it has 64 groups",
         "uneven": "its 24 channels do not divide by 16",
-        "valid": "its padding is (0, 0), which does not keep the size",
+        "valid": "its padding is (0, 0), which does not preserve the size",
         "reflecting": "its padding is reflect",
     }
     assert network.twice[0] is network.plain  # still one layer in two places
@@ -86,7 +86,7 @@ def test_filter_dtype_and_further_arguments() -> None:
         network, filter=lambda name, conv: name.startswith("layer3"), group_channels=32, memory_efficient=True
     )
     assert report.replaced == [f"layer3.{block}.conv2" for block in (0, 1)]
-    assert report.left["layer2.0.conv2"] == "the filter says so"
+    assert report.left["layer2.0.conv2"] == "the filter excludes it"
     layer = network.layer3[0].conv2
     assert isinstance(layer, Involution2d)
     assert (layer.group_channels, layer.memory_efficient, layer.stride) == (32, True, (2, 2))

@@ -74,8 +74,8 @@ def _table(layers: list[LayerSignal]) -> list[str]:
         rows.append((one.name, *forward, *backward, _format(one.evaluation), _format(one.growth)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "RMS of input, kernel map and output; mean and deviation of the kernels' sums; RMS of the gradient at the input,",
-        "norm of the generator's; RMS of the output in evaluation, and the power of its input with which it grows there",
+        "RMS of input, kernel map, output; mean and deviation of the kernels' sums; RMS of the input's gradient, and",
+        "norm of the generator's; RMS of the output in evaluation, and the power of its input that it grows with there",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]
 
@@ -244,8 +244,8 @@ def _dead(training: Recorder, gradients: dict[str, Gradients]) -> list[str]:
     if not dead:
         return []
     return [
-        f"dead generator: {_shorten(dead)}: kernels are zero, or the same everywhere while the generator's weights get no "
-        "gradient: reinitialise these generators, and train with a smaller learning rate"
+        f"dead generator: {_shorten(dead)}: kernels are zero, or the same everywhere while the generator's weights get "
+        "no gradient: reinitialise these generators, and train with a smaller learning rate"
     ]
 
 

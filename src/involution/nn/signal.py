@@ -92,7 +92,7 @@ class Recorder:
         return hook
 
     def gradients(self, loss: Tensor) -> dict[str, Gradients]:
-        """The gradients of a loss at every layer; empty if it does not require any. Parameters' `.grad` do not change."""
+        """The gradients of a loss at every layer, empty if it has none; parameters' `.grad` do not change."""
         weights = {name: _weights(call.layer.generator) for name, call in self.calls.items()}
         wanted = {
             id(one): one

@@ -66,7 +66,7 @@ def picture_of(name: str) -> str:
 
 @torch.inference_mode()
 def draw_predictions(cli: Any, file: Path) -> None:
-    """Draws the predicted classes of some test images as colours, without the photographs, whose licence forbids copies."""
+    """Draws the predicted classes of some test images as colours; the licence forbids copies of the photographs."""
     from involution.tasks.segment.predictions import with_legend
 
     model, data = cli.model.eval(), cli.datamodule

@@ -12,7 +12,6 @@ from ..ops.arguments import same_padding
 from ..ops.layer import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class _AvgPool3d(nn.AvgPool3d):

@@ -1,7 +1,7 @@
 """The fusion pass: every fused layer of a captured graph absorbs the layers around it.
 
 A residual block around an involution becomes one call of torch.ops.involution.fused_bottleneck; batch norms are folded
-into the 1x1 convolutions before them. Parts from the right may be missing, the reduction may not:
+into the 1x1 convolutions before them. The reduction has to match; fusion ends at the first later step that does not:
 
     x -+-> average pool (if strided) -> reduce 1x1 -> norm -> ReLU --+
        |                                                             v

@@ -127,9 +127,15 @@ def fuses(tensor: Tensor) -> bool:
 
 
 def why_not_fused(tensor: Tensor) -> str:
-    """Why no backend has a fused kernel for such a tensor: the reasons of all but the reference."""
-    reasons = {name: refusal(name, tensor) for name, module in _BACKENDS.items() if module is not reference}
-    return "; ".join(f"{name}: {reason or f'none for {tensor.dtype}'}" for name, reason in reasons.items())
+    """Why no backend has a fused kernel for such a tensor: the reason of each but the reference, once if all agree."""
+    reasons = {
+        name: refusal(name, tensor) or f"none for {tensor.dtype}"
+        for name, module in _BACKENDS.items()
+        if module is not reference
+    }
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _record(name: str, refusal: str, preferred: bool) -> Backend:

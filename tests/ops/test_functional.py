@@ -184,9 +184,9 @@ def directly(name: str, first, second, size, stride=(1, 1), padding=(1, 1), dila
 
 
 WRONG_SIZES = [
-    ("apply", (x0, k0, [2, 4, 5, 7]), "do not belong together"),
-    ("adjoint", (x0, k0, [2, 6, 5, 6]), "do not belong together"),
-    ("correlate", (x0, x0, [2, 3, 3, 3, 5, 6]), "do not belong together"),
+    ("apply", (x0, k0, [2, 4, 5, 7]), "do not fit each other"),
+    ("adjoint", (x0, k0, [2, 6, 5, 6]), "do not fit each other"),
+    ("correlate", (x0, x0, [2, 3, 3, 3, 5, 6]), "do not fit each other"),
     ("apply", (x0, k0, [2, 4, 5, 6], (0, 1)), "must be positive"),
     ("correlate", (x0, x0, [2, 2, 3, 3, 5, 6], (1, 1), (-1, -1)), "not negative"),
     ("apply", (x0, k0, [2, 4, 5, 6], (1, 1), (1, 1), (2**63 - 1, 1)), "at most"),

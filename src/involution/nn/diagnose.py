@@ -74,7 +74,7 @@ def _table(layers: list[LayerSignal]) -> list[str]:
         rows.append((one.name, *forward, *backward, _format(one.evaluation), _format(one.growth)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "RMS of input, kernel map, output; mean and deviation of the kernels' sums; RMS of the input's gradient, and",
+        "RMS of input, kernel map and output; mean and spread of a kernel's sum; RMS of the gradient at the input, and",
         "norm of the generator's; RMS of the output in evaluation, and the power of its input that it grows with there",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
     ]

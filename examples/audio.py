@@ -1,9 +1,9 @@
-"""One dimension: a filter that changes with every sample.
+"""Time-varying filtering in 1d: a low-pass whose cutoff changes with every sample.
 
     python examples/audio.py                         writes runs/examples/audio.wav
 
-White noise through a low-pass whose cutoff sweeps from 200 Hz to 8 kHz: at every sample it is another windowed sinc of
-255 taps, which an ordinary (time-invariant) filter cannot do. Four seconds at 22,050 Hz, in stereo.
+White noise through a low-pass whose cutoff sweeps from 200 Hz to 8 kHz: every sample has its own windowed sinc of 255
+taps, which a time-invariant filter cannot do. Four seconds at 22,050 Hz, in stereo.
 """
 
 import sys
@@ -25,10 +25,10 @@ def low_pass(sound: Tensor, cutoff: Tensor, taps: int = 255) -> Tensor:
     Args:
         sound: [N, C, L].
         cutoff: of every sample, as a fraction of the sampling rate (at most a half): [N, L].
-        taps: of the filter, odd; a Hamming window weighs them.
+        taps: length of the filter, odd; a Hamming window is applied.
 
     Returns:
-        [N, C, L], as far as the filter reaches into the sound.
+        [N, C, L], zero-padded.
     """
     offsets = torch.arange(taps, dtype=sound.dtype) - taps // 2
     window = torch.hamming_window(taps, periodic=False, dtype=sound.dtype)
@@ -38,7 +38,7 @@ def low_pass(sound: Tensor, cutoff: Tensor, taps: int = 255) -> Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    """Sweeps."""
+    """Writes the sweep."""
     options(__doc__, arguments)
     torch.manual_seed(0)
     noise = 0.3 * torch.randn(1, 2, 4 * RATE)

@@ -1,9 +1,9 @@
-"""Content-aware upsampling (CARAFE, Wang et al., ICCV 2019): every fine position has a kernel over the coarse ones.
+"""Content-aware upsampling (CARAFE, Wang et al., ICCV 2019): each output pixel has its own kernel over the input.
 
     python examples/content_aware_upsampling.py [PHOTO]   writes runs/examples/content_aware_upsampling.png
 
-The kernels are generated from the coarse features themselves, at the output's resolution. Here the generator learns for
-about a minute, on one photo, to make it twice as large; beside nearest neighbours and bicubic. Without a photo it takes
+The kernels are generated from the input features, at the output's resolution. Here the generator is trained for about a
+minute, on one photo, to double its size, and compared with nearest and bicubic upsampling. The default photo is
 scikit-learn's "china" (CC BY 2.0, danielbuechele).
 """
 
@@ -22,11 +22,11 @@ STEPS = 2000
 def reassemble(x: Tensor, kernels: Tensor) -> Tensor:
     """CARAFE's reassembly: y[o] = sum over u of k[u, o] * x[floor(o / scale) + u - K // 2].
 
-    In the nearest neighbours' copy of x, steps of `scale` are steps of one in x: an involution with dilation.
+    After nearest-neighbour upsampling, steps of `scale` are steps of 1 in x: an involution with dilation `scale`.
 
     Args:
         x: [N, C, h, w].
-        kernels: [N, G, K, K, scale * h, scale * w], of an odd K.
+        kernels: [N, G, K, K, scale * h, scale * w], K odd.
 
     Returns:
         [N, C, scale * h, scale * w].
@@ -37,11 +37,11 @@ def reassemble(x: Tensor, kernels: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """As CARAFE: compress, encode at the coarse resolution, shuffle to the fine one, reassemble.
+    """CARAFE: compress, encode at the input's resolution, pixel-shuffle to the output's, reassemble.
 
     Args:
-        channels: of the input and of the output.
-        scale: of the upsampling.
+        channels: of input and output.
+        scale: upsampling factor.
         kernel_size: of the kernels, odd.
         width: of the compressed features.
 
@@ -60,20 +60,20 @@ class Upsample(nn.Module):
             nn.PixelShuffle(scale),
         )
         last = self.encode[-2]
-        nn.init.zeros_(last.weight)  # it begins as a copy
+        nn.init.zeros_(last.weight)  # initialised as nearest-neighbour upsampling
         nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, h, w] -> [N, C, scale * h, scale * w]."""
         weights = self.encode(x)
-        # CARAFE has a softmax here, for features; a photo's edges want negative weights, too: they change a copy's.
+        # CARAFE has a softmax here, for features; sharp edges need negative weights too: a residual on the identity.
         copy = torch.zeros_like(weights[0])
         copy[len(copy) // 2] = 1
         return reassemble(x, (0.1 * weights + copy).unflatten(1, (1, self.kernel_size, self.kernel_size)))
 
 
 def main(arguments: list[str], steps: int = STEPS) -> dict[str, float]:
-    """Learns on crops of a photo, and compares on all of it; returns decibels (PSNR)."""
+    """Trains on crops of a photo and compares on all of it; returns PSNR in decibels."""
     torch.manual_seed(0)
     image = load(options(__doc__, arguments, "china.jpg").photo)
     height, width = (side // 2 * 2 for side in image.shape[-2:])

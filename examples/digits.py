@@ -1,4 +1,4 @@
-"""The demo: trains a small RedNet and its convolution twin on scikit-learn's digits, and compares them.
+"""The demo: trains a small RedNet and its convolutional counterpart on scikit-learn's digits, and compares them.
 
     python examples/digits.py          (or `make demo`; about two minutes on two cores)
 
@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-# Before torch loads OpenMP: threads that wait sleep instead of spinning. Where another process wants one of the cores,
-# spinning makes networks this small ten times slower.
+# Set before torch loads OpenMP, so that waiting threads sleep. If another process uses one of the cores, spinning makes
+# networks this small ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -43,7 +43,7 @@ def metrics_file(trained: TaskCLI) -> Path:
 
 
 def evaluate(trained: TaskCLI) -> dict[str, float]:
-    """The row of one network, with the weights of its last epoch; the test images are used here only."""
+    """One network's row, with the weights of its last epoch; the only use of the test images."""
     [result] = trained.trainer.test(trained.model, trained.datamodule, verbose=False)
     _, seconds = read_curve(metrics_file(trained), "train/seconds")
     return {
@@ -55,7 +55,7 @@ def evaluate(trained: TaskCLI) -> dict[str, float]:
 
 
 def table(summary: dict[str, dict[str, float]]) -> Table:
-    """The summary, for people."""
+    """The summary as a table."""
     shown = Table("network", title="Handwritten digits, 32x32, 360 held-out images")
     for column in ("test accuracy", "parameters", "multiply-adds", "seconds per epoch"):
         shown.add_column(column, justify="right")
@@ -71,13 +71,13 @@ def table(summary: dict[str, dict[str, float]]) -> Table:
 
 
 def picture(trained: TaskCLI, file: Path) -> None:
-    """What the trained RedNet's kernels sum to, for one test image of every digit."""
+    """Draws the sums of the trained RedNet's kernels, for one test image of every digit."""
     test_set = trained.datamodule.test_set
     chosen = [int((test_set.labels == digit).nonzero()[0, 0]) for digit in range(10)]
     batch = torch.stack([test_set[index][0] for index in chosen])
     maps = catch_kernel_maps(trained.model.net, batch.to(trained.model.device), list(LAYERS))
     heats = {LAYERS[name]: kernel_heat(kernels) for name, kernels in maps.items()}
-    draw_kernels(test_set.images[chosen], heats, file, title="What the kernels sum to, at every position")
+    draw_kernels(test_set.images[chosen], heats, file, title="The sum of the kernel at every position")
 
 
 def main(arguments: list[str]) -> None:

@@ -1,11 +1,10 @@
-"""Joint bilateral upsampling: a coarse map made fine by a photo (Kopf et al., SIGGRAPH 2007).
+"""Joint bilateral upsampling (Kopf et al., SIGGRAPH 2007): a coarse map upsampled along the edges of a photo.
 
     python examples/joint_bilateral.py [PHOTO]       writes runs/examples/joint_bilateral.png
 
-Every fine pixel averages the coarse values around it, weighted by their distance and by how like the photo is there:
-a kernel of its own for every pixel, on a grid that is `scale` times finer than what it reads. Without a photo it takes
-scikit-learn's "china" (CC BY 2.0, danielbuechele); the coarse map is its colours, a sixteenth as wide, and the guide
-its grey levels.
+Every output pixel averages the coarse values around it, weighted by distance and by the guide's similarity: each pixel
+has its own kernel, on a grid `scale` times finer than the input. The default photo is scikit-learn's "china" (CC BY
+2.0, danielbuechele); the coarse map is its colours at 1/16 of the width, and the guide its grey levels.
 """
 
 import sys
@@ -22,7 +21,7 @@ from involution.ops.functional import correlate
 
 
 def nearest(x: Tensor, scale: int) -> Tensor:
-    """Every value `scale` times along both axes: [N, C, h, w] -> [N, C, scale * h, scale * w]."""
+    """Nearest-neighbour upsampling: [N, C, h, w] -> [N, C, scale * h, scale * w]."""
     return F.interpolate(x, scale_factor=scale, mode="nearest")
 
 
@@ -31,17 +30,19 @@ def joint_bilateral_upsample(
 ) -> Tensor:
     """Upsamples to the guide's size.
 
-    Read at steps of `scale`, the nearest neighbours' copy of the coarse map is the coarse map itself: so this is an
-    involution with dilation. The squared differences of the guide, |a - b|^2 = |a|^2 - 2ab + |b|^2, are products of
-    every window with its middle, which is the map `correlate`; nothing is unfolded. Weights that sum to one over what
-    is inside the map are a softmax of their exponents, which cannot all underflow.
+    Sampled at steps of `scale`, the nearest-neighbour upsampled map is the coarse map, so this is an involution with
+    dilation. The squared differences of the guide, |a - b|^2 = |a|^2 - 2ab + |b|^2, are products of each window with
+    its centre: the map `correlate`, without unfolding. Weights that sum to one over the taps inside the map are a
+    softmax
+        of
+    their exponents, which cannot all underflow.
 
     Args:
         coarse: [N, C, h, w].
         guide: [N, D, scale * h, scale * w].
-        kernel_size: of the window of coarse pixels, odd.
-        sigma_space: of the distance, in coarse pixels.
-        sigma_range: of the guide's difference.
+        kernel_size: of the window, in coarse pixels, odd.
+        sigma_space: standard deviation over distance, in coarse pixels.
+        sigma_range: standard deviation over the guide's difference.
 
     Returns:
         [N, C, scale * h, scale * w].
@@ -55,9 +56,9 @@ def joint_bilateral_upsample(
     squares = correlate(torch.ones_like(square), square, 1, kernel, stride, padding, dilation)
     difference = guide.square().sum(1)[:, None, None, None] - 2 * products + squares
     offsets = torch.arange(kernel_size, dtype=guide.dtype, device=guide.device) - kernel_size // 2
-    # A fine pixel's place within its coarse one moves the middle of its window.
-    places = (torch.arange(scale, dtype=guide.dtype, device=guide.device) + 0.5) / scale - 0.5
-    rows, columns = (places.repeat(size // scale) for size in guide.shape[-2:])
+    # A fine pixel's offset within its coarse one shifts the centre of its window.
+    subpixel = (torch.arange(scale, dtype=guide.dtype, device=guide.device) + 0.5) / scale - 0.5
+    rows, columns = (subpixel.repeat(size // scale) for size in guide.shape[-2:])
     distance = (offsets[:, None] - rows)[:, None, :, None] ** 2 + (offsets[:, None] - columns)[None, :, None] ** 2
     exponents = -distance / (2 * sigma_space**2) - difference / (2 * sigma_range**2)
     kernels = window_softmax(exponents, guide.shape[2:], stride, padding, dilation)
@@ -65,7 +66,7 @@ def joint_bilateral_upsample(
 
 
 def main(arguments: list[str]) -> None:
-    """A photo's colours, a sixteenth as wide, follow its grey levels."""
+    """Upsamples a photo's colours from 1/16 of its width, guided by its grey levels."""
     image = load(options(__doc__, arguments, "china.jpg").photo)
     height, width = (side // 16 * 16 for side in image.shape[-2:])
     image = image[..., :height, :width]

@@ -1,8 +1,8 @@
-"""Spatially varying blur: every pixel has a Gaussian kernel of its own width, as the lens of a camera does it.
+"""Spatially varying blur: every pixel has a Gaussian kernel of its own width, like the blur of a lens.
 
     python examples/varying_blur.py [PHOTO]          writes runs/examples/varying_blur.png: before and after
 
-Without a photo it takes scikit-learn's "flower" (CC BY 2.0, vultilion).
+The default photo is scikit-learn's "flower" (CC BY 2.0, vultilion).
 """
 
 import sys
@@ -15,14 +15,14 @@ from involution import involution2d
 
 
 def gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
-    """A Gaussian of its own width for every position.
+    """A Gaussian kernel per position.
 
     Args:
         sigma: standard deviations in pixels, positive, [N, H, W].
-        kernel_size: odd; three times the largest sigma to either side leaves nothing out that shows.
+        kernel_size: odd; six times the largest sigma covers the visible part.
 
     Returns:
-        [N, 1, K, K, H, W], not yet divided by their sums.
+        [N, 1, K, K, H, W], not normalised.
     """
     offsets = torch.arange(kernel_size, dtype=sigma.dtype) - kernel_size // 2
     squares = offsets[:, None] ** 2 + offsets**2
@@ -30,7 +30,7 @@ def gaussian_kernels(sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Averages every pixel's window with the weights of its Gaussian, as far as the window is inside the image.
+    """Averages each pixel's window with its Gaussian's weights, normalised over the part inside the image.
 
     Args:
         image: [N, C, H, W].
@@ -43,7 +43,7 @@ def blur(image: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    """Keeps the middle of a photo sharp."""
+    """Blurs a photo towards its borders."""
     image = load(options(__doc__, arguments, "flower.jpg").photo)
     height, width = image.shape[-2:]
     y, x = torch.linspace(-1, 1, height)[:, None], torch.linspace(-1, 1, width)

@@ -1,9 +1,9 @@
-"""Three dimensions: a bilateral filter that smooths a volume and keeps its surfaces.
+"""Bilateral filtering in 3d: smooths a volume and preserves its surfaces.
 
-    python examples/volume.py                        prints what noise is left of a noisy ball
+    python examples/volume.py                        prints the error before and after
 
-Every voxel's kernel weighs its 5x5x5 window by distance and by likeness. The differences are products of every window
-with its middle, the operator's map `correlate`: nothing is unfolded, which would take 125 times the volume.
+Every voxel's kernel weights its 5x5x5 window by distance and similarity. The differences are products of each window
+with its centre, the operator's map `correlate`: nothing is unfolded, which would take 125 times the volume.
 """
 
 import sys
@@ -18,10 +18,10 @@ from involution.ops.functional import correlate
 
 
 def bilateral(volume: Tensor, kernel_size: int = 5, sigma_space: float = 1.5, sigma_range: float = 0.2) -> Tensor:
-    """Averages every voxel's window, by distance and likeness.
+    """Averages every voxel's window, weighted by distance and similarity.
 
     Args:
-        volume: [N, C, D, H, W]; likeness is over all channels.
+        volume: [N, C, D, H, W]; similarity is over all channels.
         kernel_size: of the window, odd.
         sigma_space: in voxels.
         sigma_range: in the volume's units.
@@ -49,7 +49,7 @@ def ball(size: int) -> Tensor:
 
 
 def main(arguments: list[str]) -> None:
-    """A noisy ball."""
+    """Filters a noisy ball."""
     options(__doc__, arguments)
     torch.manual_seed(0)
     clean = ball(64)

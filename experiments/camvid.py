@@ -1,12 +1,12 @@
-"""The segmentation rehearsal of docs/results.md: road scenes of CamVid, involutions against convolutions.
+"""The small segmentation experiment of docs/results.md: road scenes of CamVid, involutions against convolutions.
 
-    python experiments/camvid.py list                        what there is, and which of it is done
-    python experiments/camvid.py run --root DATA --commit    trains what is not done yet
-    python experiments/camvid.py report                      puts its tables into docs/results.md, and draws
-    python experiments/camvid.py time                        the networks timed in turn: on a quiet machine
+    python experiments/camvid.py list                        all runs, and which are done
+    python experiments/camvid.py run --root DATA --commit    trains the remaining runs
+    python experiments/camvid.py report                      writes its tables into docs/results.md, and draws
+    python experiments/camvid.py time                        times the networks interleaved, on an idle machine
 
-A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
-its last epoch. It appends a line to docs/results/camvid.jsonl, and draws what it found in four of them.
+A run is exactly `involution fit` with the options shown by `list`, then one evaluation on the test images with the
+weights of the last epoch. It appends a line to docs/results/camvid.jsonl, and draws its predictions for four of them.
 """
 
 import os
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 RESULTS = FOLDER / "camvid.jsonl"
-SIZE = (240, 320)  # height and width of training images; test images are looked at with as many rows
+SIZE = (240, 320)  # height and width of training images; test images are resized to the same height
 SHOWN = (20, 90, 150, 210)  # of the test images
 SHARED = [
     *("-c", "camvid_rednet26", "--data.resize", str(SIZE[0]), "--data.crop", str(list(SIZE))),
@@ -39,7 +39,7 @@ RUNS = {
 
 
 def train(name: str, options: list[str], root: str) -> dict[str, Any]:
-    """Trains, tests, draws, and returns what the line says of it."""
+    """Trains, tests, draws, and returns the fields of the run's line."""
     from involution.cost import multiply_adds, parameters
 
     started = time.perf_counter()
@@ -47,7 +47,7 @@ def train(name: str, options: list[str], root: str) -> dict[str, Any]:
         cli = fit(options, root, folder)
         [test] = cli.trainer.test(cli.model, cli.datamodule, verbose=False)
         losses, validation, seconds = curves(cli, "train/loss", "val/mIoU", "train/seconds")
-    draw_found(cli, FOLDER / f"camvid_{picture_of(name)}.png")
+    draw_predictions(cli, FOLDER / f"camvid_{picture_of(name)}.png")
     return {
         **{key.removeprefix("test/"): value for key, value in test.items()},
         "train_loss": losses[1],
@@ -60,13 +60,13 @@ def train(name: str, options: list[str], root: str) -> dict[str, Any]:
 
 
 def picture_of(name: str) -> str:
-    """The part of a picture's file name that says which network it is of."""
+    """The network's part of a picture's file name."""
     return name.partition(",")[0].lower().replace("-", "")
 
 
 @torch.inference_mode()
-def draw_found(cli: Any, file: Path) -> None:
-    """The classes found in some test images, as colours: the photographs may not be copied here."""
+def draw_predictions(cli: Any, file: Path) -> None:
+    """Draws the predicted classes of some test images as colours; the licence forbids copies of the photographs."""
     from involution.tasks.segment.predictions import with_legend
 
     model, data = cli.model.eval(), cli.datamodule
@@ -79,14 +79,14 @@ def draw_found(cli: Any, file: Path) -> None:
 
 
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables in Markdown: the networks, and every class."""
+    """The tables in Markdown: one of networks, one of classes."""
     lines = [line for name in RUNS for line in lines if line["name"] == name]
     head = "| semantic FPN of | mIoU | mean accuracy | pixel accuracy | parameters | multiply-adds |"
     rows = [head, "|---|---|---|---|---|---|"]
     for line in lines:
-        numbers = " | ".join(f"{100 * line[what]:.1f}" for what in ("mIoU", "mean_accuracy", "pixel_accuracy"))
+        scores = " | ".join(f"{100 * line[what]:.1f}" for what in ("mIoU", "mean_accuracy", "pixel_accuracy"))
         cost = f"{line['parameters'] / 1e6:.2f} M | {line['multiply_adds'] / 1e9:.2f} G"
-        rows.append(f"| {line['name']} | {numbers} | {cost} |")
+        rows.append(f"| {line['name']} | {scores} | {cost} |")
     classes = [key for key in lines[0] if key.startswith("IoU_")] if lines else []
     each = [f"| IoU of | {' | '.join(line['name'] for line in lines)} |", f"|---|{'---|' * len(lines)}"]
     for key in classes:
@@ -109,13 +109,13 @@ def report(lines: list[dict[str, Any]]) -> None:
 
 
 def headline(line: dict[str, Any]) -> str:
-    """What a run came to."""
+    """A run's main result."""
     return f"mIoU {100 * line['mIoU']:.1f}"
 
 
 @torch.inference_mode()
 def time_table() -> str:
-    """Seconds of one image of 240x320, medians of calls that take turns: the table in Markdown."""
+    """The table of times per image of 240x320 in Markdown: medians of interleaved calls."""
     from involution.bench.timer import interleaved, quartiles
     from involution.tasks.segment import SemanticFPN
 

@@ -1,18 +1,19 @@
 """The CIFAR-10 experiments of docs/results.md: RedNet against its convolutional counterpart, and the paper's ablations.
 
-    python experiments/cifar10.py list                        what there is, and which of it is done
-    python experiments/cifar10.py run --root DATA             trains what is not done yet
+    python experiments/cifar10.py list                        all runs, and which are done
+    python experiments/cifar10.py run --root DATA             trains the remaining runs
     python experiments/cifar10.py run --root DATA --only ablation/group_channels --commit
-    python experiments/cifar10.py report                      puts its tables into docs/results.md, and draws
-    python experiments/cifar10.py time                        steps of the twins timed in turn: on a quiet machine
+    python experiments/cifar10.py report                      writes its tables into docs/results.md, and draws
+    python experiments/cifar10.py time                        times training steps interleaved, on an idle machine
 
-A run is exactly `involution fit` with the options shown by `list`, then one look at the test images with the weights of
-its last epoch. It appends a line to docs/results/cifar10.jsonl, and is not made again as long as that line is there.
+A run is exactly `involution fit` with the options shown by `list`, then one evaluation on the test images with the
+weights of the last epoch. It appends a line to docs/results/cifar10.jsonl; a run with a line there is skipped.
 """
 
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -24,21 +25,21 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP: see examples/digits.py
 
 import torch
-from ledger import FOLDER, append, code_version, curves, finished, fit, quoted, write_tables
+from ledger import FOLDER, append, code_version, curves, finished, fit, write_tables
 from matplotlib.figure import Figure
 
 RESULTS = FOLDER / "cifar10.jsonl"
-# Twins of 14 and 26 layers: the first set, with the recipe's learning rate of 0.1; then, since RedNet turned out to
-# want a larger one, all of it again with 0.3.
+# Twins (RedNet and its convolutional counterpart) of 14 and 26 layers: a first set with the recipe's learning rate of
+# 0.1; then, because RedNet trains better with a larger one, all of it again with 0.3.
 FIRST_EPOCHS, FIRST_SEEDS = 8, {14: (0, 1, 2), 26: (0, 1)}
 EPOCHS, SEEDS = 6, (0, 1, 2)
 BETTER = ("--model.lr", "0.3")
 COMPARED_EPOCHS = 4  # of ablations, members of the family and recipes
-# Half the image's resolution from the stem on: four times the images a second. So short a schedule wants every block
-# from the start, and no long warm-up.
+# Half the image's resolution from the stem on: four times the images per second. So short a schedule does not start
+# blocks as their shortcut.
 SHARED = {"stem_stride": 2, "zero_init_last": False}
-PAPER = SHARED | {"kernel_init": "paper"}  # rednet14_cifar and rednet26_cifar as the paper starts them
-BASELINE = "lr/0.3/rednet"  # what ablations are compared with: K = 7, 16 channels a group, reduction 4
+PAPER = SHARED | {"kernel_init": "paper"}  # rednet14_cifar and rednet26_cifar with the paper's initialisation
+BASELINE = "lr/0.3/rednet"  # of the ablations: K = 7, 16 channels per group, reduction 4
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "kernel_size": {f"K{size}": {"kernel_size": size} for size in (3, 5, 9)},
     "group_channels": {
@@ -50,8 +51,8 @@ ABLATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "generator": {"single linear generator": {"kernel_generator": "linear"}},
     "stem": {"convolution in the stem": {"stem_layer": "convolution"}},
 }
-# Section 3.3: members of the family over the same windows, each in the place of every involution of RedNet-14, by
-# learning rate: the one that involution turned out to want, and for attention two smaller ones, too.
+# Section 3.3: members of the family over the same windows, each replacing every involution of RedNet-14, by learning
+# rate: involution's best one, and for attention two smaller ones too.
 ATTENTIONS = {
     "self-attention, no positions": {"attention": "none"},
     "self-attention, bias": {"attention": "bias"},
@@ -63,18 +64,18 @@ FAMILY: dict[str, dict[str, dict[str, Any]]] = {
     "0.03": ATTENTIONS,
 }
 FAMILY_SEEDS = {"0.3": (0, 1, 2), "0.1": (0,), "0.03": (0,)}
-# Does either network want another recipe? The model's options, and those of `involution fit`.
+# Other recipes for both networks: the model's options, and those of `involution fit`.
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"lr/{lr}": ({}, ("--model.lr", str(lr))) for lr in (0.03, 0.1, 0.3, 1.0)},
-    # Four times the positions, so that a 7x7 kernel is not mostly padding; three epochs, for the time that it takes.
+    # Four times the positions, so that a 7x7 kernel is not mostly padding; three epochs, because it is slower.
     "stem_stride/1": ({"stem_stride": 1}, (*BETTER, "--trainer.max_epochs", "3")),
 }
 
 
 class Run(NamedTuple):
-    """One training run: where it stands in the tables, and what is trained."""
+    """One training run: its row in the tables, and what is trained."""
 
-    name: str  # of the table, the comparison and the row, parted by slashes
+    name: str  # table/comparison/row
     model_name: str
     model_kwargs: dict[str, Any]
     epochs: int
@@ -83,7 +84,7 @@ class Run(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """Of `involution fit`, but for --data.root."""
+        """The options of `involution fit`, except --data.root."""
         recipe = "cifar10_rednet26" if self.model_name.startswith("rednet") else "cifar10_resnet26"
         return [
             *("-c", recipe, "--model.model_name", self.model_name),
@@ -94,7 +95,7 @@ class Run(NamedTuple):
 
 
 def runs() -> Iterator[Run]:
-    """All: twins seed by seed, for equal numbers in an unfinished set; ablations; the family; other recipes."""
+    """All runs: twins by seed, so that an unfinished set is balanced; ablations; the family; other recipes."""
     kinds = {
         "rednetv2": ("rednetv2_{}_cifar", SHARED),
         "rednet": ("rednet{}_cifar", PAPER),
@@ -123,12 +124,12 @@ def runs() -> Iterator[Run]:
 
 
 def is_done(run: Run, lines: list[dict[str, Any]]) -> bool:
-    """Whether a line holds this run, made with these very options."""
+    """Whether there is a line of this run with the same options."""
     return any((line["name"], line["seed"], line["options"]) == (run.name, run.seed, run.options) for line in lines)
 
 
 def train(run: Run, root: str, threads: int, commit: str) -> dict[str, Any]:
-    """Trains, tests, and returns the line."""
+    """Trains, tests, and returns the run's line."""
     from involution.cost import multiply_adds, parameters
 
     torch.set_num_threads(threads)
@@ -160,8 +161,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["list", "run", "report", "time"])
     parser.add_argument("--root", help="folder of the data, as --data.root of the recipe cifar10_rednet26")
-    parser.add_argument("--only", default="", help="runs whose name begins so")
-    parser.add_argument("--seed", type=int, help="runs of this seed alone")
+    parser.add_argument("--only", default="", help="runs whose name starts with this")
+    parser.add_argument("--seed", type=int, help="only runs of this seed")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
     given = parser.parse_args(arguments)
@@ -179,9 +180,7 @@ def main(arguments: list[str]) -> None:
             continue
         done = is_done(run, finished(RESULTS))
         if given.what == "list":
-            print(
-                "done" if done else "open", f"{run.name} (seed {run.seed}): involution fit", *map(quoted, run.options)
-            )
+            print("done" if done else "open", f"{run.name} (seed {run.seed}): involution fit", shlex.join(run.options))
         elif not done:
             line = train(run, given.root, given.threads, commit)
             what = f"{run.name}, seed {run.seed}: {line['test_accuracy']:.2%}"
@@ -197,7 +196,7 @@ def report(lines: list[dict[str, Any]]) -> None:
 
 
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables in Markdown, without the runs that are not done."""
+    """The tables in Markdown, of the finished runs."""
     parts = {}
     for group in ("twins", "first", "family"):
         parts[group] = twins_table(lines, group)
@@ -227,7 +226,7 @@ def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def twins_table(lines: list[dict[str, Any]], group: str) -> str:
-    """A row for each network of a group, over all of its seeds."""
+    """One row per network of a group, over all seeds."""
     head = "| network | test accuracy, mean (each seed) | largest - smallest, points | parameters | multiply-adds |"
     rows = [head, "|---|---|---|---|---|"]
     for name in names(lines, f"{group}/"):
@@ -243,7 +242,7 @@ def twins_table(lines: list[dict[str, Any]], group: str) -> str:
 
 
 def time_table(threads: int) -> str:
-    """Seconds that the training steps of an epoch take, by the medians of steps that take turns."""
+    """The table of seconds per epoch of training steps, from medians of interleaved steps."""
     import timm
 
     from involution.bench.models import training_step
@@ -262,13 +261,13 @@ def time_table(threads: int) -> str:
 
 
 def names(lines: list[dict[str, Any]], start: str) -> list[str]:
-    """Of the finished runs that begin so, in the order of `runs`."""
+    """Names of finished runs with this prefix, in the order of `runs`."""
     done = {line["name"] for line in lines}
     return [name for name in dict.fromkeys(run.name for run in runs()) if name.startswith(start) and name in done]
 
 
 def title(name: str) -> str:
-    """A row's name for people."""
+    """A row's label."""
     if name == BASELINE:
         return "nothing changed (K7, 16 channels a group, reduction 4)"
     group, part, row = name.split("/")
@@ -283,7 +282,7 @@ def title(name: str) -> str:
 
 
 def draw_twins(lines: list[dict[str, Any]]) -> Path:
-    """Validation accuracy over epochs, a line a seed: RedNet solid, with the paper's start dotted, ResNet dashed."""
+    """Validation accuracy over epochs, one line per seed: RedNetV2 solid, RedNet dotted, ResNet dashed."""
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     for axes, depth in zip(figure.subplots(1, 2, sharey=True), (14, 26), strict=True):
         for colour, family, style in (("C2", "rednetv2", "-"), ("C0", "rednet", ":"), ("C1", "resnet", "--")):
@@ -300,7 +299,7 @@ def draw_twins(lines: list[dict[str, Any]]) -> Path:
 
 
 def draw_ablations(lines: list[dict[str, Any]]) -> Path:
-    """A bar for every ablation, and the baseline as a line."""
+    """A bar per ablation, and the baseline as a line."""
     ordered = [*names(lines, BASELINE), *names(lines, "ablation/")][::-1]
     some = {line["name"]: line["test_accuracy"] for line in lines if line["name"] in ordered}
     figure = Figure(figsize=(8, 4), dpi=110, layout="constrained")

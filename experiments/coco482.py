@@ -1,11 +1,11 @@
-"""The detection rehearsal of docs/results.md: persons in 482 photographs of COCO, involutions against convolutions.
+"""The small detection experiment of docs/results.md: persons in 482 COCO images, involutions against convolutions.
 
-    python experiments/coco482.py list                        what there is, and which of it is done
-    python experiments/coco482.py run --root DATA --commit    trains what is not done yet
-    python experiments/coco482.py report                      puts its table into docs/results.md
+    python experiments/coco482.py list                        all runs, and which are done
+    python experiments/coco482.py run --root DATA --commit    trains the remaining runs
+    python experiments/coco482.py report                      writes its table into docs/results.md
 
-A run is exactly `involution fit` with the options shown by `list`, then COCO's twelve numbers of the validation images
-with the weights of its last epoch. It appends a line to docs/results/coco482.jsonl.
+A run is exactly `involution fit` with the options shown by `list`, then COCO's twelve metrics on the validation images
+with the weights of the last epoch. It appends a line to docs/results/coco482.jsonl.
 """
 
 import os
@@ -19,8 +19,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch loads OpenMP
 from ledger import FOLDER, Experiment, curves, fit, write_tables
 
 RESULTS = FOLDER / "coco482.jsonl"
-SIZE = (192, 288)  # pixels of the shorter side, and at most of the longer one
-# From scratch, so with a group norm: running statistics of four images say little.
+SIZE = (192, 288)  # pixels of the shorter side, and the maximum of the longer one
+# Trained from scratch at batch size 4, which is too small for batch statistics: group norm.
 SHARED = [
     *("-c", "faster_rcnn_rednet50_neck_head_fpn_1x", "--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}'),
     *("--model.model_kwargs", '{"box_batch_size_per_image": 128}'),
@@ -37,17 +37,17 @@ RUNS = {
 
 
 def train(name: str, options: list[str], root: str) -> dict[str, Any]:
-    """Trains, evaluates, and returns what the line says of it."""
+    """Trains, evaluates, and returns the fields of the run's line."""
     from involution.cost import multiply_adds, parameters
     from involution.cost.detectors import CountedRCNN
 
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         cli = fit(options, root, folder)
-        numbers = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("val/")}
+        metrics = {key: float(value) for key, value in cli.trainer.callback_metrics.items() if key.startswith("val/")}
         (_, losses), (_, seconds) = curves(cli, "train/loss", "train/seconds")
     return {
-        **{key.removeprefix("val/"): value for key, value in numbers.items()},
+        **{key.removeprefix("val/"): value for key, value in metrics.items()},
         "train_loss": losses,
         "parameters": parameters(cli.model.net),
         "multiply_adds": multiply_adds(CountedRCNN(cli.model.net), (3, *SIZE)),
@@ -64,9 +64,9 @@ def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
     ]
     for name in RUNS:
         for line in (line for line in lines if line["name"] == name):
-            numbers = " | ".join(f"{100 * line[f'box_{what}']:.1f}" for what in ("AP", "AP50", "AP75", "AR100"))
+            scores = " | ".join(f"{100 * line[f'box_{what}']:.1f}" for what in ("AP", "AP50", "AP75", "AR100"))
             cost = f"{line['parameters'] / 1e6:.2f} M | {line['multiply_adds'] / 1e9:.2f} G"
-            rows.append(f"| {name} | {numbers} | {cost} |")
+            rows.append(f"| {name} | {scores} | {cost} |")
     return {"coco482": "\n".join(rows)}
 
 
@@ -76,7 +76,7 @@ def report(lines: list[dict[str, Any]]) -> None:
 
 
 def headline(line: dict[str, Any]) -> str:
-    """What a run came to."""
+    """A run's main result."""
     return f"AP {100 * line['box_AP']:.1f}"
 
 

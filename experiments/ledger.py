@@ -1,7 +1,8 @@
-"""What the experiments share: a results file with a line for every finished run, and tables in docs/results.md."""
+"""Shared by the experiments: a results file with one line per finished run, and tables in docs/results.md."""
 
 import argparse
 import json
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,12 @@ PAGE = FOLDER.parent / "results.md"
 
 
 def git(*arguments: str) -> str:
-    """What git says, in this repository; its errors go to stderr, and a commit that failed waits for the next."""
+    """git's output in this repository; errors go to stderr, and a failed commit is included in the next one."""
     return subprocess.run(["git", *arguments], cwd=FOLDER, check=False, stdout=subprocess.PIPE, text=True).stdout
 
 
 def code_version() -> str:
-    """The commit of the code that runs, and whether it has been changed since."""
+    """The current commit, with "-dirty" if the code has been changed since."""
     return git("describe", "--always", "--dirty", "--exclude", "*").strip()
 
 
@@ -29,7 +30,7 @@ def finished(file: Path) -> list[dict[str, Any]]:
 
 
 def append(file: Path, line: dict[str, Any], message: str | None) -> None:
-    """One line more in a results file, on disk and, with a message, in a commit of its own."""
+    """Appends a line to a results file and, with a message, commits it."""
     with file.open("a") as stream:
         stream.write(json.dumps({name: round_floats(value) for name, value in line.items()}) + "\n")
     if message is not None:
@@ -38,7 +39,7 @@ def append(file: Path, line: dict[str, Any], message: str | None) -> None:
 
 
 def round_floats(value: Any) -> Any:
-    """Floats to four decimals, in lists and dictionaries too."""
+    """Rounds floats to four decimals, also in lists and dictionaries."""
     if isinstance(value, list):
         return [round_floats(one) for one in value]
     if isinstance(value, dict):
@@ -46,13 +47,8 @@ def round_floats(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def quoted(option: str) -> str:
-    """As a shell wants it."""
-    return f"'{option}'" if any(character in option for character in ' {["') else option
-
-
 def write_tables(tables: dict[str, str]) -> None:
-    """Puts tables between their marks in docs/results.md."""
+    """Writes tables between their markers in docs/results.md."""
     page = PAGE.read_text()
     for name, table in tables.items():
         before, start, rest = page.partition(f"<!-- table: {name} -->\n")
@@ -64,7 +60,7 @@ def write_tables(tables: dict[str, str]) -> None:
 
 
 def fit(options: list[str], root: str, folder: str) -> Any:
-    """`involution fit` on the CPU, quietly, its run in a folder; returns the finished command line."""
+    """Runs `involution fit` on the CPU, without progress bar, into a folder; returns the command-line object."""
     from involution.engine.command import run
 
     where = ["--data.root", root, "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
@@ -73,7 +69,7 @@ def fit(options: list[str], root: str, folder: str) -> Any:
 
 
 def curves(cli: Any, *metrics: str) -> list[tuple[list[int], list[float]]]:
-    """Epochs and values of some metrics of a run."""
+    """Epochs and values of a run's metrics."""
     from involution.show.curves import read_curve
 
     log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
@@ -81,10 +77,10 @@ def curves(cli: Any, *metrics: str) -> list[tuple[list[int], list[float]]]:
 
 
 class Experiment(NamedTuple):
-    """A few runs of `involution fit`, each a line of a results file.
+    """A set of runs of `involution fit`, each one line of a results file.
 
-    `runs` has every run's options by its name; `train` takes name, options and the data's root, and returns what the
-    line has besides; `headline` says in a few words what came out; `report` writes tables and pictures.
+    `runs` maps every run's name to its options; `train` takes name, options and the data's root, and returns the
+    further fields of the line; `headline` is the main result in a few words; `report` writes tables and pictures.
     """
 
     title: str
@@ -99,7 +95,7 @@ class Experiment(NamedTuple):
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("what", choices=["list", "run", "report"])
         parser.add_argument("--root", help="the folder of the data, as --data.root of the recipe")
-        parser.add_argument("--only", default="", help="runs whose name begins so")
+        parser.add_argument("--only", default="", help="runs whose name starts with this")
         parser.add_argument("--seed", type=int, default=0)
         parser.add_argument("--threads", type=int, default=torch.get_num_threads())
         parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
@@ -116,7 +112,7 @@ class Experiment(NamedTuple):
             options = [*some, "--seed_everything", str(given.seed)]
             done = any((line["name"], line["options"]) == (name, options) for line in finished(self.results))
             if given.what == "list":
-                print("done" if done else "open", f"{name}: involution fit", *map(quoted, options))
+                print("done" if done else "open", f"{name}: involution fit", shlex.join(options))
             elif not done:
                 line = {"name": name, "seed": given.seed, "options": options, "commit": code_version()}
                 line |= {"threads": given.threads, "torch": torch.__version__}

@@ -1,14 +1,13 @@
 """The replacement experiment of docs/results.md: a trained ResNet-18 whose 3x3 convolutions become involutions.
 
-    python experiments/replace.py list                        what there is, and which of it is done
-    python experiments/replace.py run --root DATA --commit    trains what is not done yet, some 20 minutes on one thread
-    python experiments/replace.py report                      puts its table into docs/results.md
+    python experiments/replace.py list                        all runs, and which are done
+    python experiments/replace.py run --root DATA --commit    trains the remaining runs, about 20 minutes on one thread
+    python experiments/replace.py report                      writes its table into docs/results.md
 
-ResNet-18 at a quarter of its width is trained on 30,000 images of CIFAR-10; then `involution.rewrite.replace` changes
-it, and it is tested before any training, with new statistics of its norms, after distillation, and after one and three
-epochs more. How many epochs does it take to be as accurate as it was? A run appends a line to
-docs/results/replace.jsonl and is not made again as long as that line is there; the trained network's weights stay in
---folder.
+ResNet-18 at a quarter of its width is trained on 30,000 images of CIFAR-10; then `involution.rewrite.replace` swaps its
+convolutions, and it is tested before any training, with recomputed norm statistics, after distillation, and after one
+and three further epochs. How many epochs restore its accuracy? A run appends a line to docs/results/replace.jsonl; a
+run with a line there is skipped. The trained network's weights stay in --folder.
 """
 
 import argparse
@@ -34,20 +33,20 @@ RESULTS = FOLDER / "replace.jsonl"
 WIDTHS = (16, 32, 64, 128)  # a quarter of ResNet-18's
 EPOCHS, LR = 9, 0.1  # of the network with convolutions
 MORE, MORE_LR = (1, 3), 0.03  # epochs after the replacement: a ninth and a third of those from scratch
-IMAGES = 30_000  # of the training set: for the time that it takes
+IMAGES = 30_000  # of the training set, to limit the time
 BATCH, MOMENTUM, WEIGHT_DECAY = 128, 0.9, 5e-4
 STEPS, STEP_LR = 60, 0.01  # of the distillation: images without labels, Adam
-# Which convolutions: all that fit, which leaves hardly anything that mixes channels, or the second of every block.
+# Which convolutions: all that fit, which leaves few layers that mix channels, or the second of every block.
 REPLACED: dict[str, Callable[[str, nn.Conv2d], bool] | None] = {
     "every convolution": None,
     "the second of every block": lambda name, _: name.endswith("conv2"),
 }
-BEFORE = ("nothing", "statistics", "distillation")  # done before any training with labels
+BEFORE = ("nothing", "statistics", "distillation")  # the steps before any training with labels
 BASE = "convolutions"
 
 
 class Run(NamedTuple):
-    """One row: which convolutions are replaced, what is done then, and for how many epochs it trains."""
+    """One row: which convolutions are replaced, what is done then, and the number of epochs of training."""
 
     replaced: str
     before: str
@@ -55,12 +54,12 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """In the results file."""
+        """The run's name in the results file."""
         return BASE if self.replaced == BASE else f"{self.replaced}/{self.before}/{self.epochs}"
 
 
 def runs() -> Iterator[Run]:
-    """All, in the order of the table."""
+    """All runs, in the order of the table."""
     yield Run(BASE, "nothing", EPOCHS)
     for replaced in REPLACED:
         for before in BEFORE:
@@ -85,7 +84,7 @@ class Data(NamedTuple):
 
 
 def load(root: str, images: int | None) -> Data:
-    """CIFAR-10 as `involution fit` reads it; for a smoke test so many images of either part."""
+    """CIFAR-10 as `involution fit` reads it; with `images`, only so many of each part, for a smoke test."""
     from involution.engine.data import SampleSeeded
     from involution.tasks.classify import CIFAR10
 
@@ -130,16 +129,16 @@ def train(network: nn.Module, data: Data, epochs: int, lr: float, seed: int) -> 
 
 @torch.inference_mode()
 def accuracy(network: nn.Module, data: Data) -> float:
-    """Of the test images."""
+    """The accuracy on the test images."""
     network.eval()
     hits = [(network(images).argmax(1) == labels).sum().item() for images, labels in data.test]
     return sum(hits) / len(data.test.dataset)  # type: ignore[arg-type]
 
 
 def distil(network: nn.Module, teacher: nn.Module, names: list[str], images: Iterator[Tensor]) -> None:
-    """Trains every new layer to make of its convolution's input, in the network as it was, that convolution's output.
+    """Trains every new layer to reproduce the output of its convolution in the original network, for the same input.
 
-    Layer by layer, with the teacher's inputs: an error in one layer does not reach the next. No labels are used.
+    Inputs come from the teacher, so errors do not propagate from layer to layer. No labels are used.
     """
     students = {name: network.get_submodule(name).train() for name in names}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -163,7 +162,7 @@ def distil(network: nn.Module, teacher: nn.Module, names: list[str], images: Ite
 
 
 def first_images(data: Data, steps: int) -> Iterator[Tensor]:
-    """Of the training set, without labels; as often as it takes."""
+    """Batches of training images without labels, repeated as needed."""
     generator, done = torch.Generator().manual_seed(0), 0
     while True:
         for images, _ in batches(data, 0, generator):
@@ -174,7 +173,7 @@ def first_images(data: Data, steps: int) -> Iterator[Tensor]:
 
 
 def make(run: Run, seed: int, data: Data, folder: Path) -> dict[str, Any]:
-    """Trains or changes the network, tests it, and returns what the line says of it."""
+    """Trains or rewrites the network, tests it, and returns the fields of the run's line."""
     from involution.rewrite import replace
 
     torch.manual_seed(seed)
@@ -213,9 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=["list", "run", "report"])
     parser.add_argument("--root", help="folder of the data, as --data.root of the recipe cifar10_rednet26")
     parser.add_argument("--folder", type=Path, default=Path("runs/replace"), help="for the trained network's weights")
-    parser.add_argument("--only", default="", help="runs whose name begins so")
+    parser.add_argument("--only", default="", help="runs whose name starts with this")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, help="for a smoke test: so many, and no line is written")
+    parser.add_argument("--images", type=int, help="use only so many images and write no line, for a smoke test")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--commit", action="store_true", help="commit the results file after every run")
     given = parser.parse_args(arguments)
@@ -242,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
-    """A row for every run that is done, the mean over its seeds."""
+    """One row per finished run, with the mean over its seeds."""
     rows = [
         "| involutions in the place of | before training | epochs | test accuracy | against the convolutions |",
         "|---|---|---|---|---|",

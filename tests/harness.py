@@ -1,4 +1,4 @@
-"""What a test process runs on: backends, instruction sets, threads, and how many random examples."""
+"""The configuration of a test process: backends, instruction sets, threads, and the number of random examples."""
 
 import os
 from collections.abc import Iterator
@@ -11,8 +11,10 @@ import torch
 from involution.ops.backends import cpu, selection, triton
 from involution.ops.geometry import Geometry
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then this process tests Triton's kernels, on CPU tensors
-BACKENDS = ["triton"] if INTERPRETED else ["cpu", "reference"]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # this process tests Triton's kernels, on CPU tensors
+BACKENDS = [name for name, module in selection._BACKENDS.items() if not module.why_not(torch.empty(0))]
+if INTERPRETED:
+    BACKENDS = ["triton"]
 TILES = triton.tiles
 LIBRARY = cpu.library()
 assert LIBRARY is not None, cpu.why_not(None)
@@ -21,20 +23,20 @@ LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
 
 
 def one_tile(name: str, geometry: Geometry, *rest: Any) -> list[triton.Tile]:
-    """One program for an image: the interpreter's time is per operation, however many elements it has."""
+    """One program per image: the interpreter's time is proportional to operations, not to elements."""
     width, groups = geometry.channels // geometry.groups, geometry.groups
     positions = max(np.prod(geometry.input), np.prod(geometry.output))
     return [triton.Tile(*(1 << (int(size) - 1).bit_length() for size in (max(16, positions), groups, width)), 1)]
 
 
 def examples(count: int) -> int:
-    """How many random examples to try where `count` are usual: INVOLUTION_EXAMPLES says what part of them."""
+    """The number of random examples: `count`, times INVOLUTION_EXAMPLES if set."""
     return max(1, round(count * float(os.environ.get("INVOLUTION_EXAMPLES", "1"))))
 
 
 @contextmanager
 def backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
-    """Runs the block on one backend, and on one of the CPU's instruction sets."""
+    """Runs the block on one backend and, on the CPU, with one instruction set."""
     before = selection.forced
     selection.forced = name
     try:
@@ -48,7 +50,7 @@ def backend(name: str, instruction_set: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Runs the block with torch on so many threads."""
+    """Runs the block with this number of torch threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,4 +1,4 @@
-"""The operator's definition as a float64 loop, gradients included."""
+"""The oracle: the operator's definition and its gradients as a float64 loop over taps."""
 
 from itertools import product
 
@@ -8,7 +8,7 @@ from strategies import Call
 
 
 def loop(call: Call, x: torch.Tensor, k: torch.Tensor, g: torch.Tensor) -> list[torch.Tensor]:
-    """y, dx and dk in float64, term by term."""
+    """y, dx and dk in float64, one tap at a time."""
     x, k, g = (t.double().numpy() for t in (x, k, g))
     y, dx, dk = np.zeros(g.shape), np.zeros(x.shape), np.zeros(k.shape)
     for n in range(call.batch):

@@ -1,4 +1,4 @@
-"""Random calls of the operator for hypothesis: shapes, windows, dtypes and layouts."""
+"""Hypothesis strategies for calls of the operator: shapes, windows, dtypes and layouts."""
 
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 @st.composite
 def calls(draw: st.DrawFn, dims: int) -> Call:
-    """Any geometry small enough for the loop, with long rows, wide groups and the usual windows among them."""
+    """Any geometry small enough for the oracle's loop, including long rows, wide groups and common windows."""
     fast_kernel = draw(st.sampled_from([1, 2, 3, 3, 4, 5, 5, 7, 7, 7]))
     kernel = (*(draw(st.integers(1, 3)) for _ in range(dims - 1)), fast_kernel)
     stride = (*(draw(st.integers(1, 3)) for _ in range(dims - 1)), draw(st.sampled_from([1, 1, 1, 2, 2, 3])))
@@ -59,9 +59,9 @@ def calls(draw: st.DrawFn, dims: int) -> Call:
     padding = tuple(draw(st.integers(0, d * (k - 1) + 1)) for k, d in zip(kernel, dilation, strict=True))
     sizes = []
     for axis in range(dims):
-        least = max(1, dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis])
-        most = 24 if axis == dims - 1 else 5
-        sizes.append(draw(st.integers(least, max(least, most))))
+        minimum = max(1, dilation[axis] * (kernel[axis] - 1) + 1 - 2 * padding[axis])
+        maximum = 24 if axis == dims - 1 else 5
+        sizes.append(draw(st.integers(minimum, max(minimum, maximum))))
     call = Call(
         batch=draw(st.integers(1, 2)),
         groups=draw(st.integers(1, 3)),

@@ -54,7 +54,7 @@ def test_unknown_recipe_lists_the_known_ones(capsys):
     assert "digits_rednet," in message
 
 
-def test_missing_extra_is_named_without_traceback():
+def test_a_missing_extra_is_named_without_traceback():
     code = """
 import sys
 sys.modules["lightning"] = None
@@ -87,13 +87,13 @@ def test_doctor_refuses_arguments(capsys):
 def test_wrong_options_exit_with_2(arguments, capsys):
     try:
         code = main(arguments)
-    except SystemExit as exit:  # jsonargparse's way out
+    except SystemExit as exit:  # from jsonargparse
         code = exit.code
     assert code == 2
     assert capsys.readouterr().err
 
 
-def test_data_that_are_not_there_get_one_line(tmp_path, capsys):
+def test_missing_data_are_reported_in_one_line(tmp_path, capsys):
     missing = ["fit", "-c", "imagefolder_rednet50", "--data.root", str(tmp_path / "nowhere")]
     assert main(missing) == 1
     assert "involution fit: root must hold a folder 'train'" in capsys.readouterr().err

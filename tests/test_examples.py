@@ -1,4 +1,4 @@
-"""Per-pixel kernels against plain loops and SciPy: what the examples compute is what their pages say."""
+"""The examples against plain loops and SciPy."""
 
 import importlib
 import sys
@@ -39,7 +39,7 @@ def test_varying_blur_is_the_definition() -> None:
 
 
 def test_constant_blur_is_scipys() -> None:
-    """Inside; at the border SciPy mirrors."""
+    """In the interior; at the border SciPy mirrors the image."""
     image = torch.rand(1, 1, 40, 44, dtype=torch.float64)
     got = example("varying_blur").blur(image, torch.full((1, 40, 44), 1.5, dtype=torch.float64), 13)
     want = gaussian_filter(image[0, 0].numpy(), 1.5, radius=6)
@@ -86,8 +86,8 @@ def test_joint_bilateral_upsampling_is_the_definition(scale: int, kernel_size: i
     torch.testing.assert_close(got, plain_joint_bilateral(coarse, guide, kernel_size, 0.8, 0.3))
 
 
-def test_joint_bilateral_upsampling_where_nothing_is_alike() -> None:
-    """A white pixel on black: every weight by itself is 0 in float32."""
+def test_joint_bilateral_upsampling_without_similar_pixels() -> None:
+    """A white pixel on black: every unnormalised weight underflows in float32."""
     guide, coarse = torch.zeros(1, 3, 32, 32), torch.rand(1, 2, 4, 4)
     guide[..., 13, 17] = 1
     found = example("joint_bilateral").joint_bilateral_upsample(coarse, guide)
@@ -106,7 +106,7 @@ def test_joint_bilateral_upsampling_keeps_an_edge_that_bilinear_blurs() -> None:
 
 @pytest.fixture
 def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A part of scikit-learn's "china", where the pages' pictures go."""
+    """A crop of scikit-learn's "china", in the working directory of the examples."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "photo.png"
     Image.fromarray(load_sample_image("china.jpg")[160:256, 200:344]).save(file)
@@ -114,14 +114,14 @@ def photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def picture(photo: Path, name: str) -> np.ndarray:
-    """What a page wrote, cut into pictures of the photo's size."""
+    """The picture that an example wrote, split into images of the photo's size."""
     row = np.asarray(Image.open(photo.parent / "runs" / "examples" / f"{name}.png")).astype(float)
     assert len(row) == 96
     return np.stack(np.split(row, row.shape[1] // 144, axis=1))
 
 
 def test_the_blurs_picture(photo: Path) -> None:
-    """The middle stays, the corners lose their detail."""
+    """The centre stays sharp, the corners lose their detail."""
     example("varying_blur").main([str(photo)])
     before, after = picture(photo, "varying_blur")
     assert np.array_equal(before, np.asarray(Image.open(photo)))
@@ -130,21 +130,21 @@ def test_the_blurs_picture(photo: Path) -> None:
 
 
 def test_the_joint_bilaterals_picture(photo: Path) -> None:
-    """Nearer to the photo than what it was made from."""
+    """It is closer to the photo than the coarse map."""
     example("joint_bilateral").main([str(photo)])
     coarse, fine, whole = picture(photo, "joint_bilateral")
     assert np.abs(fine - whole).mean() < 0.8 * np.abs(coarse - whole).mean()
 
 
 @pytest.mark.parametrize("name", ["varying_blur", "joint_bilateral", "content_aware_upsampling", "denoising"])
-def test_a_photo_that_is_not_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_photo(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         example(name).main(["nowhere.jpg"])
-    assert "photo must be a file, got nowhere.jpg, which is none" in capsys.readouterr().err
+    assert "photo must be a file, got nowhere.jpg, which does not exist" in capsys.readouterr().err
 
 
 def test_content_aware_upsampling_learns(photo: Path) -> None:
-    """From a copy to better than bicubic."""
+    """From nearest-neighbour upsampling to better than bicubic."""
     page = example("content_aware_upsampling")
     found = page.main([str(photo)], steps=0)
     assert found["content-aware"] == pytest.approx(found["nearest"], abs=1e-3)
@@ -156,7 +156,7 @@ def test_content_aware_upsampling_learns(photo: Path) -> None:
 
 
 def test_denoising_averages_with_the_predicted_kernels() -> None:
-    """Against plain loops; and weights sum to one, so that a constant stays what it is."""
+    """Against plain loops; weights sum to one, so a constant does not change."""
     torch.manual_seed(0)
     model = example("denoising").Denoiser(kernel_size=5).double()
     image = torch.rand(1, 3, 9, 8, dtype=torch.float64)
@@ -174,13 +174,13 @@ def test_denoising_averages_with_the_predicted_kernels() -> None:
 def test_denoising_learns(photo: Path) -> None:
     page = example("denoising")
     found = page.main([str(photo)], steps=60)
-    assert 20 < found["noisy"] < 21.5  # the range is ten times the noise, of which clipping takes a little
+    assert 20 < found["noisy"] < 21.5  # the range is ten times the noise, minus a little by clipping
     assert found["best Gaussian blur"] > found["noisy"]
     assert found["kernel prediction"] > page.main([str(photo)], steps=0)["kernel prediction"] + 0.5
     assert page.decibels(*(torch.from_numpy(one / 255) for one in picture(photo, "denoising")[[0, 2]])) < 21.5
 
 
-def test_audio_is_scipys_filter_where_the_cutoff_stays() -> None:
+def test_audio_equals_scipys_filter_for_a_constant_cutoff() -> None:
     from scipy.signal import firwin
 
     sound = torch.randn(1, 2, 400, dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_audio_is_scipys_filter_where_the_cutoff_stays() -> None:
         np.testing.assert_allclose(got[0, channel].numpy(), want, rtol=1e-9, atol=1e-12)
 
 
-def test_audio_has_scipys_filter_of_its_own_at_every_sample() -> None:
+def test_audio_equals_scipys_filter_at_every_sample() -> None:
     from scipy.signal import firwin
 
     sound, cutoff = torch.randn(1, 1, 60, dtype=torch.float64), torch.linspace(0.02, 0.4, 60, dtype=torch.float64)
@@ -220,7 +220,7 @@ def test_volume_bilateral_filter_is_the_definition() -> None:
     torch.testing.assert_close(got, want)
 
 
-def test_the_other_pages_run(
+def test_the_other_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import wave
@@ -232,7 +232,7 @@ def test_the_other_pages_run(
         left = np.frombuffer(sound.readframes(sound.getnframes()), np.int16)[::2].astype(float)
     start, end = (np.abs(np.fft.rfft(part)) ** 2 for part in (left[:8192], left[-8192:]))
     middles = [float((np.arange(len(one)) * one).sum() / one.sum() / 8192 * 22_050) for one in (start, end)]
-    assert middles[0] < 300  # hertz: the noise is below 200 to 280 there
+    assert middles[0] < 300  # hertz: the cutoff is 200 to 280 there
     assert 3000 < middles[1] < 4500  # half of what a cutoff of 6600 to 8000 leaves
     example("volume").main([])
     noisy, smooth = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if "off by" in line)

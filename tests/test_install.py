@@ -1,4 +1,4 @@
-"""What an installation says where something is missing."""
+"""Error messages of incomplete installations."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""docs/results.md says what its results file says."""
+"""The tables of docs/results.md are those of the results files."""
 
 import importlib.util
 import json
@@ -61,7 +61,7 @@ def test_the_table_of_replacements_is_that_of_its_results_file() -> None:
     assert rows[3] == "| every convolution | nothing | 0 | 51.00% | +1.00 |"
 
 
-def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:
+def test_every_run_is_in_the_set_and_recorded_once(cifar10: ModuleType) -> None:
     lines = cifar10.finished(cifar10.RESULTS)
     keys = [(line["name"], line["seed"]) for line in lines]
     assert len(keys) == len(set(keys))

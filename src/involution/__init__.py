@@ -1,6 +1,6 @@
-"""Involution (Li et al., CVPR 2021): the operator, its layers, and networks made of them.
+"""Involution (Li et al., CVPR 2021): the operator, its layers, and networks built from them.
 
-Attributes load on first access, so that ``involution --help`` needs no torch.
+Attributes load on first access (PEP 562), so that ``involution --help`` does not import torch.
 """
 
 from importlib import import_module
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOME = {
+_MODULES = {
     "involution1d": "ops.functional",
     "involution2d": "ops.functional",
     "involution3d": "ops.functional",
@@ -43,9 +43,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("involution")
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'involution' has no attribute {name!r}")
-    value = getattr(import_module(f"involution.{_HOME[name]}"), name)
+    value = getattr(import_module(f"involution.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

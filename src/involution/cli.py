@@ -1,4 +1,4 @@
-"""The `involution` command: a dispatcher that loads nothing before it knows the verb."""
+"""The `involution` command: a dispatcher that imports a verb's modules only when the verb is called."""
 
 import io
 import sys
@@ -12,12 +12,13 @@ _TRAINING = {
     "test": "evaluate on the test set",
     "predict": "run a checkpoint over images",
 }
-_COST_EXTRA = ("timm", "rich")
-_BENCH_EXTRA = ("timm", "matplotlib", "rich")
-_TASKS_EXTRA = (
-    *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
-    "faster_coco_eval",
-)
+_EXTRAS = {  # the modules that each extra of pyproject.toml installs
+    "bench": ("timm", "matplotlib", "rich"),
+    "tasks": (
+        *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
+        "faster_coco_eval",
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,11 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; None takes sys.argv's.
 
     Returns:
-        The exit code: 0, 1 where something is missing, 2 for a wrong call.
+        The exit code: 0, 1 where something is missing or fails, 2 for a wrong call.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names that the terminal cannot show end no run
+            stream.reconfigure(errors="backslashreplace")  # for names that the terminal cannot encode
     verb, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
     if verb in ("-h", "--help"):
         print(_help())
@@ -56,9 +57,9 @@ def _help() -> str:
 
 {training}
   cost      parameters and multiply-adds of a network, or of the paper's tables
-  bench     time the kernels and networks on this machine
-  doctor    show what runs here: backends, versions, instruction set, threads;
-            with a checkpoint or a timm name, why its loss is NaN
+  bench     time kernels and networks on this machine
+  doctor    print backends, versions, instruction set, threads; with a checkpoint
+            or a timm name, diagnose why its loss is NaN
 
   involution fit -c digits_rednet                       a packaged recipe
   involution fit -c recipe.yaml --trainer.max_epochs 3  a file, with an option changed
@@ -67,19 +68,19 @@ def _help() -> str:
 involution VERB --help lists a verb's options; involution --version prints the version."""
 
 
-def _lacks(verb: str, modules: Sequence[str], extra: str) -> bool:
-    """Says so where a verb's packages are not installed."""
-    missing = [module for module in modules if find_spec(module) is None]
+def _lacks(what: str, extra: str) -> bool:
+    """Whether packages of an extra are missing; then says on stderr which, and that `what` needs them."""
+    missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
     if missing:
         print(
-            f"involution {verb} needs {', '.join(missing)}, not installed here: pip install 'involution[{extra}]'",
+            f"involution {what} needs {', '.join(missing)}, not installed here: pip install 'involution[{extra}]'",
             file=sys.stderr,
         )
     return bool(missing)
 
 
 def _cost(rest: list[str]) -> int:
-    if _lacks("cost", _COST_EXTRA, "zoo"):
+    if _lacks("cost", "tasks"):
         return 1
     from .cost.command import main as cost
 
@@ -87,17 +88,15 @@ def _cost(rest: list[str]) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    if _lacks("bench", _BENCH_EXTRA, "bench"):
-        return 1
-    if {"loading", "detection", "all"} & set(rest) and _lacks("bench loading, detection", _TASKS_EXTRA, "tasks"):
+    if _lacks("bench", "bench"):
         return 1
     from .bench.command import main as bench
 
-    return bench(rest)
+    return bench(rest, _lacks)
 
 
 def _train(verb: str, rest: list[str]) -> int:
-    if _lacks(verb, _TASKS_EXTRA, "tasks"):
+    if _lacks(verb, "tasks"):
         return 1
     if verb == "predict":
         return _predict(rest)
@@ -114,7 +113,7 @@ def _train(verb: str, rest: list[str]) -> int:
 
     try:
         run([verb, *rest])
-    except (*EXPECTED, FloatingPointError) as error:  # what does not fit; or a loss that is NaN
+    except (*EXPECTED, FloatingPointError) as error:  # wrong arguments or data; or a loss that is NaN
         print(f"involution {verb}: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
@@ -166,7 +165,7 @@ def _doctor(rest: list[str]) -> int:
 
 
 def _diagnose(rest: list[str]) -> int:
-    if _lacks("doctor MODEL", _TASKS_EXTRA, "tasks"):
+    if _lacks("doctor MODEL", "tasks"):
         return 1
     from .engine.doctor import main as diagnose
 
@@ -175,7 +174,7 @@ def _diagnose(rest: list[str]) -> int:
     except (OSError, ValueError) as error:  # the model or the image
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
-    except SystemExit as exit:  # argparse's way out
+    except SystemExit as exit:  # from argparse
         return int(exit.code or 0)
     return 0
 

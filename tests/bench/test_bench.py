@@ -1,22 +1,23 @@
-"""The benchmarks run and report; their figures are for people."""
+"""Every benchmark runs at its smallest size and is reported; its figures are not checked."""
 
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from involution import cli, involution3d
-from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, report
+from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, registry, report
 from involution.bench.cases import CASES, NECK, Case
-from involution.bench.roof import Roof
+from involution.bench.roofline import Roofline
 from involution.ops.backends.triton import Tile
 
 SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
 
 
-def numbers(rows: list[dict]) -> list[float]:
+def floats(rows: list[dict]) -> list[float]:
     return [value for row in rows for value in row.values() if isinstance(value, float)]
 
 
@@ -27,19 +28,21 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
     monkeypatch.setattr(loading, "PHOTOGRAPHS", 2)
     monkeypatch.setattr(models, "optimize", lambda model, image: model)
     names = ("rednet14_cifar", "resnet14_cifar")
+    pairs, roofline = command.workloads(SMALL, [1, 2]), Roofline(1e11, 1e10)
+    once, twice = pairs[: len(SMALL)], pairs[len(SMALL) :]
     return {
-        "layers": kernels.layers(SMALL, [1, 2], 0.0, Roof(1e11, 1e10), None),
-        "against": kernels.against(SMALL, [2], 0.0),
-        "fused": kernels.fused(SMALL, [1], 0.0, Roof(1e11, 1e10)),
+        "layers": kernels.layers(pairs, 0.0, roofline),
+        "against": kernels.against(twice, 0.0),
+        "fused": kernels.fused(once, 0.0, roofline),
         "models": models.models([1], 0.0, names, 32),
         "training": models.training([2], 0.0, names, 32),
         "memory": memory.memory(Case("tiny", 16, 16, 16, 7, 1), 8),
-        "threads": kernels.threads(SMALL, [1], 0.0),
+        "threads": kernels.threads(once, 0.0),
         "overhead": kernels.overhead(0.0),
-        "paper": paper.paper(SMALL, [2]),
+        "paper": paper.paper(twice),
         "loading": loading.loading(0.0, 2, ["rednet14_cifar"]),
         "detection": memory.detection(96, 128),
-        "family": family.family(SMALL, [2], 0.0),
+        "family": family.family(twice, 0.0),
     }
 
 
@@ -51,17 +54,17 @@ def test_unfold_of_a_volume_is_the_operator() -> None:
 def test_every_subject_is_measured_printed_written_and_drawn(
     rows: dict[str, list[dict]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert set(rows) == set(command.SUBJECTS)
+    assert set(rows) == set(registry.SUBJECTS)
     for subject, some in rows.items():
         assert some, subject
-        assert all(math.isfinite(value) for value in numbers(some)), subject
-        if subject not in ("memory", "detection"):  # so small a layer may find room in what the process has
-            assert all(value > 0 for value in numbers(some)), subject
+        assert all(math.isfinite(value) for value in floats(some)), subject
+        if subject not in ("memory", "detection"):  # so small a layer may fit into memory that the process has
+            assert all(value > 0 for value in floats(some)), subject
     assert len(rows["layers"]) == 3 * len(SMALL) * 2
     assert len(rows["threads"]) == 4 * len(SMALL)
     low, middle, high = rows["against"][0]["quartiles, ms"]["unfold"]
     assert 0 < low <= middle <= high
-    files = report.write(rows, command.describe(1e11, 1e10), tmp_path)
+    files = report.write(rows, command.describe(Roofline(1e11, 1e10)), tmp_path)
     assert {file.name for file in files} == {"bench.json", "roofline.png", "models.png", "memory.png"}
     assert all(file.stat().st_size > 1000 for file in files)
     written = json.loads((tmp_path / "bench.json").read_text())
@@ -73,11 +76,14 @@ def test_every_subject_is_measured_printed_written_and_drawn(
 
 
 def test_geometric_mean() -> None:
-    rows = [{"what": "apply", "case": name, "batch": 1, "roof": roof} for name, roof in (("a", 0.5), ("b", 0.125))]
-    assert report.geometric_means(rows) == [{"what": "apply", "case": "geometric mean", "batch": 1, "roof": 0.25}]
+    rows = [
+        {"what": "apply", "case": name, "batch": 1, "roofline": fraction}
+        for name, fraction in (("a", 0.5), ("b", 0.125))
+    ]
+    assert report.geometric_means(rows) == [{"what": "apply", "case": "geometric mean", "batch": 1, "roofline": 0.25}]
 
 
-def test_a_wrong_operator_is_not_timed() -> None:
+def test_an_operator_with_wrong_results_is_not_timed() -> None:
     rivals = {"ours": kernels._ours, "wrong": lambda x, k, s: baselines.unfold(x, k, s) * 1.01}
     with pytest.raises(AssertionError):
         kernels.compare(rivals, SMALL[0], 1, 0.0)
@@ -97,7 +103,6 @@ def test_flops_and_bytes_are_those_of_the_tensors() -> None:
         (["nonsense"], "what"),
         (["--case", "C1@1"], "--case"),
         (["--batch", "0"], "--batch"),
-        (["--prototype", "nowhere.cpp"], "--prototype"),
         (["--device", "tpu"], "--device"),
     ],
 )
@@ -107,7 +112,7 @@ def test_a_wrong_call_names_the_option(arguments: list[str], named: str, capsys:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_roof", lambda: Roof(1e11, 1e10))
+    monkeypatch.setattr(command, "measure_roofline", lambda: Roofline(1e11, 1e10))
     monkeypatch.setitem(CASES, "small", SMALL[0])
     call = ["bench", "layers", "overhead", "--case", "small", "--batch", "1", "--seconds", "0", "--out", str(tmp_path)]
     assert cli.main(call) == 0
@@ -116,19 +121,65 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert machine["command"].startswith("involution bench layers overhead --case small")
 
 
-def test_all_is_every_subject_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr(command, "measure_roof", lambda: Roof(1e11, 1e10))
-    monkeypatch.setattr(command, "run", lambda subject, *_: asked.append(subject) or [])
-    assert command.main(["layers", "all", "--out", str(tmp_path)]) == 0
-    assert asked == list(command.SUBJECTS)
+def test_all_is_every_registered_subject_with_the_settings_that_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: dict[str, dict[str, Any]] = {}
+    for name, subject in list(registry.SUBJECTS.items()):
+        recorder = subject._replace(function=lambda name=name, **settings: ran.update({name: settings}) or [])
+        monkeypatch.setitem(registry.SUBJECTS, name, recorder)
+    monkeypatch.setattr(command, "measure_roofline", lambda: Roofline(1e11, 1e10))
+    assert command.main(["layers", "all", "--batch", "3", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert list(ran) == list(registry.SUBJECTS)
+    assert all(set(settings) == set(registry.SUBJECTS[name].options) for name, settings in ran.items())
+    assert ran["models"]["batches"] == [3]
+    assert ran["layers"]["workloads"] == [(CASES["C64@56"], 3)]
 
 
-def test_what_tiles_ask_of_the_second_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile for the image asks for every sector once; smaller ones fetch rows around them again."""
+def test_the_neck_is_measured_at_batch_size_one_only() -> None:
+    assert command.workloads([SMALL[0], NECK], [2, 4]) == [(SMALL[0], 2), (SMALL[0], 4), (NECK, 1)]
+    assert command.workloads([NECK], [2]) == [(NECK, 1)]
+
+
+def test_a_registered_subject_is_listed_run_and_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "measure_roofline", lambda: Roofline(1e11, 1e10))
+
+    @registry.subject("counting", ("seconds",))
+    def counting(seconds: float) -> list[dict[str, Any]]:
+        """Counts to three."""
+        return [{"what": "counting", "case": "three", "batch": 1, "counted": 3.0}]
+
+    try:
+        with pytest.raises(SystemExit):
+            cli.main(["bench", "--help"])
+        assert "counting   Counts to three. [--seconds]" in capsys.readouterr().out
+        assert cli.main(["bench", "counting", "--out", str(tmp_path)]) == 0
+        assert "3.00" in capsys.readouterr().out
+        assert json.loads((tmp_path / "bench.json").read_text())["results"]["counting"][0]["counted"] == 3.0
+        with pytest.raises(ValueError, match="name must be a new one, got 'counting'"):
+            registry.subject("counting")
+        with pytest.raises(ValueError, match=r"options must be of workloads, .*, got colour"):
+            registry.subject("coloured", ("colour",))
+    finally:
+        del registry.SUBJECTS["counting"]
+
+
+def test_a_subject_whose_extra_is_missing_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "find_spec", lambda name: None if name == "lightning" else object())
+    assert cli.main(["bench", "overhead", "loading"]) == 1
+    error = capsys.readouterr().err
+    assert error == "involution bench loading needs lightning, not installed here: pip install 'involution[tasks]'\n"
+
+
+def test_l2_traffic_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One tile for the image reads every sector once; smaller ones read the rows around them again."""
     case = Case("small", 16, 8, 8, 3, 1)  # 64 positions: images of 2 KiB, a map of 9 * 64 * 2 bytes, whole sectors
     monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(64, 1, 16, 1)])
-    assert paper.asked_of_l2("apply", case) == 2 * 64 * 16 * 2 + 9 * 64 * 2
-    assert paper.asked_of_l2("adjoint", case) >= 2 * 64 * 16 * 2 + 8 * 64 * 2  # taps outside are not asked for
+    assert paper.l2_bytes("apply", case) == 2 * 64 * 16 * 2 + 9 * 64 * 2
+    assert paper.l2_bytes("adjoint", case) >= 2 * 64 * 16 * 2 + 8 * 64 * 2  # taps outside are not read
     monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(8, 1, 16, 1)])  # a row: two or three are read
-    assert paper.asked_of_l2("apply", case) == (64 + 2 * 16 + 6 * 24) * 16 * 2 + 8 * math.ceil(9 * 8 * 2 / 32) * 32
+    assert paper.l2_bytes("apply", case) == (64 + 2 * 16 + 6 * 24) * 16 * 2 + 8 * math.ceil(9 * 8 * 2 / 32) * 32

@@ -14,7 +14,7 @@ from involution.cost import cost
 from involution.cost.published import ROWS, count_row, disagreement
 
 RESULTS = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
-# Counted M and G, total G, MAC G: the paper's tables, derived again. (Others round ResNet-101's 7.8495 to 7.850.)
+# Counted M and G, total G, MAC G: the paper's tables, recomputed. (Others round ResNet-101's 7.8495 to 7.850.)
 PRINTED = {
     "RedNet-26": ("9.2339", "1.7334", "1.710", "1.685"),
     "RedNet-38": ("12.3877", "2.2233", "2.200", "2.167"),
@@ -45,7 +45,7 @@ PRINTED = {
 }
 # Where the released code has another stem than the one that the printed figure fits.
 OTHER_STEM = {"Faster R-CNN, conv neck, conv head", "Mask R-CNN, conv, conv", "RetinaNet, conv neck"}
-# Printed 0.1 away from what its rules give.
+# Printed 0.1 away from what the paper's rules give.
 ROUNDED_OTHERWISE = {
     "Faster R-CNN, conv neck, conv head",
     "Mask R-CNN, conv, conv",
@@ -67,7 +67,7 @@ def test_every_cell(row) -> None:
     printed = f"{row.printed[0]} / {row.printed[1]}" if row.printed else "-"
     assert f"| {row.name} | {printed} | {got[0]} / {got[1]} | {got[2]} | {got[3]} |" in RESULTS
     said = disagreement(row, counted)
-    assert ("its own rules give" in said) == (row.name in ROUNDED_OTHERWISE)  # else what is printed is what we count
+    assert ("its own rules give" in said) == (row.name in ROUNDED_OTHERWISE)  # else printed = counted
     assert ("another stem" in said) == (row.name.startswith("RedNet") or row.name in OTHER_STEM)
     assert ("mask_fcn_logits" in said) == (row.name in ("Mask R-CNN, conv, conv", "Mask R-CNN, inv, conv"))
 
@@ -112,7 +112,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cost", "rednet50", "--layers"]) == 0
     out = capsys.readouterr().out
     assert "layer4.2.conv2" in out
-    assert "its twin resnet50: 25,557,032 parameters" in out
+    assert "its convolutional counterpart resnet50: 25,557,032 parameters" in out
     assert "saves 39.2% of the parameters" in out
 
 
@@ -123,13 +123,13 @@ def test_wrong_calls(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_no_gigabytes() -> None:
-    """Counting the tables, here what is largest of each, computes nothing: memory stays near what importing takes."""
+    """Counting, here the largest rows, computes nothing: memory grows little beyond what the imports take."""
     code = """
 import resource, timm
-from involution.cost.published import ROWS, count_rows
+from involution.cost.published import ROWS, count_row
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-assert len(count_rows([row for row in ROWS if row.name in ("ResNet-152", "Mask R-CNN R50", "UPerNet R50")])) == 3
+assert len([count_row(row) for row in ROWS if row.name in ("ResNet-152", "Mask R-CNN R50", "UPerNet R50")]) == 3
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000  # MiB: the weights of one network, made before they go to the meta device
+    assert int(done.stdout) < 1000  # MiB: the weights of one network, initialised before the move to the meta device

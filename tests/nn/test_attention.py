@@ -1,4 +1,4 @@
-"""Self-attention is an involution: equal to torch's own attention under the mask of the neighbourhood."""
+"""Local self-attention equals torch's attention under a neighbourhood mask."""
 
 import math
 from functools import partial
@@ -20,7 +20,7 @@ LAYERS = {1: LocalSelfAttention1d, 2: LocalSelfAttention2d, 3: LocalSelfAttentio
 
 
 def neighbourhood(layer: Any, sizes: tuple[int, ...]) -> Tensor:
-    """For every query and every position of the image, the tap of the query's window that it is, or -1: [O, S]."""
+    """The tap of each query's window at each position of the image, or -1: [O, S]."""
     outputs = [range(-(-size // step)) for size, step in zip(sizes, layer.stride, strict=True)]
     table = torch.full((math.prod(map(len, outputs)), math.prod(sizes)), -1)
     for row, place in enumerate(product(*outputs)):
@@ -56,7 +56,7 @@ def by_torch(layer: Any, x: Tensor) -> Tensor:
                 torch.cat([e[:, :, u] for e, u in zip(layer.generator.embeddings, offset, strict=True)], 1)
                 for offset in offsets
             ]
-        )  # [taps, heads, channels of a head]
+        )  # [taps, heads, channels per head]
         scores = torch.einsum("nhqc,thc->nhqt", query, embeddings) / math.sqrt(query.shape[-1])
         mask = scores.gather(3, taps.expand(*scores.shape[:2], -1, -1))
     else:
@@ -74,7 +74,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor]:
     sizes, kernel_size, stride = (
         [draw(one) for _ in range(dims)] for one in (sides, st.integers(1, 5), st.integers(1, 2))
     )
-    # An even, dilated window can miss the image, of which torch makes nan.
+    # An even, dilated window can be entirely outside the image, for which torch returns NaN.
     dilation = [draw(st.integers(1, 2)) if size % 2 else 1 for size in kernel_size]
     heads, relative = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from(["none", "bias", "factorised"]))
     channels = heads * dims * draw(st.integers(1, 3))
@@ -88,7 +88,7 @@ def cases(draw: st.DrawFn) -> tuple[Any, Tensor]:
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
-def test_random_geometries_are_torchs_attention(case: tuple[Any, Tensor]) -> None:
+def test_random_geometries_equal_torchs_attention(case: tuple[Any, Tensor]) -> None:
     """Outputs and all gradients, in float64 to 1e-10 and in float32 to 1e-5."""
     layer, x = case
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
@@ -142,8 +142,8 @@ def test_flex_attention_agrees(relative: str) -> None:
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
-def test_it_is_a_generator_of_any_involution() -> None:
-    """Without a projection of the values, for Involution2d takes its input itself."""
+def test_its_generator_works_in_any_involution() -> None:
+    """Without a value projection: Involution2d applies the kernels to its input."""
     torch.manual_seed(0)
     layer = Involution2d(32, 5, stride=2, kernel_generator=AttentionGenerator)
     x = torch.randn(2, 32, 9, 8)
@@ -153,7 +153,7 @@ def test_it_is_a_generator_of_any_involution() -> None:
     torch.testing.assert_close(kernels.sum((2, 3)), torch.ones(2, 2, 5, 4))
 
 
-def test_where_no_tap_is_inside_gradients_are_finite() -> None:
+def test_gradients_are_finite_if_no_tap_is_inside() -> None:
     """Two taps, one to the left and two to the right of a single position."""
     layer = LocalSelfAttention1d(4, 2, dilation=3, heads=1)
     x = torch.randn(1, 4, 1, requires_grad=True)
@@ -202,8 +202,8 @@ def test_one_image_without_a_batch() -> None:
 
 
 @pytest.mark.parametrize("relative", ["none", "bias", "factorised"])
-def test_rednet_with_attention_in_the_place_of_involution(relative: str) -> None:
-    """The paper's comparison; its cost is what torch counts."""
+def test_rednet_with_attention(relative: str) -> None:
+    """The paper's comparison; the cost equals torch's FLOP count."""
     import timm
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -230,8 +230,8 @@ def test_rednet_with_attention_in_the_place_of_involution(relative: str) -> None
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("relative", RELATIVE_POSITIONS)
-def test_the_cost_of_a_layer_is_the_pages(relative: str, stride: int) -> None:
-    """For every output position: the generator's, the values' and the operator's multiply-adds."""
+def test_the_cost_of_a_layer_is_the_documented_one(relative: str, stride: int) -> None:
+    """Multiply-adds per output position: of the generator, the value projection and the operator."""
     from involution.cost import multiply_adds
 
     layer = LocalSelfAttention2d(64, 7, stride, heads=4, relative_position=relative)
@@ -250,7 +250,7 @@ def test_rednet_with_bad_attention(options: dict[str, Any]) -> None:
         timm.create_model("rednet26", **options)
 
 
-def test_costs_are_the_pages() -> None:
+def test_costs_are_the_documented_ones() -> None:
     import timm
 
     import involution.zoo  # noqa: F401

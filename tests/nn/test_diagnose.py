@@ -1,4 +1,4 @@
-"""What is wrong with a network is named, and the network does not notice."""
+"""diagnose: names the problem of a network, and does not change the network."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def _seeded() -> None:
 
 
 class Fixed(nn.Module):
-    """Kernels of a constant times the identity, or times the mean of the input's absolute values."""
+    """Identity kernels times a constant, or times the mean of the input's absolute values."""
 
     def __init__(self, gain: float, grows: bool = False) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ def test_values_by_hand() -> None:
     assert (first.kernel, second.kernel) == pytest.approx((2 / 3, 0.5 / 3))  # one of nine taps
     assert (*first.taps, *second.taps) == pytest.approx((2, 0, 0.5, 0))
     assert (first.gradient, second.gradient) == pytest.approx((1, 0.5))
-    assert first.generator_gradient is None  # nothing to learn
+    assert first.generator_gradient is None  # no parameters
     assert (first.growth, second.growth, found.growth) == pytest.approx((1, 1, 1))
     assert (first.evaluation, second.evaluation) == pytest.approx((2 * size, size))
     assert found.loss == pytest.approx(x.sum().item(), rel=1e-5)
@@ -64,7 +64,7 @@ def test_values_by_hand() -> None:
     [
         (
             chain(50.0, 50.0),
-            "exploding in training: the output of 1 has RMS .* where the input of 0 has .*: have a kernel",
+            "exploding in training: the output of 1 has RMS .* where the input of 0 has .*: use a kernel",
         ),
         (chain(1.0, 1e-4), "vanishing: 1: the first makes RMS"),
         (chain(1.0, 0.0), "dead generator: 1: kernels are zero"),
@@ -94,7 +94,7 @@ def test_a_layer_of_degree_two() -> None:
 
 
 class Random(nn.Module):
-    """The paper's generator as it starts: kernels of random signs."""
+    """The paper's generator at initialisation: kernels of random signs."""
 
     def __init__(self, channels: int, kernel_size: Any, groups: int, stride: Any, dilation: Any) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_a_dead_generator() -> None:
     assert problem.startswith("dead generator: 1: kernels are zero, or the same everywhere")
 
 
-def test_blocks_that_begin_as_their_shortcut_are_no_problem_but_a_note() -> None:
+def test_blocks_that_start_as_their_shortcut_are_a_note() -> None:
     network = nn.Sequential(nn.Conv2d(3, 16, 1), Involution2d(16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 2, 1))
     nn.init.zeros_(network[2].weight)  # type: ignore[arg-type]
     found = diagnose(network, torch.randn(2, 3, 8, 8))
@@ -127,7 +127,7 @@ def test_blocks_that_begin_as_their_shortcut_are_no_problem_but_a_note() -> None
     assert any(note.startswith("no gradient reaches 1: right in the first step") for note in found.notes)
 
 
-def test_values_that_are_broken_are_named_before_all_else() -> None:
+def test_non_finite_inputs_and_parameters_are_named_first() -> None:
     network = timm.create_model("rednet14_cifar")
     images = torch.randn(2, 3, 32, 32)
     images[0, 0, 0, 0] = math.nan
@@ -143,7 +143,7 @@ def test_values_that_are_broken_are_named_before_all_else() -> None:
     assert problem.startswith("non-finite parameters: layer2.0.conv1.weight: resume from the last good")
 
 
-def test_the_first_module_that_is_at_fault_need_be_no_involution() -> None:
+def test_the_first_faulty_module_may_be_any() -> None:
     class Log(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x - 1e3).log()
@@ -159,8 +159,8 @@ def test_the_first_module_that_is_at_fault_need_be_no_involution() -> None:
     assert "no involution was called" in str(found)
 
 
-def test_statistics_that_lag() -> None:
-    """In evaluation the norm multiplies by what the running variance says, in training by what the batch says."""
+def test_stale_running_statistics() -> None:
+    """The norm divides by the running variance in evaluation, and by the batch's in training."""
     norm: Any = nn.BatchNorm2d(8, eps=1e-20)
     norm.running_var.fill_(1e-20)
     network = nn.Sequential(norm, *chain(1.0, 1.0, 1.0, grows=True))
@@ -172,7 +172,7 @@ def test_statistics_that_lag() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_model_is_left_as_it_was(training: bool) -> None:
+def test_the_model_does_not_change(training: bool) -> None:
     network = timm.create_model("rednet14_cifar", drop_rate=0.5, drop_path_rate=0.5, zero_init_last=False)
     network.train(training)
     network.layer1.train(not training)
@@ -202,7 +202,7 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 @pytest.mark.parametrize("memory_efficient", [True, False])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_every_dimension_unbatched_too(dims: int, memory_efficient: bool) -> None:
+def test_every_dimension_batched_and_unbatched(dims: int, memory_efficient: bool) -> None:
     kind: Any = (Involution1d, Involution2d, Involution3d)[dims - 1]
     layer = kind(16, 3, norm_layer=nn.Identity, memory_efficient=memory_efficient)
     network = nn.Sequential((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](2, 16, 1), layer)
@@ -216,7 +216,7 @@ def test_every_dimension_unbatched_too(dims: int, memory_efficient: bool) -> Non
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-def test_generators_of_every_kind_and_shared_layers() -> None:
+def test_other_generators_and_shared_layers() -> None:
     shared = Involution2d(16, 3, kernel_generator=LinearGenerator)
     network = nn.Sequential(shared, LocalSelfAttention2d(16, 3, heads=2), shared)
     found = diagnose(network, torch.randn(2, 16, 8, 8))
@@ -224,7 +224,7 @@ def test_generators_of_every_kind_and_shared_layers() -> None:
     assert found.layers[1].taps == pytest.approx((1, 0), abs=1e-5)  # of a softmax
 
 
-def test_outputs_of_every_kind() -> None:
+def test_nested_outputs() -> None:
     class Odd(nn.Module):
         def __init__(self, kind: str) -> None:
             super().__init__()
@@ -262,7 +262,7 @@ def test_half_precision_and_large_values() -> None:
 
 
 def test_eight_layers_of_random_kernels() -> None:
-    """The public complaint: 3x3 convolutions of a neck without norms, replaced, and the loss is NaN."""
+    """A reported problem: a neck's 3x3 convolutions, without norms, replaced; the loss is NaN."""
     layers = [Involution2d(64, 7, kernel_generator=Random) for _ in range(8)]
     found = diagnose(nn.Sequential(*layers), torch.randn(2, 64, 12, 12))
     assert [one.name for one in found.layers] == [str(index) for index in range(8)]

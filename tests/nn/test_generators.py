@@ -1,4 +1,4 @@
-"""Kernel generators: shapes, what each of them sees, and what they cost."""
+"""Kernel generators: shapes, receptive fields, and costs."""
 
 import re
 from functools import partial
@@ -27,7 +27,7 @@ LAYERS = {1: Involution1d, 2: Involution2d, 3: Involution3d}
 
 
 def random(kind: Any) -> Any:
-    """With random kernels, where `kind` would begin with the identity."""
+    """A layer with random kernels, even if `kind` is initialised as the identity."""
     begins = issubclass(kind, BottleneckGenerator) and kind is not SoftmaxGenerator
     return partial(kind, kernel_init="paper") if begins else kind
 
@@ -45,12 +45,12 @@ def test_shapes_and_gradients(kind: Any, dims: int) -> None:
     assert y.shape == (2, 8, *outputs)
     y.square().sum().backward()
     assert all(parameter.grad is not None for parameter in layer.parameters())
-    layer.eval()  # or the batch norm would tie the images together
+    layer.eval()  # batch statistics would couple the images
     assert torch.autograd.gradcheck(layer, x.detach()[:1].requires_grad_())
 
 
 def sees(kind: Any) -> list[tuple[int, int]]:
-    """The offsets of input positions that the kernel in the middle depends on."""
+    """The offsets of the input positions on which the kernel at the centre depends."""
     torch.manual_seed(0)
     layer = Involution2d(128, 5, kernel_generator=random(kind)).double().eval()
     x = torch.randn(1, 128, 9, 9, dtype=torch.float64, requires_grad=True)
@@ -63,14 +63,14 @@ def sees(kind: Any) -> list[tuple[int, int]]:
     return [(i - 4, j - 4) for i, j in gradient[0].abs().sum(0).nonzero().tolist()]
 
 
-def test_what_a_kernel_depends_on() -> None:
+def test_receptive_fields_of_kernels() -> None:
     assert sees(BottleneckGenerator) == sees(LinearGenerator) == sees(SoftmaxGenerator) == [(0, 0)]
     assert sees(ContextGenerator) == [(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
     assert sees(PositionGenerator) == []
 
 
-def test_position_generator_has_its_kernels_for_every_size() -> None:
-    """The corners have the same coordinates, whatever lies between; other images get the same kernels."""
+def test_position_generator_serves_every_size() -> None:
+    """Corners have the same coordinates at every size, and all images the same kernels."""
     layer = Involution2d(16, 3, kernel_generator=PositionGenerator)
     small, large = layer.generator(torch.randn(1, 16, 4, 4)), layer.generator(torch.randn(2, 16, 9, 6))
     torch.testing.assert_close(small[0, ..., -1, 0], large[1, ..., -1, 0])
@@ -79,8 +79,8 @@ def test_position_generator_has_its_kernels_for_every_size() -> None:
 
 
 @pytest.mark.parametrize("dilation", [1, 2])
-def test_softmax_generator_averages_what_is_inside(dilation: int) -> None:
-    """Of a constant image nothing changes, at the border neither."""
+def test_softmax_generator_averages_over_the_input(dilation: int) -> None:
+    """A constant image does not change, not even at the border."""
     layer = Involution2d(16, 5, stride=2, dilation=dilation, kernel_generator=SoftmaxGenerator)
     x = torch.randn(1, 16, 1, 1).expand(1, 16, 9, 7).contiguous()
     torch.testing.assert_close(layer(x), x[:, :, ::2, ::2])
@@ -92,8 +92,8 @@ def test_softmax_generator_averages_what_is_inside(dilation: int) -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_window_softmax_is_that_of_every_window(dtype: torch.dtype, channels_last: bool) -> None:
-    """With the lowest logits that there are inside, and windows whose taps all miss the input."""
+def test_window_softmax_equals_a_softmax_per_window(dtype: torch.dtype, channels_last: bool) -> None:
+    """Including the lowest possible logits, and windows without a tap inside the input."""
     torch.manual_seed(0)
     sizes, kernel_size, stride, padding, dilation = (2, 5), (2, 3), (1, 2), [(1, 2), (2, 2)], (3, 2)
     logits = torch.randn(2, 3, *kernel_size, 2, 3, dtype=dtype)
@@ -118,14 +118,14 @@ def test_window_softmax_is_that_of_every_window(dtype: torch.dtype, channels_las
 
 @pytest.mark.parametrize(
     ("kind", "multiply_adds"),
-    [  # of one position, 32 channels in 2 groups, 5x5: what the docstrings say
+    [  # per position, 32 channels in 2 groups, 5x5: as the docstrings give them
         (BottleneckGenerator, 32 * 8 + 8 * 50),
         (ContextGenerator, 32 * 8 + 9 * 8 + 8 * 50),
         (LinearGenerator, 32 * 50),
         (SoftmaxGenerator, 32 * 8 + 8 * 50),
     ],
 )
-def test_costs_are_the_docstrings(kind: Any, multiply_adds: int) -> None:
+def test_costs_are_the_documented_ones(kind: Any, multiply_adds: int) -> None:
     generator = Involution2d(32, 5, kernel_generator=kind).generator.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         generator(torch.randn(3, 32, 6, 7))
@@ -139,8 +139,8 @@ def test_position_generator_costs_once_a_batch() -> None:
     assert counter.get_total_flops() == 2 * 6 * 7 * (2 * 32 + 32 * 50)
 
 
-def test_the_pages_code_runs() -> None:
-    """Block after block, among them a generator of one's own."""
+def test_the_documentations_code_runs() -> None:
+    """Block after block, including a custom generator."""
     page = (Path(__file__).parents[2] / "docs" / "family.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4

@@ -1,4 +1,4 @@
-"""The layers: the paper's formula, sizes at every stride, generators, and what bad arguments get."""
+"""The layers: the paper's formula, sizes at every stride, generators, and errors."""
 
 import copy
 import pickle
@@ -26,7 +26,7 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
     reduced = generator.reduce(pooled)
     if isinstance(generator.norm, nn.BatchNorm2d):
         reduced = generator.norm(reduced)
-    else:  # the default: every position over its RMS
+    else:  # the default: RMS norm over channels
         reduced = reduced / (reduced.square().mean(1, keepdim=True) + 1e-6).sqrt()
     hidden = torch.relu(reduced)
     weights = generator.span(hidden)
@@ -62,7 +62,7 @@ def test_output_size_is_ceil_of_size_over_stride(dims: int, stride: int, kernel_
 
 
 @pytest.mark.parametrize(("size", "stride"), [(1, 2), (1, 3), (2, 3), (5, 2), (7, 3), (8, 3)])
-def test_pooling_at_sizes_the_stride_does_not_divide_averages_what_is_there(size: int, stride: int) -> None:
+def test_pooling_clips_windows_at_the_border(size: int, stride: int) -> None:
     generator = BottleneckGenerator(4, (3,), 2, (stride,))
     x = torch.randn(1, 4, size)
     pooled = generator.pool(x)
@@ -147,7 +147,7 @@ def test_a_generator_with_another_size_is_an_error_that_names_both() -> None:
 
 
 class Fixed(nn.Module):
-    """Returns the same tensor whatever comes."""
+    """Returns the same tensor for every input."""
 
     def __init__(self, kernel_map: torch.Tensor) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_a_generator_with_other_groups_or_kernels_is_an_error(shape: tuple[int, 
         layer(torch.randn(1, 8, 6, 6))
 
 
-def test_a_generator_that_is_no_module_is_an_error() -> None:
+def test_a_generator_that_is_not_a_module_is_an_error() -> None:
     with pytest.raises(TypeError, match=r"kernel_generator must be an nn.Module or make one, got 'linear'"):
         Involution2d(8, group_channels=4, kernel_generator="linear")
     with pytest.raises(TypeError, match=r"kernel_generator must make an nn.Module, got int"):
@@ -206,8 +206,8 @@ def test_compile_export_autocast_and_training_agree_with_eager(dims: int) -> Non
 
 @pytest.mark.parametrize(("stride", "sizes"), [(1, (8, 12, 17, 20, 31)), (2, (8, 12, 18, 20, 32))])
 def test_five_image_sizes_make_at_most_two_graphs(stride: int, sizes: tuple[int, ...]) -> None:
-    """Two things are torch's own: with gradients its convolutions specialise to every size on CPU, and its average
-    pooling specialises to even sizes (odd ones make a third graph)."""
+    """Two exceptions are torch's: with gradients, convolutions specialise to every size on CPU, and average pooling
+    specialises to even sizes (odd ones need a third graph)."""
     layer = Involution2d(32, 3, stride, kernel_init="paper").eval()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -280,7 +280,7 @@ def test_memory_efficient_layers_agree_with_plain_ones(dims: int, stride: int, t
 
 
 def largest_saved(layer: nn.Module, x: torch.Tensor) -> int:
-    """The numbers in the largest tensor that backward keeps."""
+    """The elements of the largest tensor that is saved for backward."""
     sizes = []
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -293,11 +293,11 @@ def largest_saved(layer: nn.Module, x: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_memory_efficient_layers_keep_no_kernel_map(stride: int) -> None:
+def test_memory_efficient_layers_save_no_kernel_map(stride: int) -> None:
     plain, efficient = both(stride=stride)
     x = torch.randn(2, 32, 8, 8, dtype=torch.float64, requires_grad=True)
     kernel_map = 2 * 2 * 9 * (8 // stride) ** 2
-    if stride == 1:  # where the map is larger than the input is
+    if stride == 1:  # where the map is larger than the input
         plain, efficient = (
             LAYERS[2](32, 7, memory_efficient=choice, kernel_init="paper").double() for choice in (False, True)
         )
@@ -337,7 +337,7 @@ def test_memory_efficient_under_autocast_and_compile(channels_last: bool) -> Non
 
 @pytest.fixture
 def no_kernel_map(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails where a layer would use one."""
+    """Fails if a layer generates one."""
 
     def refuse(*arguments):
         raise AssertionError("a kernel map was made")
@@ -348,7 +348,7 @@ def no_kernel_map(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_kernel_map")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_inference_makes_no_kernel_map(dims: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inference_stores_no_kernel_map(dims: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = LAYERS[dims](32, 3, 2).to(dtype), torch.randn(2, 32, *ONES[dims], dtype=dtype)
     with torch.no_grad():
         assert layer(x).shape == (2, 32, *(-(-size // 2) for size in ONES[dims]))
@@ -357,7 +357,7 @@ def test_inference_makes_no_kernel_map(dims: int, dtype: torch.dtype, monkeypatc
         layer(x)
     with pytest.raises(AssertionError, match="a kernel map was made"):
         layer(x)
-    monkeypatch.setattr(selection, "forced", "reference")  # where the steps are faster
+    monkeypatch.setattr(selection, "forced", "reference")  # which has no fused kernel
     with torch.no_grad(), pytest.raises(AssertionError, match="a kernel map was made"):
         layer(x)
 
@@ -385,7 +385,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS.keys())
 @pytest.mark.parametrize("efficient", [False, True])
-def test_hooks_of_the_generator_fire(no_kernel_map, register, efficient: bool) -> None:
+def test_hooks_of_the_generator_are_called(no_kernel_map, register, efficient: bool) -> None:
     layer, x = both()[efficient], torch.randn(1, 32, 5, 6, dtype=torch.float64)
     fired = []
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_hooks_of_the_generator_fire(no_kernel_map, register, efficient: bool) -
 
 
 @pytest.mark.parametrize("part", ["generator", "generator.span"])
-def test_backward_hooks_of_the_generator_fire(part: str) -> None:
+def test_backward_hooks_of_the_generator_are_called(part: str) -> None:
     layer = both()[1]
     fired = []
     layer.get_submodule(part).register_full_backward_hook(lambda *arguments: fired.append(arguments[0]))
@@ -408,13 +408,13 @@ def test_backward_hooks_of_the_generator_fire(part: str) -> None:
 
 
 class Doubled(BottleneckGenerator):
-    """Another forward."""
+    """The default generator with another forward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(x)
 
 
-def test_a_generator_with_another_forward_is_respected() -> None:
+def test_a_generator_with_another_forward_is_not_fused() -> None:
     layer, _ = both()
     x = torch.randn(2, 32, 5, 6, dtype=torch.float64)
     doubled = Doubled(32, (3, 3), 2, (1, 1)).double().eval()
@@ -435,7 +435,7 @@ SPANS = {
 
 @pytest.mark.parametrize("span", SPANS.values(), ids=SPANS.keys())
 @pytest.mark.parametrize("training", [False, True])
-def test_another_span_is_respected(span, training: bool) -> None:
+def test_another_span_is_not_fused(span, training: bool) -> None:
     layer = both()[1].eval()
     layer.generator.span = span().double()
     x = torch.randn(2, 32, 5, 6, dtype=torch.float64)

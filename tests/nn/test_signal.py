@@ -1,4 +1,4 @@
-"""Signal propagation: what stacked involutions make of a signal and of its gradient, at the start and when they train.
+"""Signal propagation through stacked involutions, forward and backward, at initialisation and in training.
 
 The complaints are public ones about other implementations: they pass by default, and fail with the paper's generator
 and start, which `PAPER` is.
@@ -46,7 +46,7 @@ def stir(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("training", [False, True])
 def test_eight_layers_keep_signal_and_gradient(dims: int, channels: int, dtype: torch.dtype, training: bool) -> None:
-    """At the start, and with kernels that depend on the input."""
+    """At initialisation, and with kernels that depend on the input."""
     for layers in (stack(dims, channels, dtype), stir(stack(dims, channels, dtype))):
         layers.train(training)
         for scale in (1e-2, 1.0, 1e2):
@@ -59,8 +59,8 @@ def test_eight_layers_keep_signal_and_gradient(dims: int, channels: int, dtype: 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_output_grows_in_proportion(dims: int, training: bool) -> None:
-    """With kernels that depend on the input, too: only its scale makes no difference to them."""
+def test_the_output_is_proportional_to_the_input(dims: int, training: bool) -> None:
+    """Also with kernels that depend on the input, because they do not depend on its scale."""
     layers, x = stir(stack(dims, 32)).train(training), torch.randn(2, 32, *SIZES[dims])
     with torch.no_grad():
         want = layers(x)
@@ -68,8 +68,8 @@ def test_the_output_grows_in_proportion(dims: int, training: bool) -> None:
             assert rms(layers(scale * x)) / rms(want) == pytest.approx(scale, rel=0.1)
 
 
-def test_the_papers_layer_does_neither() -> None:
-    """What the tests above would notice."""
+def test_the_papers_layer_fails_both() -> None:
+    """The tests above are able to fail."""
     layers, x = stack(2, 64, **PAPER), torch.randn(2, 64, 16, 17)
     with torch.no_grad():
         assert rms(layers(x)) > 1e4
@@ -77,7 +77,7 @@ def test_the_papers_layer_does_neither() -> None:
 
 
 def images(size: int = 16) -> tuple[Tensor, Tensor]:
-    """Sixteen noisy ones of stripes, whose direction and width are their class."""
+    """Sixteen noisy images of stripes, whose direction and width are the class."""
     torch.manual_seed(0)
     labels = torch.arange(16) % 4
     rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
@@ -87,7 +87,7 @@ def images(size: int = 16) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, lr: float, steps: int, autocast: bool = False) -> list[float]:
-    """SGD with momentum and without clipping; the losses."""
+    """Trains by SGD with momentum, without clipping; returns the losses."""
     inputs, labels = images()
     optimizer, losses = torch.optim.SGD(model.train().parameters(), lr, momentum=0.9), []
     for _ in range(steps):
@@ -101,7 +101,7 @@ def train(model: nn.Module, lr: float, steps: int, autocast: bool = False) -> li
 
 
 def resnet18(**options: Any) -> nn.Module:
-    """torchvision's, all 3x3 convolutions that an involution can stand for replaced."""
+    """torchvision's, with all replaceable 3x3 convolutions replaced."""
     torch.manual_seed(0)
     model = torchvision.models.resnet18(num_classes=4)
     assert len(replace(model, **options).replaced) == 13
@@ -109,7 +109,7 @@ def resnet18(**options: Any) -> nn.Module:
 
 
 def bottlenecks(**options: Any) -> nn.Module:
-    """A ResNet of bottlenecks, its 3x3 convolutions replaced: d-li14/involution, issue 19."""
+    """A ResNet of bottlenecks with its 3x3 convolutions replaced: d-li14/involution, issue 19."""
     torch.manual_seed(0)
     block = torchvision.models.resnet.Bottleneck
     model = torchvision.models.ResNet(block, [1, 2, 2, 1], num_classes=4, width_per_group=16)
@@ -123,7 +123,7 @@ def _block(layer: nn.Module) -> nn.Sequential:
 
 
 def neck(**options: Any) -> nn.Module:
-    """As a YOLO has: involutions between 1x1 convolutions, in the place of 3x3 ones; d-li14/involution, issue 26."""
+    """A YOLO's: involutions instead of 3x3 convolutions, between 1x1 ones; d-li14/involution, issue 26."""
     torch.manual_seed(0)
     layers: list[nn.Module] = [_block(nn.Conv2d(3, 32, 3, 2, 1, bias=False))]
     for _ in range(5):
@@ -170,7 +170,7 @@ def growth_in_evaluation(make: Callable[..., nn.Module], **options: Any) -> floa
 
 
 @pytest.mark.parametrize("make", [bottlenecks, neck, PANet])
-def test_complaints_about_validation(make: Callable[..., nn.Module]) -> None:
-    """Its loss is NaN, or jumps: where running statistics lag, the signal grows, and a quadratic layer squares that."""
+def test_reported_problems_in_validation(make: Callable[..., nn.Module]) -> None:
+    """NaN or jumps: with stale running statistics the signal grows, and a quadratic layer squares it."""
     assert growth_in_evaluation(make) < 20
     assert growth_in_evaluation(make, **PAPER) > 1000

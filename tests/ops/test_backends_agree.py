@@ -1,4 +1,4 @@
-"""Every backend against the float64 loop, over random geometries: forward and all gradients."""
+"""Every backend against the oracle over random geometries: forward and all gradients."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ import involution
 from involution.ops.layouts import is_channels_last
 
 OPERATOR = {1: involution.involution1d, 2: involution.involution2d, 3: involution.involution3d}
-# In units of the largest value: the rounding of the result, and of sums of a few hundred products. Triton's interpreter
-# may round a bfloat16 the wrong way, by one unit in the last place more.
+# Relative to the largest value: rounding of the result, and of sums of a few hundred products. Triton's interpreter may
+# round bfloat16 in the wrong direction, by one unit in the last place more.
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
@@ -34,7 +34,7 @@ def assert_agrees(name: str, call: Call, seed: int) -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_random_geometries(dims: int) -> None:
-    """700 geometries a dimension; each one on every backend."""
+    """700 geometries per dimension, each on every backend."""
 
     @settings(max_examples=examples(700))
     @given(call=calls(dims), seed=st.integers(0, 2**16))
@@ -45,7 +45,7 @@ def test_random_geometries(dims: int) -> None:
     check()
 
 
-# One call for every specialised loop of the kernels: K and S known, all tile sizes, inside and at borders.
+# Every specialised loop of the kernels: compile-time K and S, all tile sizes, interior and borders.
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -60,8 +60,8 @@ def test_every_loop(kernel: int, stride: int, channels_last: bool, instruction_s
             assert_agrees("cpu", call, seed=row)
 
 
-# More taps than the kernels take at a time, or than they keep in 16 bits; wide groups, whose sums must not be rounded
-# before they are finished.
+# More taps than the kernels process at a time, or than they support in 16 bits; wide groups, whose sums must not be
+# rounded before they are complete.
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
@@ -87,14 +87,12 @@ def test_large_kernels_and_wide_groups(
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 3, 4, 8, 16])
-def test_every_16_bit_number_is_read_and_rounded_as_torch_does(
-    width: int, dtype: torch.dtype, instruction_set: str
-) -> None:
-    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    other = numbers[torch.randperm(2**16, generator=torch.Generator().manual_seed(width))]
-    x = numbers[: 2**16 // width * width].view(1, -1, width).transpose(1, 2)  # [1, width, L] in channels_last
+def test_every_16_bit_value_is_converted_as_in_torch(width: int, dtype: torch.dtype, instruction_set: str) -> None:
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    other = values[torch.randperm(2**16, generator=torch.Generator().manual_seed(width))]
+    x = values[: 2**16 // width * width].view(1, -1, width).transpose(1, 2)  # [1, width, L] in channels_last
     with backend("cpu", instruction_set):
-        for factors in (torch.ones_like(other), other):  # the numbers themselves, and products that have to be rounded
+        for factors in (torch.ones_like(other), other):  # exact values, and products that have to be rounded
             k = factors[: x.shape[2]].view(1, 1, 1, -1)
             y = involution.involution1d(x, k)
             torch.testing.assert_close(y, (x.float() * k[:, 0].float()).to(dtype), rtol=0, atol=0, equal_nan=True)
@@ -106,7 +104,7 @@ def test_every_16_bit_number_is_read_and_rounded_as_torch_does(
 def test_half_precision_error_is_at_most_twice_that_of_conv2d(
     name: str, channels_last: bool, dtype: torch.dtype
 ) -> None:
-    """A depthwise convolution is the involution whose kernel is the same everywhere."""
+    """A depthwise convolution is an involution with the same kernel at every position."""
     torch.manual_seed(0)
     n, c = (1, 16) if INTERPRETED else (4, 32)
     x, w = torch.randn(n, c, 20, 20).to(dtype), torch.randn(c, 1, 7, 7).to(dtype)
@@ -144,10 +142,10 @@ def test_taps_outside_are_skipped_and_inside_follow_ieee(name: str, channels_las
         dx, dk = torch.autograd.grad(y, (x, k), g)
         assert dx.isfinite().all()
         assert (dk[outside] == 0).all()
-        # An infinite gradient or input does not reach the taps outside either.
+        # Nor does an infinite gradient or input reach the taps outside.
         _, dk = torch.autograd.grad(involution.involution2d(x, k, 2, 3), (x, k), torch.full_like(g, bad))
         assert (dk[outside] == 0).all()
-        # Inside: a bad weight times anything is bad, for its own position and group alone.
+        # Inside, a bad weight spoils its own position and group, and nothing else.
         poisoned = clean.clone()
         poisoned[0, 1, 3, 3, 2, 2] = bad
         y = involution.involution2d(x, poisoned, 2, 3)

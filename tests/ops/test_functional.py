@@ -1,4 +1,4 @@
-"""The front door: shapes, layouts, dtypes, and what bad input gets."""
+"""The public functions: shapes, memory formats, dtypes, and errors."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_output_is_channels_last_exactly_if_the_input_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_one_side_alone_may_require_a_gradient(name: str, channels_last: bool) -> None:
+def test_only_one_argument_may_require_a_gradient(name: str, channels_last: bool) -> None:
     x, k = pair()
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
@@ -91,7 +91,7 @@ def test_one_side_alone_may_require_a_gradient(name: str, channels_last: bool) -
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_an_empty_batch_gives_an_empty_output_with_gradients(name: str) -> None:
+def test_an_empty_batch_has_an_empty_output_and_gradients(name: str) -> None:
     x = torch.randn(0, 4, 5, 6, requires_grad=True)
     k = torch.randn(0, 2, 3, 3, 5, 6, requires_grad=True)
     with backend(name):
@@ -105,7 +105,7 @@ def test_an_empty_batch_gives_an_empty_output_with_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_than_2_to_the_31_elements(name: str, channels_last: bool) -> None:
-    """Zero pages that nobody touches but at the three positions read."""
+    """Lazily allocated zero pages, of which only three positions are touched."""
     size = 2**30 + 100
     shape = (1, size, 2) if channels_last else (1, 2, size)
     x = torch.from_numpy(np.zeros(shape, dtype=np.float32))
@@ -120,7 +120,7 @@ def test_more_than_2_to_the_31_elements(name: str, channels_last: bool) -> None:
 
 
 @pytest.mark.parametrize("device_type", ["cpu"])
-def test_autocast_casts_both_and_leaves_float64_alone(device_type: str) -> None:
+def test_autocast_casts_both_but_not_float64(device_type: str) -> None:
     x, k = pair()
     with torch.autocast(device_type, torch.bfloat16):
         assert involution2d(x, k, padding=1).dtype == torch.bfloat16
@@ -174,7 +174,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "options", "error", "message"), BAD)
-def test_bad_input_gets_an_error_that_names_it(arguments, options, error, message) -> None:
+def test_errors_name_the_bad_argument(arguments, options, error, message) -> None:
     with pytest.raises(error, match=message):
         involution2d(*arguments, **options)
 
@@ -184,9 +184,9 @@ def directly(name: str, first, second, size, stride=(1, 1), padding=(1, 1), dila
 
 
 WRONG_SIZES = [
-    ("apply", (x0, k0, [2, 4, 5, 7]), "do not belong together"),
-    ("adjoint", (x0, k0, [2, 6, 5, 6]), "do not belong together"),
-    ("correlate", (x0, x0, [2, 3, 3, 3, 5, 6]), "do not belong together"),
+    ("apply", (x0, k0, [2, 4, 5, 7]), "do not fit each other"),
+    ("adjoint", (x0, k0, [2, 6, 5, 6]), "do not fit each other"),
+    ("correlate", (x0, x0, [2, 3, 3, 3, 5, 6]), "do not fit each other"),
     ("apply", (x0, k0, [2, 4, 5, 6], (0, 1)), "must be positive"),
     ("correlate", (x0, x0, [2, 2, 3, 3, 5, 6], (1, 1), (-1, -1)), "not negative"),
     ("apply", (x0, k0, [2, 4, 5, 6], (1, 1), (1, 1), (2**63 - 1, 1)), "at most"),
@@ -197,8 +197,8 @@ WRONG_SIZES = [
 
 @pytest.mark.parametrize(("name", "arguments", "message"), WRONG_SIZES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_operators_called_directly_refuse_what_the_kernels_cannot_take(name, arguments, message, channels_last) -> None:
-    """The kernels trust the geometry, so the registered operators check it for whoever skips the front door."""
+def test_registered_operators_reject_invalid_geometries(name, arguments, message, channels_last) -> None:
+    """The kernels trust the geometry, so the operators check it for callers that bypass the public functions."""
     first, *rest = arguments
     if channels_last:
         first = first.to(memory_format=torch.channels_last)
@@ -206,7 +206,7 @@ def test_operators_called_directly_refuse_what_the_kernels_cannot_take(name, arg
         directly(name, first, *rest)
 
 
-def test_operators_called_directly_refuse_a_mix_of_dtypes_and_devices() -> None:
+def test_registered_operators_reject_different_dtypes_and_devices() -> None:
     for first, second in ((x0, k0.double()), (x0.int(), k0.int()), (x0, k0.to("meta"))):
         with pytest.raises(TypeError, match=r"one floating dtype on one device"):
             torch.ops.involution.apply.default.redispatch(
@@ -217,14 +217,14 @@ def test_operators_called_directly_refuse_a_mix_of_dtypes_and_devices() -> None:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_windows_far_outside_the_input(name: str, channels_last: bool) -> None:
-    """The largest numbers that the front door lets through."""
-    most = 2**31 - 1
+    """The largest stride, padding and dilation that the public functions accept."""
+    largest = 2**31 - 1
     x, k = torch.randn(1, 16, 8, dtype=torch.float64), torch.randn(1, 1, 2, 2, dtype=torch.float64)
     if channels_last:
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
-    # Taps at o * most - most + u * most, so that only (o, u) = (0, 1) and (1, 0) meet the input, both at 0.
+    # Taps at (o - 1 + u) * largest, so that only (o, u) = (0, 1) and (1, 0) are inside the input, both at 0.
     with backend(name):
-        y = involution1d(x.requires_grad_(), k.requires_grad_(), stride=most, padding=most, dilation=most)
+        y = involution1d(x.requires_grad_(), k.requires_grad_(), stride=largest, padding=largest, dilation=largest)
         dx, dk = torch.autograd.grad(y.sum(), (x, k))
     expected = torch.zeros_like(y)
     expected[..., 0], expected[..., 1] = k[0, 0, 1, 0] * x[..., 0], k[0, 0, 0, 1] * x[..., 0]
@@ -239,7 +239,7 @@ def test_numpy_integers_are_integers() -> None:
     assert torch.equal(involution2d(x0, k0, padding=np.array([1, 1])), involution2d(x0, k0, 1, 1, 1))
 
 
-def test_the_package_offers_what_it_lists() -> None:
+def test_the_package_has_all_of_its_public_names() -> None:
     for name in involution.__all__:
         assert getattr(involution, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

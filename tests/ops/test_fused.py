@@ -1,4 +1,4 @@
-"""The fused layer and bottleneck against a float64 composition of their steps, and as torch sees them."""
+"""The fused layer and bottleneck: against a float64 composition of their steps, and under torch's transforms."""
 
 import math
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from involution.ops.layouts import is_channels_last
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-# Of the machine's epsilon, for every element, in units of the same sums over absolute values.
+# Tolerance per element in machine epsilons, times the same sums over absolute values.
 ROUNDINGS = 8
 
 
@@ -39,7 +39,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def composed(x: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale, shift, kernel, stride, dilation):
-    """The fused layer before its ReLU: the span, zero padding, and every window at once."""
+    """The fused layer before its ReLU: span convolution, zero padding, and unfolded windows."""
     dims, groups = len(kernel), len(weight) // math.prod(kernel)
     o, k = "abc"[:dims], "ijk"[:dims]
     kernels = pointwise(hidden, weight, bias).unflatten(1, (groups, *kernel))
@@ -107,16 +107,16 @@ class Layer(NamedTuple):
 
 @st.composite
 def layers(draw: st.DrawFn, dims: int) -> Layer:
-    """Any geometry of which the composition can unfold the windows; rows that the kernels cut into parts included."""
+    """Any geometry whose windows the composition can unfold, including rows that the kernels split."""
     last = draw(st.one_of(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20), st.integers(21, 130)))
-    most = {1: 1, 2: 20 if last <= 20 else 4, 3: 5 if last <= 20 else 2}[dims]
+    limit = {1: 1, 2: 20 if last <= 20 else 4, 3: 5 if last <= 20 else 2}[dims]
     slow = 3 if dims == 3 else 7
     kernel = (*(draw(st.integers(1, slow)) for _ in range(dims - 1)), draw(st.integers(1, 7)))
     layer = Layer(
         batch=draw(st.integers(1, 2)),
         groups=draw(st.integers(1, 4)),
         width=draw(st.one_of(st.just(16), st.integers(1, 20))),
-        input=(*(draw(st.integers(1, most)) for _ in range(dims - 1)), last),
+        input=(*(draw(st.integers(1, limit)) for _ in range(dims - 1)), last),
         kernel=kernel,
         stride=tuple(draw(st.sampled_from([1, 1, 2, 3])) for _ in range(dims)),
         dilation=tuple(draw(st.sampled_from([1, 1, 2])) for _ in range(dims)),
@@ -162,7 +162,7 @@ def assert_layer_agrees(layer: Layer, seed: int) -> None:
     plain = lambda *t: composed(*t, *layer.window)  # noqa: E731
     before = plain(*exactly(tensors))
     bound = forward_and_gradients(plain, exactly(tensors, absolute=True), lambda _: g.double().abs())
-    if layer.relu:  # where rounding may decide the sign of y, its gradient is left out
+    if layer.relu:  # rounding may decide the sign of y near 0: no gradient there
         g = g * (before.abs() > 1e-4 * bound[0])
     want = forward_and_gradients(
         lambda *t: plain(*t).relu() if layer.relu else plain(*t), exactly(tensors), lambda _: g.double()
@@ -178,7 +178,7 @@ def assert_layer_agrees(layer: Layer, seed: int) -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_random_layers(dims: int) -> None:
-    """300 a dimension, each on every backend: the output and the gradient of every tensor."""
+    """300 per dimension, on every backend: the output and the gradient of every tensor."""
 
     @settings(max_examples=examples(300))
     @given(layer=layers(dims), seed=st.integers(0, 2**16))
@@ -206,21 +206,21 @@ def test_half_precision(name: str, channels_last: bool, dtype: torch.dtype) -> N
 
 
 class Block(NamedTuple):
-    """A random bottleneck: a layer, and which of its optional parts are there."""
+    """A random fused bottleneck: a layer and its optional parts."""
 
     layer: Layer
     packed: bool
     reduce_bias: bool
     rms_eps: float
-    next: int  # its channels, or 0
+    expand: int  # channels, or 0 for none
     expand_bias: bool
     shortcut: bool
     expand_relu: bool
-    next_reduce: int  # its channels, or 0
+    next_reduce: int  # channels, or 0 for none
     next_reduce_bias: bool
 
     def tensors(self, seed: int) -> dict[str, Any]:
-        """The arguments of torch.ops.involution.fused_bottleneck by name, its window left out; weights not packed."""
+        """The arguments of torch.ops.involution.fused_bottleneck by name, without the window; weights not packed."""
         (x, _, span, bias, scale, shift), _ = self.layer.tensors(seed)
         generator = torch.Generator().manual_seed(seed + 1)
 
@@ -241,14 +241,14 @@ class Block(NamedTuple):
             "expand_relu": self.expand_relu,
             **dict.fromkeys(("next_reduce_weight", "next_reduce_bias")),
         }
-        if self.next:
-            given["expand_weight"] = normal(self.next, self.layer.channels)
-            given["expand_bias"] = normal(self.next) if self.expand_bias else None
-            shortcut = normal(self.layer.batch, self.next, *self.layer.output)
+        if self.expand:
+            given["expand_weight"] = normal(self.expand, self.layer.channels)
+            given["expand_bias"] = normal(self.expand) if self.expand_bias else None
+            shortcut = normal(self.layer.batch, self.expand, *self.layer.output)
             shortcut = channels_at_end(shortcut) if self.layer.layout == "channels_last" else shortcut
             given["shortcut"] = shortcut if self.shortcut else None
         if self.next_reduce:
-            given["next_reduce_weight"] = normal(self.next_reduce, self.next)
+            given["next_reduce_weight"] = normal(self.next_reduce, self.expand)
             given["next_reduce_bias"] = normal(self.next_reduce) if self.next_reduce_bias else None
         return given
 
@@ -259,13 +259,13 @@ class Block(NamedTuple):
 
 
 def panels(weight: Tensor) -> Tensor:
-    """[out, in] as panels of 32 outputs, filled up with what must have no effect."""
+    """[out, in] as panels of 32 outputs, padded with NaN, which must have no effect."""
     rows = -(-len(weight) // 32) * 32
     return F.pad(weight, (0, 0, 0, rows - len(weight)), value=math.nan).view(-1, 32, weight.shape[1]).mT.contiguous()
 
 
 def averaged(x: Tensor, stride: list[int]) -> Tensor:
-    """The means of windows of the stride's size, the last ones cut off by the image's end."""
+    """The means of windows of the stride's size, clipped at the border."""
     sides = [side for size, step in zip(x.shape[:1:-1], stride[::-1], strict=True) for side in (0, -size % step)]
     sums, members = F.pad(x, sides), F.pad(torch.ones_like(x), sides)
     for axis, step in enumerate(stride):
@@ -274,15 +274,15 @@ def averaged(x: Tensor, stride: list[int]) -> Tensor:
 
 
 def reduced_features(block: Block, given: dict[str, Any]) -> Tensor:
-    """Before their RMS norm."""
+    """The reduced features, before their RMS norm."""
     pooled = averaged(given["input"], block.layer.window[1])
     return pointwise(pooled, given["reduce_weight"], given["reduce_bias"])
 
 
 def composed_block(block: Block, given: dict[str, Any], values: dict[str, Any] | None = None) -> list[Tensor]:
-    """Step by step; for absolute values, the sizes of the sums that were rounded.
+    """The bottleneck step by step; of absolute values, the magnitudes of the rounded sums.
 
-    Those are divided by the RMS of the features that have their signs, of `values`: it may be much smaller.
+    These are divided by the RMS of the signed features of `values`, which may be much smaller.
     """
     x, window = given["input"], block.layer.window
     hidden = reduced_features(block, given)
@@ -318,7 +318,7 @@ def blocks(draw: st.DrawFn, dims: int) -> Block:
         packed=packed,
         reduce_bias=packed or draw(st.booleans()),
         rms_eps=draw(st.sampled_from([0.0, 1e-6, 0.1])),
-        next=draw(st.sampled_from([5, 16, 33, 64] if next_reduce else [0, 0, 1, 32, 40])),
+        expand=draw(st.sampled_from([5, 16, 33, 64] if next_reduce else [0, 0, 1, 32, 40])),
         expand_bias=packed or draw(st.booleans()),
         shortcut=draw(st.booleans()),
         expand_relu=draw(st.booleans()),
@@ -367,20 +367,20 @@ def test_an_image_smaller_than_the_stride(name: str, dims: int) -> None:
 
 @pytest.mark.parametrize("next_reduce", [0, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_outputs_that_no_cache_would_keep(next_reduce: int, dtype: torch.dtype) -> None:
-    """4 << 20 numbers: from there on the kernels write past the cache."""
+def test_outputs_larger_than_the_cache(next_reduce: int, dtype: torch.dtype) -> None:
+    """4 << 20 elements: from this size on, the kernels use non-temporal stores."""
     layer = Layer(
         4, 1, 16, (64, 64), (3, 3), (1, 1), (1, 1), 4, True, True, True,
         dtype, "channels_last", INSTRUCTION_SETS[0], 2,
     )  # fmt: skip
     block = Block(layer, True, True, 1e-6, 256, True, True, True, next_reduce, True)
-    assert layer.batch * block.next * math.prod(layer.output) >= 4 << 20
+    assert layer.batch * block.expand * math.prod(layer.output) >= 4 << 20
     assert_block_agrees(block, 0, tuple(INSTRUCTION_SETS))
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("relu", [False, True])
-def test_a_layers_own_output_that_no_cache_would_keep(relu: bool, instruction_set: str) -> None:
+def test_a_layers_output_larger_than_the_cache(relu: bool, instruction_set: str) -> None:
     layer = Layer(
         4, 16, 16, (64, 64), (1, 2), (1, 1), (1, 1), 2, True, relu, relu,
         torch.float32, "channels_last", instruction_set, 2,
@@ -414,7 +414,7 @@ def small(case: str, options: bool = True, dtype: torch.dtype = torch.float64) -
 
 
 def moved(tensors: list[Tensor | None], move: Any) -> list[Tensor | None]:
-    """The images, which come first, in another layout."""
+    """The images, which come first, in another memory format."""
     return [move(t) if t is not None and t.dim() > 2 else t for t in tensors]
 
 
@@ -517,7 +517,7 @@ def test_forward_mode_without_functorch(name: str) -> None:
 
 
 class Head(torch.nn.Module):
-    """The smallest module around the front door."""
+    """The smallest module around the public function."""
 
     def __init__(self, stride: int = 1) -> None:
         super().__init__()
@@ -587,7 +587,7 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
     forward = flops(steps)
     assert forward > 0
     assert flops(lambda: fused_layer(x, hidden, span, None, *window)) == forward
-    # Backward: the kernel map again, and twice the forward pass.
+    # Backward: the recomputed kernel map, and twice the forward pass.
     backward = 2 * forward + flops(lambda: F.conv2d(hidden, span[..., None, None]))
     aggregation_again = forward - flops(lambda: F.conv2d(hidden, span[..., None, None]))
     counted = flops(lambda: fused_layer(x, hidden, span, None, *window).sum().backward()) - forward
@@ -619,7 +619,7 @@ def test_flops_are_those_of_the_steps(stride: int) -> None:
 
 
 def arguments() -> dict[str, Any]:
-    """A call of fused_layer in which everything fits: 2 groups of 4 channels, 3x3 kernels."""
+    """Valid arguments of fused_layer: 2 groups of 4 channels, 3x3 kernels."""
     window = {"kernel_size": (3, 3), "stride": (2, 2), "dilation": (1, 1)}
     tensors = {"input": (2, 8, 5, 6), "hidden": (2, 5, 3, 3), "span_weight": (18, 5), "span_bias": (18,)}
     tensors |= {"scale": (8,), "shift": (8,)}
@@ -780,7 +780,7 @@ every_run = pytest.mark.parametrize(("name", "instruction_set"), RUNS)
 @both_layouts
 @pytest.mark.parametrize("width", [5, 16])
 def test_taps_outside_are_skipped(name: str, instruction_set: str | None, channels_last: bool, width: int) -> None:
-    """Hidden features that are huge at one border meet weights that are huge at the taps that this border cuts off."""
+    """Hidden features that are huge at one border, with weights that are huge at the taps outside of it."""
     torch.manual_seed(0)
     size, groups, huge = 6, 2, 1e30
     x, g = torch.randn(2, 1, groups * width, size, size).unbind()
@@ -849,7 +849,7 @@ def test_an_infinite_gradient_stops_at_relu(name: str) -> None:
 def test_results_do_not_depend_on_the_thread_count(
     channels_last: bool, dtype: torch.dtype, instruction_set: str
 ) -> None:
-    """Over three shapes, because the kernels cut an image by its rows, its long rows, and the number of threads."""
+    """Three shapes, because the kernels split an image by rows, long rows, and the number of threads."""
     layout = "channels_last" if channels_last else "contiguous"
     for size, batch in (((14, 14), 4), ((3, 130), 1), ((7, 7), 1)):
         layer = Layer(

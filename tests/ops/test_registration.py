@@ -1,4 +1,4 @@
-"""The operators as torch sees them: derivatives of every order, transforms, fakes, compilation, export, counting."""
+"""The registered operators: derivatives of any order, torch.func transforms, fakes, compile, export, FLOP counts."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_gradcheck_and_gradgradcheck(case: str, channels_last: bool, name: str) 
 @both_layouts
 @every_backend
 def test_opcheck(case: str, channels_last: bool, name: str) -> None:
-    """All three operators, on dense layouts of every kind: as they come, and with axes permuted in memory."""
+    """All three operators, on contiguous tensors and on dense ones with axes permuted in memory."""
     window = GEOMETRY[case][3]
     f, x, k = tensors(case, channels_last)
     dims = x.dim() - 2
@@ -102,7 +102,7 @@ def test_functorch_transforms(case: str, name: str) -> None:
         torch.testing.assert_close(tangent, f(dx, k) + f(x, dk))
         torch.testing.assert_close(jvp(lambda x: f(x, k), (x,), (dx,))[1], f(dx, k))
         torch.testing.assert_close(vjp(f, x, k)[1](y.cos())[0], grad(lambda x: f(x, k).sin().sum())(x))
-        # Hessian-vector products four ways.
+        # Hessian-vector products in four ways.
         (want,) = torch.autograd.grad((gx * dx).sum(), x2, retain_graph=True)
         torch.testing.assert_close(jvp(lambda x: grad(loss)(x, k), (x,), (dx,))[1], want)
         torch.testing.assert_close(grad(lambda x: (grad(loss)(x, k) * dx).sum())(x), want)
@@ -170,7 +170,7 @@ def test_compile_under_autocast() -> None:
     assert y.dtype == torch.bfloat16
 
 
-def test_compiled_jvp_is_right_or_an_error() -> None:
+def test_compiled_jvp_is_correct_or_an_error() -> None:
     f, x, k = tensors("2d")
     dx = torch.randn_like(x)
     try:
@@ -271,8 +271,8 @@ def test_results_repeat_bitwise_and_do_not_depend_on_the_thread_count(channels_l
         torch.set_num_threads(before)
 
 
-def test_import_loads_nothing_heavy() -> None:
-    """Beside torch itself: nothing of the extras, no compiler stack."""
+def test_import_loads_no_heavy_packages() -> None:
+    """Besides torch: no package of an extra, and no compiler stack."""
     code = (
         "import sys, torch; before = set(sys.modules); import involution; involution.involution2d; "
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}; "

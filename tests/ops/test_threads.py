@@ -1,4 +1,4 @@
-"""The kernels beside threads of every kind: OpenMP's, Python's, and forked workers."""
+"""The kernels with OpenMP threads, Python threads and forked workers."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_one_openmp_runtime() -> None:
-    """Two would each bring their own threads, and a fork or an exit could hang in one of them."""
+    """Two runtimes would have two thread pools, and a fork or an exit could hang in one of them."""
     code = (
         "import torch, involution; involution.involution2d(torch.rand(2, 16, 8, 8), torch.rand(2, 1, 3, 3, 6, 6)); "
         "maps = open('/proc/self/maps').read(); assert 'libinvolution' in maps; "
@@ -53,7 +53,7 @@ def test_one_openmp_runtime() -> None:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_four_python_threads_at_once(channels_last: bool) -> None:
-    """Each with its own tensors, over and over; every one gets what it gets alone."""
+    """Each calls with its own tensors repeatedly; results equal those of one thread."""
     wanted = [call(index, channels_last) for index in range(4)]
     start = threading.Barrier(4)
     right = [0] * 4
@@ -72,7 +72,7 @@ def test_four_python_threads_at_once(channels_last: bool) -> None:
 
 
 class Computed(Dataset):
-    """Items that workers compute with the kernels."""
+    """A dataset whose items workers compute with the kernels."""
 
     def __len__(self) -> int:
         return 8
@@ -82,7 +82,7 @@ class Computed(Dataset):
 
 
 def forked_workers(threads: int) -> None:
-    """Results of forked workers, after the parent has used the kernels on as many threads, against its own."""
+    """Forked workers' results equal the parent's, after it has used the kernels with several threads."""
     torch.set_num_threads(threads)
     wanted = [Computed()[index] for index in range(8)]
     loader = DataLoader(Computed(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
@@ -92,7 +92,7 @@ def forked_workers(threads: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_forked_workers(threads: int) -> None:
-    """In a process of its own: what other tests did with autograd's threads may forbid it to a forked child."""
+    """In a separate process: other tests may have started autograd threads, which forbid it in a forked child."""
     code = f"from test_threads import forked_workers; forked_workers({threads})"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

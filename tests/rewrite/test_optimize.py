@@ -1,4 +1,4 @@
-"""optimize: the same numbers as the model it was given, from fused operators; and what it says where it cannot fuse."""
+"""optimize: the model's results from fused operators, and its reasons where it cannot fuse."""
 
 import copy
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn import BottleneckGenerator
 from involution.ops.backends import selection
-from involution.rewrite.optimize import fuse
+from involution.rewrite.fusion import fuse
 
 BOTTLENECK = torch.ops.involution.fused_bottleneck.default
 LAYER = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -24,26 +24,26 @@ NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @pytest.fixture(autouse=True)
 def _fresh(one_thread: None) -> None:
-    """Nothing compiled before, and the same weights every time."""
+    """An empty compilation cache, and the same weights every time."""
     torch._dynamo.reset()
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
-    """The rewritten graphs; they run as they are, because Inductor takes seconds for each."""
+    """The rewritten graphs; they run uncompiled, because Inductor takes seconds for each."""
     seen: list[fx.GraphModule] = []
 
-    def run_as_it_is(graph: fx.GraphModule, inputs: list[Any], options: Any = None) -> Callable[..., Any]:
+    def run_uncompiled(graph: fx.GraphModule, inputs: list[Any], options: Any = None) -> Callable[..., Any]:
         seen.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch._inductor, "compile", run_as_it_is)
+    monkeypatch.setattr(torch._inductor, "compile", run_uncompiled)
     return seen
 
 
 def settle(model: nn.Module, x: Tensor) -> nn.Module:
-    """In evaluation mode, with norms and kernels that matter: statistics near those of `x`, and no 0, 1 or identity."""
+    """The model in evaluation mode, with non-trivial kernels and norms whose statistics are near those of `x`."""
     for module in model.modules():
         if isinstance(module, BottleneckGenerator):
             module.span.reset_parameters()
@@ -82,14 +82,14 @@ def assert_same(optimized: nn.Module, model: nn.Module, *inputs: Tensor, **optio
 
 
 def calls(graphs: list[fx.GraphModule], target: Any) -> list[dict[str, Any]]:
-    """Every call of an operator in the graphs, as arguments by name."""
+    """The arguments, by name, of every call of an operator in the graphs."""
     names = [argument.name for argument in target._schema.arguments]
     nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is target]
     return [dict(zip(names, node.args, strict=True)) | node.kwargs for node in nodes]
 
 
 class Net(nn.Module):
-    """A stem and one bottleneck around an involution, with a head that reads it; parts are left out by overriding."""
+    """A stem, one bottleneck around an involution, and a head; subclasses omit or change parts."""
 
     def __init__(self, dims: int = 2, stride: int = 1, **options: Any) -> None:
         super().__init__()
@@ -151,8 +151,8 @@ def test_every_involution_of_a_rednet_is_fused_with_its_neighbours(graphs: list[
     assert {call["rms_eps"] > 0 for call in found} == {name.startswith("rednetv2")}
     left = [node.target for node in graph.graph.nodes]
     operators = torch.ops.involution
-    assert not {operators.fused.default, operators.apply.default, F.rms_norm, torch.rms_norm} & set(left)
-    # What is left to normalise: the stem's two convolutions, one before the first block, and four shortcuts.
+    assert not {operators.fused_layer.default, operators.apply.default, F.rms_norm, torch.rms_norm} & set(left)
+    # The norms that remain: of the stem's two convolutions, one before the first block, and four shortcuts.
     assert left.count(F.batch_norm) == 7
     assert_same(optimized, model, torch.randn(5, 3, 33, 31))
 
@@ -192,7 +192,7 @@ def test_fuse_rewrites_a_captured_graph() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_the_given_model_is_left_alone(graphs: list[fx.GraphModule]) -> None:
+def test_the_given_model_does_not_change(graphs: list[fx.GraphModule]) -> None:
     x = torch.randn(2, 3, 9, 9)
     model = settle(Net(), x)
     before = copy.deepcopy(model)
@@ -232,7 +232,7 @@ def test_wrong_types() -> None:
 
 
 class OneKernel(nn.Module):
-    """The mean of the input decides over one kernel for all positions."""
+    """One kernel for all positions, generated from the input's mean."""
 
     def __init__(self, channels: int, kernel_size: Any, groups: int, stride: Any, dilation: Any) -> None:
         super().__init__()
@@ -254,7 +254,7 @@ class OneKernel(nn.Module):
         ({"kernel_generator": OneKernel}, "a generator other than the default one"),
     ],
 )
-def test_other_generators_run_and_are_listed(
+def test_other_generators_run_and_are_reported(
     graphs: list[fx.GraphModule], options: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     x = torch.randn(2, 3, 9, 10)
@@ -262,10 +262,10 @@ def test_other_generators_run_and_are_listed(
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     assert_same(optimized, model, torch.randn(3, 3, 12, 7))
-    (said,) = optimized.unfused  # once, however many graphs
-    assert said.startswith("middle ")
-    assert reason in said
-    assert said in caplog.text
+    (reported,) = optimized.unfused  # once for all graphs
+    assert reported.startswith("middle ")
+    assert reason in reported
+    assert reported in caplog.text
     assert calls(graphs, BOTTLENECK) == []
 
 
@@ -318,10 +318,10 @@ def test_a_layer_without_its_neighbours(graphs: list[fx.GraphModule], net: type[
     model = settle(net(stride=2), x)
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
-    (said,) = optimized.unfused
-    assert said.startswith("middle runs without what follows")
-    assert reason in said
-    (call,) = calls(graphs, BOTTLENECK)  # with its reduction all the same
+    (reported,) = optimized.unfused
+    assert reported.startswith("middle runs without its norm")
+    assert reason in reported
+    (call,) = calls(graphs, BOTTLENECK)  # with its reduction nevertheless
     assert not call["relu"]
     assert call["scale"] is None
 
@@ -361,8 +361,8 @@ class SumsItself(Net):
 
 
 @pytest.mark.parametrize("net", [NoShortcut, BroadcastShortcut, WeightedShortcut, NoLastActivation, SumsItself])
-def test_a_layer_without_a_bottleneck(graphs: list[fx.GraphModule], net: type[Net]) -> None:
-    """Fused with its reduction, norm and ReLU; the convolution after those stays where it is."""
+def test_a_layer_outside_a_bottleneck(graphs: list[fx.GraphModule], net: type[Net]) -> None:
+    """Fused with its reduction, norm and ReLU, but not with the convolution after those."""
     x = torch.randn(2, 3, 9, 10)
     model = settle(net(), x)
     optimized = optimize(model, x)
@@ -394,7 +394,7 @@ class ShortcutFirst(Net):
 
 
 class TwiceTheSame(ShortcutIsTheInput):
-    """One block, passed two times."""
+    """One block, applied twice."""
 
     def bottleneck(self, x: Tensor) -> Tensor:
         return super().bottleneck(super().bottleneck(x))
@@ -430,7 +430,7 @@ DOUBLES = [WithoutBiases, WithoutAffine]
 @pytest.mark.parametrize(
     ("net", "dtype"), [*((net, torch.float32) for net in FLOATS), *((net, torch.float64) for net in DOUBLES)]
 )
-def test_nothing_is_left_unfused(graphs: list[fx.GraphModule], net: type[Net], dtype: torch.dtype) -> None:
+def test_everything_is_fused(graphs: list[fx.GraphModule], net: type[Net], dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 9, 10, dtype=dtype)
     model = settle(net().to(dtype), x)
     optimized = optimize(model, x)
@@ -442,21 +442,21 @@ def test_nothing_is_left_unfused(graphs: list[fx.GraphModule], net: type[Net], d
     ]
 
 
-def test_one_block_passed_twice(graphs: list[fx.GraphModule]) -> None:
+def test_one_block_applied_twice(graphs: list[fx.GraphModule]) -> None:
     x = torch.randn(2, 3, 9, 10)
     model = settle(TwiceTheSame(), x)
     assert_same(optimize(model, x), model, x)
 
 
 def test_the_next_layers_reduction_stays_with_it(graphs: list[fx.GraphModule]) -> None:
-    """It looks like what a bottleneck begins with, and what reads the output first."""
+    """It matches the beginning of a bottleneck, and is the first reader of the output."""
     x = torch.randn(2, 3, 9, 10)
     optimized = optimize(settle(TwiceTheSame(), x), x)
     assert optimized.unfused == []
     assert len(calls(graphs, BOTTLENECK)) == 2
 
 
-def test_half_precision_runs_unfused_and_says_why(graphs: list[fx.GraphModule]) -> None:
+def test_half_precision_runs_unfused_with_a_reason(graphs: list[fx.GraphModule]) -> None:
     x = torch.randn(2, 3, 9, 10)
     model = settle(Net(), x)
     with torch.no_grad():
@@ -465,23 +465,25 @@ def test_half_precision_runs_unfused_and_says_why(graphs: list[fx.GraphModule]) 
     got = optimized(x.bfloat16())
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() <= 0.05 * want.norm()
-    (said,) = optimized.unfused
-    assert said.startswith("middle ")
-    assert "a generator other than the default one" not in said
+    (reported,) = optimized.unfused
+    assert reported.startswith("middle ")
+    assert "a generator other than the default one" not in reported
 
 
-def test_reasons_tell_another_backend_and_hooks_from_another_generator(
+def test_reasons_distinguish_backend_hooks_and_generator(
     graphs: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 3, 9, 10)
     model = settle(Net(), x)
     with monkeypatch.context() as patch:
         patch.setattr(selection, "forced", "reference")
-        (said,) = optimize(model, x).unfused
-    assert said == "middle runs unfused: no kernel of the fused layer serves: INVOLUTION_BACKEND=reference forbids it"
+        (reported,) = optimize(model, x).unfused
+    assert (
+        reported == "middle runs unfused: no kernel of the fused layer serves: INVOLUTION_BACKEND=reference forbids it"
+    )
     model.middle.generator.span.register_forward_hook(lambda *_: None)
-    (said,) = optimize(model, x).unfused
-    assert "with hooks" in said
+    (reported,) = optimize(model, x).unfused
+    assert "with hooks" in reported
 
 
 def test_the_state_holds_every_weight_once(graphs: list[fx.GraphModule]) -> None:
@@ -514,7 +516,7 @@ def test_other_dimensions(graphs: list[fx.GraphModule], dims: int, stride: int) 
 
 
 class ChangesItsInput(Net):
-    """In place, after the layer has read it and before its ReLU."""
+    """In place, after the layer reads it and before its ReLU."""
 
     def bottleneck(self, x: Tensor) -> Tensor:
         y = self.middle_norm(self.middle(x))
@@ -523,15 +525,15 @@ class ChangesItsInput(Net):
 
 
 class ChangesItsOutput(Net):
-    """In place, before the next convolution reads it."""
+    """In place, before the next layer reads it."""
 
     def finish(self, y: Tensor) -> Tensor:
         y.mul_(-2)
         return super().finish(y)
 
 
-class ReturnsWhatIsChanged(Net):
-    """The shortcut, which the sum overwrites."""
+class ReturnsTheOverwritten(Net):
+    """Returns the shortcut, which the sum overwrites."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.begin(x)
@@ -541,8 +543,8 @@ class ReturnsWhatIsChanged(Net):
         return F.relu(total), shortcut
 
 
-@pytest.mark.parametrize("net", [ChangesItsInput, ChangesItsOutput, ReturnsWhatIsChanged])
-def test_changes_in_place_keep_their_order(graphs: list[fx.GraphModule], net: type[Net]) -> None:
+@pytest.mark.parametrize("net", [ChangesItsInput, ChangesItsOutput, ReturnsTheOverwritten])
+def test_in_place_changes_keep_their_order(graphs: list[fx.GraphModule], net: type[Net]) -> None:
     x = torch.randn(2, 3, 9, 10)
     model = settle(net(), x)
     assert_same(optimize(model, x), model, x)

@@ -1,4 +1,4 @@
-"""Involutions in networks that were made of convolutions."""
+"""replace: involutions in the place of a network's 3x3 convolutions."""
 
 import inspect
 from typing import Any
@@ -14,7 +14,7 @@ from involution.rewrite import replace
 
 
 class Odd(nn.Module):
-    """Every kind of 3x3 convolution that no involution can stand for, and a few that it can."""
+    """Every kind of 3x3 convolution that cannot be replaced, and a few that can."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ def test_what_is_replaced_and_why_not() -> None:
         "wider": "it has 32 input and 64 output channels",
         "depthwise": "it has 64 groups",
         "uneven": "its 24 channels do not divide by 16",
-        "valid": "its padding is (0, 0), which does not keep the size",
+        "valid": "its padding is (0, 0), which does not preserve the size",
         "reflecting": "its padding is reflect",
     }
     assert network.twice[0] is network.plain  # still one layer in two places
@@ -64,7 +64,7 @@ def test_a_resnet_trains_with_involutions_and_its_costs_are_reported() -> None:
     report = replace(network, example_input=torch.randn(1, 3, 64, 64))
     after = parameters(network), multiply_adds(network, (3, 64, 64))
     assert (report.parameters, report.multiply_adds) == tuple(zip(before, after, strict=True))
-    assert len(report.replaced) == 13  # of 16: the first of three stages widen
+    assert len(report.replaced) == 13  # of 16: the first convolutions of three stages widen
     assert set(report.left) == {f"layer{stage}.0.conv1" for stage in (2, 3, 4)}
     assert all(not module.num_batches_tracked for module in network.modules() if isinstance(module, nn.BatchNorm2d))
     assert network.training
@@ -86,7 +86,7 @@ def test_filter_dtype_and_further_arguments() -> None:
         network, filter=lambda name, conv: name.startswith("layer3"), group_channels=32, memory_efficient=True
     )
     assert report.replaced == [f"layer3.{block}.conv2" for block in (0, 1)]
-    assert report.left["layer2.0.conv2"] == "the filter says so"
+    assert report.left["layer2.0.conv2"] == "the filter excludes it"
     layer = network.layer3[0].conv2
     assert isinstance(layer, Involution2d)
     assert (layer.group_channels, layer.memory_efficient, layer.stride) == (32, True, (2, 2))
@@ -117,7 +117,7 @@ def test_one_kernel_for_all_channels() -> None:
     assert (network[0].groups, network[0].group_channels) == (1, 24)
 
 
-def test_what_fails_changes_nothing() -> None:
+def test_an_error_leaves_the_network_unchanged() -> None:
     network, asked = resnet18(), []
 
     def third(name: str, convolution: nn.Conv2d) -> bool:
@@ -133,7 +133,7 @@ def test_what_fails_changes_nothing() -> None:
     assert not any(isinstance(module, Involution2d) for module in network.modules())
 
 
-def test_everything_else_of_a_trained_network_is_kept() -> None:
+def test_a_trained_networks_other_weights_are_preserved() -> None:
     network = resnet18()
     for parameter in network.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -152,7 +152,7 @@ def test_everything_else_of_a_trained_network_is_kept() -> None:
 
 @pytest.mark.skipif("kernel_init" not in inspect.signature(Involution2d).parameters, reason="kernels begin at random")
 @pytest.mark.parametrize("stride", [1, 2])
-def test_new_layers_begin_as_the_identity(stride: int) -> None:
+def test_new_layers_are_initialised_as_the_identity(stride: int) -> None:
     network = nn.Sequential(nn.Conv2d(32, 32, 3, stride=stride, padding=1))
     replace(network)
     x = torch.randn(2, 32, 9, 8)

@@ -4,5 +4,5 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_seed(one_thread: None) -> None:
-    """The same weights every time."""
+    """Seeds torch, so that weights are the same every time."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Feature pyramids: whose generator their involutions have, and how they begin."""
+"""Feature pyramids: the kernel generators of their involutions, and one-pixel levels."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from involution.zoo.fpn import GeneratorBatchNorm2d, PyramidBackbone, involution
 
 
 @pytest.mark.parametrize(("backbone", "norms"), [("rednet26", 1), ("rednetv2_26", 0), ("resnet26_paper", 0), ("", 0)])
-def test_the_papers_networks_alone_have_the_papers_generator(backbone: str, norms: int) -> None:
+def test_only_the_papers_networks_have_the_papers_generator(backbone: str, norms: int) -> None:
     layer = involution_layer(32, backbone)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in layer.modules()) == norms
     assert isinstance(layer.generator.norm, ChannelRMSNorm) != bool(norms)
@@ -31,7 +31,7 @@ def test_a_pyramid_has_its_backbones_generator(backbone: str) -> None:
 
 @pytest.mark.parametrize("backbone", ["rednet26", "rednetv2_26"])
 def test_a_pyramid_of_involutions_takes_one_small_image_in_training(backbone: str) -> None:
-    """Its last level is a pixel, whose spread torch's batch norm asks for."""
+    """Its last level is one pixel, for which torch's batch norm raises."""
     norm = {"norm_layer": "groupnorm1"}
     pyramid = PyramidBackbone(backbone, "involution", out_channels=32, extra_levels="pool", **norm).train()
     levels = list(pyramid(torch.randn(1, 3, 32, 32)).values())
@@ -40,7 +40,7 @@ def test_a_pyramid_of_involutions_takes_one_small_image_in_training(backbone: st
     assert all(parameter.grad.isfinite().all() for parameter in pyramid.fpn.parameters())
 
 
-def test_a_generators_batch_norm_of_one_value_takes_its_running_statistics() -> None:
+def test_a_generators_batch_norm_of_one_value_uses_running_statistics() -> None:
     torch.manual_seed(0)
     norm = GeneratorBatchNorm2d(4).double()
     nn.init.normal_(norm.weight)

@@ -50,7 +50,7 @@ MULTIPLY_ADDS = dict(zip(PAPER, (1.685, 2.167, 2.649, 4.659, 6.679), strict=True
 
 
 def images(name: str, batch: int = 2, size: tuple[int, int] | None = None, channels: int = 3) -> Tensor:
-    """Small ones: 32x32 for the small networks, 64x64 for the others."""
+    """Images of 32x32 for the small networks, 64x64 for the others."""
     side = 32 if name.endswith("cifar") else 64
     return torch.randn(batch, channels, *(size or (side, side)))
 
@@ -60,7 +60,7 @@ def create(name: str, **kwargs: Any) -> Any:
 
 
 def settle(model: nn.Module, x: Tensor) -> Any:
-    """Makes every block count, fits the norms' statistics to `x`, and returns the model in eval mode."""
+    """Gives every block an effect, fits the norms' statistics to `x`, and returns the model in eval mode."""
     for module in model.modules():
         if isinstance(module, BottleneckGenerator):
             nn.init.kaiming_normal_(module.span.weight, mode="fan_out", nonlinearity="relu")
@@ -87,7 +87,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of a projection that treats no two outputs alike (norms would hide a plain mean)."""
+    """The gradients of a random projection of the outputs (after norms, a plain mean has none)."""
     model.zero_grad()
     y = model(x)
     y = next(iter(y.values())) if isinstance(y, dict) else y
@@ -102,7 +102,7 @@ def test_all_models_are_registered() -> None:
     assert sorted(timm.list_models("rednet*", module="rednet")) == sorted({*MODELS, *V2})
 
 
-def test_there_are_no_weights_and_timm_says_so() -> None:
+def test_pretrained_raises_timms_error() -> None:
     assert timm.list_models("rednet*", pretrained=True) == []
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         create("rednet26", pretrained=True)
@@ -150,7 +150,7 @@ def test_default_cfg_describes_the_model(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_fresh_model_runs_at_its_own_size(name: str) -> None:
+def test_a_new_model_runs_at_its_default_size(name: str) -> None:
     model = create(name).eval()
     with torch.no_grad():
         y = model(torch.randn(2, *model.default_cfg["input_size"]))
@@ -175,7 +175,7 @@ def _norm(state: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def _involution(state: dict[str, Tensor], name: str, x: Tensor, stride: int) -> Tensor:
-    """The layer by unfold, from its weights alone, at sizes that the stride divides."""
+    """The layer by unfold, at sizes that the stride divides."""
     pooled = F.avg_pool2d(x, stride) if stride > 1 else x
     hidden = F.conv2d(pooled, state[f"{name}.generator.reduce.weight"])
     if f"{name}.generator.norm.weight" in state:
@@ -211,7 +211,7 @@ def _written_out(state: dict[str, Tensor], depths: tuple[int, ...], x: Tensor, s
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_equals_the_network_written_out(name: str) -> None:
+def test_equals_the_network_as_one_function(name: str) -> None:
     x = images(name).double()
     model = settled(name, x, dtype=torch.float64)
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_blocks_start_as_their_shortcuts() -> None:
     assert all((m.bn3.weight == 1).all() for m in model.modules() if hasattr(m, "downsample"))
 
 
-def test_every_convolution_starts_from_hes_distribution() -> None:
+def test_every_convolution_has_kaiming_initialisation() -> None:
     for name, module in create("rednet26", kernel_init="paper").named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * math.prod(module.kernel_size)
@@ -255,15 +255,15 @@ def test_sizes_round_up_at_every_level(name: str, size: tuple[int, int]) -> None
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Of the names and bits of its state."""
+    """A hash of the names and bits of its state."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
-def test_the_papers_start_is_what_it_was_to_the_bit() -> None:
-    """Fingerprints of the last version that had no other start."""
+def test_the_papers_initialisation_is_bitwise_stable() -> None:
+    """Hashes from the version before there were other initialisations."""
     torch.manual_seed(0)
     assert fingerprint(create("rednet26", kernel_init="paper")) == "c3030db2f42ae953"
     torch.manual_seed(0)
@@ -273,7 +273,7 @@ def test_the_papers_start_is_what_it_was_to_the_bit() -> None:
     assert fingerprint(layer) == "7012354f58194d84"
 
 
-def test_starts_differ_in_the_kernels_alone() -> None:
+def test_initialisations_differ_only_in_the_kernels() -> None:
     states = []
     for start in ("paper", "identity", "box"):
         torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_starts_differ_in_the_kernels_alone() -> None:
 
 @pytest.mark.parametrize("name", [*MODELS[:-2], *V2])
 @pytest.mark.parametrize("zero_init_last", [False, True])
-def test_every_network_is_finite_in_evaluation_at_its_start(name: str, zero_init_last: bool) -> None:
+def test_every_new_network_is_finite_in_evaluation(name: str, zero_init_last: bool) -> None:
     model = create(name, zero_init_last=zero_init_last).eval()
     with torch.no_grad():
         once, twice = (model(scale * images(name, batch=1)) for scale in (1.0, 2.0))
@@ -295,7 +295,7 @@ def test_every_network_is_finite_in_evaluation_at_its_start(name: str, zero_init
     assert twice.norm() < 10 * once.norm()  # not quadratic in every block
 
 
-def test_v2_is_the_same_network_but_for_its_generators() -> None:
+def test_v2_differs_only_in_its_generators() -> None:
     for name in V2:
         paper = create(name.replace("v2_", ""), device="meta")
         ours = create(name, device="meta")
@@ -309,7 +309,7 @@ def test_v2_is_the_same_network_but_for_its_generators() -> None:
 
 @pytest.mark.parametrize("name", ["rednetv2_26_cifar", "rednetv2_26"])
 def test_a_batch_of_one_small_image_trains(name: str) -> None:
-    """What reaches the last stage of the larger one is a pixel, of which batch norm in a generator knows no spread."""
+    """The last stage of the larger one is one pixel, whose variance batch norm in a generator cannot compute."""
     model, x = create(name, norm_layer="groupnorm1", generator_norm_layer="rms", zero_init_last=False), images(name, 1)
     loss = F.cross_entropy(model.train()(x[..., :32, :32]), torch.tensor([1]))
     loss.backward()
@@ -360,7 +360,7 @@ def test_reset_classifier(pool: str, times: int) -> None:
     assert create("rednet14_cifar", global_pool=pool).fc.in_features == times * 512
 
 
-def test_drop_rate_acts_on_the_head_in_training_alone() -> None:
+def test_drop_rate_acts_only_on_the_head_in_training() -> None:
     model = create("rednet14_cifar", drop_rate=0.5, num_classes=0)
     features = torch.ones(1, 512, 4, 4)
     assert set(model.forward_head(features).unique().tolist()) == {0.0, 2.0}
@@ -420,7 +420,7 @@ def test_output_stride_dilates(output_stride: int, reductions: list[int], dilati
     assert [info["reduction"] for info in model.feature_info] == reductions
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
     assert [{block.conv2.dilation[0] for block in stage} for stage in stages] == dilations
-    # Where a stride went away, the first block still reads the finer grid; the others read the dilated one.
+    # Without its stride, a stage's first block has the former dilation; the others have the new one.
     for stage, found in zip(stages, dilations, strict=True):
         assert stage[0].conv2.dilation[0] == min(found)
         assert {block.conv2.dilation[0] for block in stage[1:]} == {max(found)}
@@ -536,7 +536,7 @@ def test_compiled_into_one_graph(name: str, backend: str) -> None:
 def test_inductor_compiles_stem_and_both_kinds_of_block() -> None:
     x = images("rednet14_cifar")
     model = settled("rednet14_cifar", x)
-    model.prune_intermediate_layers([2])  # the rest would be more of the same, at a second a kernel
+    model.prune_intermediate_layers([2])  # the rest has the same kinds of blocks, and takes long to compile
     torch._dynamo.reset()
     with torch.no_grad():
         assert relative_error(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-4
@@ -548,7 +548,7 @@ def test_compiled_training_has_the_same_gradients() -> None:
     wanted = gradients(model, x)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    compiled(x).square().sum().backward()  # writes over the gradients of `wanted`'s loss
+    compiled(x).square().sum().backward()  # overwrites the gradients of `wanted`'s loss
     found = gradients(model, x)
     model.zero_grad()
     y = compiled(x)
@@ -614,7 +614,7 @@ def test_group_matcher_covers_every_parameter(name: str) -> None:
         assert matched[groups - 1] == ["fc.weight", "fc.bias"]
 
 
-def test_drop_path_grows_linearly_and_acts_in_training_alone() -> None:
+def test_drop_path_grows_linearly_and_acts_only_in_training() -> None:
     x = images("rednet26", batch=8)
     model = settled("rednet26", x, drop_path_rate=0.7)
     blocks = [block for stage in (model.layer1, model.layer2, model.layer3, model.layer4) for block in stage]
@@ -665,7 +665,7 @@ def test_involution_options_reach_every_involution() -> None:
         assert layer.generator.reduce.out_channels == layer.channels // 2
 
 
-def test_options_that_contradict_each_other() -> None:
+def test_contradictory_options() -> None:
     with pytest.raises(ValueError, match="stem_kernel_size must be 3 for a convolution in the stem, got 7"):
         create("rednet14_cifar", stem_layer="convolution", stem_kernel_size=7)
     with pytest.raises(TypeError, match="kernel_generator must make a module for each layer"):
@@ -679,7 +679,7 @@ def test_all_channels_can_share_a_kernel() -> None:
     assert {layer.group_channels for layer in layers} == {16, 32, 64, 128}
 
 
-def test_generator_and_stem_can_be_compared() -> None:
+def test_generator_and_stem_can_be_chosen() -> None:
     model = create("rednet14_cifar", kernel_generator="linear", stem_layer="convolution")
     assert isinstance(model.stem.conv2, nn.Conv2d)
     layers = [module for module in model.modules() if isinstance(module, Involution2d)]
@@ -693,8 +693,8 @@ def test_generator_and_stem_can_be_compared() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"), [("context", ContextGenerator), ("position", PositionGenerator), ("softmax", SoftmaxGenerator)]
 )
-def test_every_member_by_its_name(name: str, kind: type[nn.Module]) -> None:
-    """Bottlenecks have the network's norm, activation and reduction."""
+def test_every_generator_by_name(name: str, kind: type[nn.Module]) -> None:
+    """Bottleneck generators have the network's norm, activation and reduction."""
     given = {"kernel_generator": name, "reduction_ratio": 2, "norm_layer": "groupnorm1", "act_layer": "gelu"}
     model = create("rednet14_cifar", **given)
     generators = [module.generator for module in model.modules() if isinstance(module, Involution2d)]
@@ -750,13 +750,13 @@ def test_device_and_dtype_reach_every_parameter() -> None:
         ("in_chans", 0, "in_chans must be at least 1, got 0"),
     ],
 )
-def test_wrong_arguments_are_named(argument: str, value: Any, wanted: str) -> None:
+def test_errors_name_the_argument(argument: str, value: Any, wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         RedNet(**{argument: value}, device="meta")
 
 
 @pytest.mark.parametrize("indices", [0, 6, [5], [-6], []])
-def test_feature_levels_that_do_not_exist(indices: Any) -> None:
+def test_missing_feature_levels(indices: Any) -> None:
     model = create("rednet14_cifar", device="meta")
     x = torch.empty(1, 3, 32, 32, device="meta")
     for call in (lambda: model.forward_intermediates(x, indices), lambda: model.prune_intermediate_layers(indices)):

@@ -1,4 +1,4 @@
-"""The convolution twins: the paper's baselines to the count; the small ones are RedNet in all but stem and operator."""
+"""RedNet's convolutional counterparts: the paper's counts, and the small ones' agreement with RedNet."""
 
 import pytest
 import timm
@@ -20,12 +20,12 @@ def stages(model: nn.Module) -> list[nn.Sequential]:
 
 def test_all_models_are_registered_beside_timms_own() -> None:
     assert set(MODELS) <= set(timm.list_models("resnet*", module="resnet"))
-    # timm's resnet26 is another network, and still is after our import.
+    # timm's resnet26 is a different network, and our import does not replace it.
     assert [len(stage) for stage in stages(timm.create_model("resnet26", device="meta"))] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_there_are_no_weights_and_timm_says_so(name: str) -> None:
+def test_pretrained_raises_timms_error(name: str) -> None:
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model(name, pretrained=True)
 
@@ -86,7 +86,7 @@ def test_small_ones_have_the_feature_levels_of_their_rednet(name: str, options: 
     assert [x.shape[2] // shape[2] for shape in shapes[0]] == twins[0].feature_info.reduction()
 
 
-def test_small_ones_differ_from_their_rednet_in_stem_and_operator_alone() -> None:
+def test_small_ones_differ_from_their_rednet_only_in_stem_and_operator() -> None:
     twin, rednet = (timm.create_model(name, device="meta") for name in ("resnet26_cifar", "rednet26_cifar"))
     assert isinstance(twin, ResNet)
 
@@ -103,7 +103,7 @@ def test_the_small_stem() -> None:
     model = timm.create_model("resnet14_cifar", in_chans=1, dtype=torch.float64)
     assert model.conv1.weight.shape == (32, 1, 3, 3)
     assert model.conv1.weight.dtype == torch.float64
-    assert model.conv1.weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.2)  # He's, by fan out
+    assert model.conv1.weight.std().item() == pytest.approx((2 / (32 * 9)) ** 0.5, rel=0.2)  # Kaiming, fan out
     assert model(torch.randn(2, 1, 32, 32).double()).shape == (2, 10)
     assert not any(block.bn3.weight.any() for stage in stages(model) for block in stage)
     kept = timm.create_model("resnet14_cifar", zero_init_last=False)

@@ -1,4 +1,4 @@
-"""RedNets that begin with a ResNet's weights."""
+"""load_resnet: RedNets with a ResNet's weights."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ SMALL = {"num_classes": 5, "channels": (16, 32, 32, 32)}
 
 
 def filled(name: str, **kwargs: Any) -> nn.Module:
-    """With running statistics of its own."""
+    """A network with non-default running statistics."""
     model: nn.Module = timm.create_model(name, **kwargs)
     for buffer in model.buffers():
         if buffer.is_floating_point():
@@ -47,7 +47,7 @@ def test_everything_but_stem_and_involutions(ours: str, theirs: str) -> None:
     assert 0.8 < report.parameters[0] / report.parameters[1] < 1
 
 
-def test_a_deep_stem_and_shortcuts_that_average_first() -> None:
+def test_a_deep_stem_and_average_pooling_shortcuts() -> None:
     model, source = timm.create_model("rednet50", **SMALL), filled("resnet50d", **SMALL)
     report = load_resnet(model, source.state_dict())
     ours, theirs = model.state_dict(), source.state_dict()
@@ -111,8 +111,8 @@ def test_a_name_means_timms_pretrained_weights(monkeypatch: pytest.MonkeyPatch) 
     assert report.source == "resnet50.a1_in1k"
 
 
-def test_a_warm_start_computes_what_the_resnet_computes_but_for_the_new_layers() -> None:
-    """With the identity in the place of every 3x3 convolution and of the stem, both networks are the same."""
+def test_a_warm_start_equals_the_resnet_except_for_new_layers() -> None:
+    """With the identity instead of every 3x3 convolution and the stem, both networks are equal."""
 
     class Identity(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +139,7 @@ def test_a_warm_start_computes_what_the_resnet_computes_but_for_the_new_layers()
         ("rednet26", "vit_tiny_patch16_224", ValueError, "which lacks layer1.0.conv1.weight"),
     ],
 )
-def test_networks_that_are_no_bottlenecks(model: str, source: str, error: type[Exception], message: str) -> None:
+def test_networks_without_bottlenecks(model: str, source: str, error: type[Exception], message: str) -> None:
     network = timm.create_model(model)
     before = {name: one.clone() for name, one in network.state_dict().items()}
     with pytest.raises(error, match=message):

@@ -1,1 +1,1 @@
-"""Benchmarks: a registry of cases, one timer, one report. Run: involution bench."""
+"""Benchmarks: registered subjects, one interleaved timer, one report. Run: involution bench."""

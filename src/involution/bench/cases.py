@@ -1,4 +1,4 @@
-"""The shapes that are timed: the involutions of RedNet-50 at 224x224, and of a detector's neck."""
+"""The layers that are timed: the involutions of RedNet-50 at 224x224, and one of a detector's neck."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """One layer's call, channels_last, group width 16, padding K // 2; bytes are float32's."""
+    """One layer's call: channels_last, 16 channels per group, padding K // 2; bytes are those of float32."""
 
     name: str
     channels: int
@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """How many kernels there are per position."""
+        """G, the number of kernels per position."""
         return self.channels // 16
 
     @property
@@ -48,19 +48,19 @@ class Case(NamedTuple):
         return 2.0 * self.kernel_size**2 * batch * self.channels * rows * columns
 
     def bytes(self, batch: int) -> float:
-        """What any of the three maps must move at least: the input, the kernel map and the output, once."""
+        """The memory traffic of any of the three maps: input, kernel map and output, once each."""
         rows, columns = self.output
         maps = self.groups * self.kernel_size**2
         return 4.0 * batch * (self.channels * self.height * self.width + (maps + self.channels) * rows * columns)
 
     def fused_flops(self, batch: int) -> float:
-        """Operations of the fused layer: the span convolution's, from C // 4 hidden features, and apply's."""
+        """Operations of the fused layer: those of the span convolution, from C // 4 hidden features, and of apply."""
         rows, columns = self.output
         span = self.channels // 4 * self.groups * self.kernel_size**2
         return self.flops(batch) + 2.0 * batch * span * rows * columns
 
     def fused_bytes(self, batch: int) -> float:
-        """What the fused layer must move at least: the input, the hidden features and the output, once."""
+        """The memory traffic of the fused layer: input, hidden features and output, once each."""
         rows, columns = self.output
         image = self.channels * self.height * self.width
         return 4.0 * batch * (image + (self.channels // 4 + self.channels) * rows * columns)

@@ -12,96 +12,80 @@ from typing import Any
 import torch
 
 from ..ops.backends import cpu
-from . import kernels
-from .baselines import Prototype
+from . import family, kernels, loading, memory, models, paper  # noqa: F401  (registers their subjects)
 from .cases import CASES, NECK, Case
-from .family import family
-from .loading import loading
-from .memory import detection, memory
-from .models import models, training
-from .paper import paper
+from .registry import SUBJECTS, Settings, Workload
 from .report import print_tables, write
-from .roof import measure_roof
+from .roofline import Roofline, measure_roofline
 from .timer import Row
 
-SUBJECTS = (
-    *("layers", "against", "fused", "models", "training", "memory", "threads", "overhead", "paper", "loading"),
-    *("detection", "family"),
-)
+_FLAGS = {"workloads": ("--case", "--batch"), "batches": ("--batch",), "seconds": ("--seconds",)}
+_FLAGS |= {"device": ("--device",), "dtype": ("--dtype",), "roofline": ()}
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns 0, or 2 for a wrong call."""
+def main(arguments: Sequence[str], lacks: Callable[[str, str], bool] = lambda what, extra: False) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: of the verb.
+        lacks: reports which packages of an extra are missing for a verb and subject, and returns whether any are.
+
+    Returns:
+        The exit code: 0, 1 where packages are missing, 2 for a wrong call.
+    """
     options = parse(arguments)
     if options is None:
         return 2
-    subjects = SUBJECTS if "all" in options.what else list(dict.fromkeys(options.what))
-    compiled = options.prototype and "layers" in subjects  # which takes a minute or more
-    prototype = Prototype(options.prototype) if compiled else None
-    roof = measure_roof()
-    machine = describe(roof.flops, roof.bandwidth) | {"command": shlex.join(["involution", "bench", *arguments])}
+    subjects = [SUBJECTS[name] for name in (SUBJECTS if "all" in options.what else dict.fromkeys(options.what))]
+    incomplete = [subject.name for subject in subjects if lacks(f"bench {subject.name}", subject.extra)]
+    if incomplete:
+        return 1
+    roofline = measure_roofline()
+    machine = describe(roofline) | {"command": shlex.join(["involution", "bench", *arguments])}
     print(", ".join(f"{name} {value}" for name, value in machine.items()))
     cases = [*CASES.values(), NECK] if options.case == "all" else [(CASES | {NECK.name: NECK})[options.case]]
+    dtype = getattr(torch, options.dtype)
+    pairs = workloads(cases, options.batch)
+    settings = Settings(pairs, options.batch, options.seconds, options.device, dtype, roofline)
     results: dict[str, list[Row]] = {}
     for subject in subjects:
-        results[subject] = run(subject, cases, options, roof, prototype)
-        print_tables({subject: results[subject]})
+        results[subject.name] = subject.run(settings)
+        print_tables({subject.name: results[subject.name]})
         for file in write(results, machine, options.out):
             print(f"wrote {file}")
     return 0
 
 
-def run(subject: str, cases: list[Case], options: Any, roof: Any, prototype: Prototype | None) -> list[Row]:
-    """The rows of one subject. The neck is measured at batch 1 only."""
-    small = [case for case in cases if case is not NECK]
-    usual = [(small, options.batch)] * bool(small) + [([NECK], [1])] * (NECK in cases)
-    seconds, device = options.seconds, options.device
-    per_case: dict[str, Callable[[list[Case], list[int]], list[Row]]] = {
-        "layers": lambda some, batches: kernels.layers(some, batches, seconds, roof, prototype),
-        "against": lambda some, batches: kernels.against(some, batches, seconds, device, options.dtype),
-        "fused": lambda some, batches: kernels.fused(some, batches, seconds, roof),
-        "threads": lambda some, batches: kernels.threads(some, batches, seconds),
-        "paper": paper,
-    }
-    if subject in per_case:
-        return [row for some, batches in usual for row in per_case[subject](some, batches)]
-    if subject == "models":
-        return models(options.batch, 10 * seconds, device=device)
-    if subject == "detection":
-        return detection()
-    if subject == "family":
-        return family(small, options.batch, 5 * seconds)
-    if subject == "loading":
-        return loading(2 * seconds)
-    if subject == "training":
-        return training([min(16, batch) for batch in options.batch if batch > 1] or [16], 15 * seconds, device=device)
-    return memory() if subject == "memory" else kernels.overhead(seconds)
+def workloads(cases: Sequence[Case], batches: Sequence[int]) -> list[Workload]:
+    """Every case at every batch size; the neck at batch size 1 only."""
+    pairs = [(case, batch) for batch in batches for case in cases if case is not NECK]
+    return [*pairs, (NECK, 1)] if NECK in cases else pairs
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The options, or None after saying what is wrong."""
-    parser = argparse.ArgumentParser(prog="involution bench", description=__doc__)
-    what = ", ".join(SUBJECTS)
-    parser.add_argument("what", nargs="*", default=["against"], help=f"of {what}; or all (default: against)")
+    """The options, or None after a message on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="involution bench",
+        description=__doc__,
+        epilog=_list_subjects(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", nargs="*", default=["against"], help="subjects (see below), or all (default: against)")
     parser.add_argument("--case", default="C64@56", help=f"of {', '.join([*CASES, NECK.name])}; or all")
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for bench.json and pictures")
-    parser.add_argument("--prototype", type=Path, help="a C++ study to compare with, for layers (inv.cpp)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; cuda for against, models and training")
-    dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16")}
-    parser.add_argument("--dtype", default="float32", choices=dtypes, help="for against")
+    parser.add_argument("--device", default="cpu", help=f"cpu or cuda, for {_takers('device')}")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help=f"for {_takers('dtype')}")
     options = parser.parse_args(arguments)
-    options.dtype = dtypes[options.dtype]
     problem = ""
     if unknown := [name for name in options.what if name not in (*SUBJECTS, "all")]:
-        problem = f"what must be of {what} or all, got {', '.join(unknown)}"
+        problem = f"what must be of {', '.join(SUBJECTS)} or all, got {', '.join(unknown)}"
     elif options.case not in (*CASES, NECK.name, "all"):
         problem = f"--case must be of {', '.join([*CASES, NECK.name])} or all, got {options.case}"
     elif min(options.batch) < 1:
         problem = f"--batch must be positive, got {min(options.batch)}"
-    elif options.prototype and not options.prototype.exists():
-        problem = f"--prototype {options.prototype} does not exist"
     elif options.device not in ("cpu", "cuda") or (options.device == "cuda" and not torch.cuda.is_available()):
         problem = f"--device must be cpu, or cuda where torch finds one, got {options.device}"
     if problem:
@@ -110,7 +94,22 @@ def parse(arguments: Sequence[str]) -> Any:
     return options
 
 
-def describe(flops: float, bandwidth: float) -> dict[str, Any]:
+def _list_subjects() -> str:
+    """Every subject with its summary, its options and its extra."""
+    lines = ["subjects:"]
+    for subject in SUBJECTS.values():
+        flags = dict.fromkeys(flag for option in subject.options for flag in _FLAGS[option])
+        needs = () if subject.extra == "bench" else (f"needs involution[{subject.extra}]",)
+        notes = "; ".join(part for part in (" ".join(flags), *needs) if part)
+        lines.append(f"  {subject.name:10} {subject.summary}" + (f" [{notes}]" if notes else ""))
+    return "\n".join(lines)
+
+
+def _takers(option: str) -> str:
+    return ", ".join(subject.name for subject in SUBJECTS.values() if option in subject.options)
+
+
+def describe(roofline: Roofline) -> dict[str, Any]:
     """The machine, as the report and the JSON have it."""
     return {
         "cpu": cpu_name(),
@@ -119,13 +118,13 @@ def describe(flops: float, bandwidth: float) -> dict[str, Any]:
         "instruction set": cpu.instruction_set(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "peak GFLOP/s": round(flops / 1e9, 1),
-        "copy GB/s": round(bandwidth / 1e9, 1),
+        "peak GFLOP/s": round(roofline.flops / 1e9, 1),
+        "copy GB/s": round(roofline.bandwidth / 1e9, 1),
     }
 
 
 def cpu_name() -> str:
-    """The processor's own name for itself."""
+    """The processor's model name, as the operating system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -1,4 +1,4 @@
-"""The members of the family at one window: involutions with other generators, and local self-attention."""
+"""Members of the involution family with the same window: other kernel generators, and local self-attention."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -16,7 +16,8 @@ from ..nn import (
     PositionGenerator,
     SoftmaxGenerator,
 )
-from .cases import Case
+from .cases import NECK, Case
+from .registry import Workload, subject
 from .timer import Rivals, Row, interleaved, quartiles, spread
 
 GENERATORS = {
@@ -28,23 +29,25 @@ GENERATORS = {
 }
 
 
-def family(cases: Sequence[Case], batches: Sequence[int], seconds: float) -> list[Row]:
-    """Forward, and forward + backward, of every member, in turn; and of torch's attention over the whole image."""
+@subject("family", ("workloads", "seconds"))
+def family(workloads: Sequence[Workload], seconds: float) -> list[Row]:
+    """Forward, and forward + backward, of every member, interleaved, and of torch's attention over the whole image."""
     rows = []
-    for batch in batches:
-        for case in cases:
-            members = _members(case)
-            x, _, g = case.tensors(batch)
-            calls: dict[str, Rivals] = {
-                "forward": {name: partial(_forward, member, x.detach()) for name, member in members.items()},
-                "forward + backward": {name: partial(_both, member, x, g) for name, member in members.items()},
-            }
-            for what, some in calls.items():
-                times = interleaved(some, seconds)
-                ours = median(times["bottleneck"])
-                for name, taken in times.items():
-                    row: Row = {"what": f"{name}, {what}", "case": case.name, "batch": batch, "ms": spread(taken)}
-                    rows.append(row | {"quartiles, ms": {name: quartiles(taken)}, "x": median(taken) / ours})
+    for case, batch in workloads:
+        if case is NECK:  # attention over the whole image does not fit into memory
+            continue
+        members = _members(case)
+        x, _, g = case.tensors(batch)
+        calls: dict[str, Rivals] = {
+            "forward": {name: partial(_forward, member, x.detach()) for name, member in members.items()},
+            "forward + backward": {name: partial(_both, member, x, g) for name, member in members.items()},
+        }
+        for what, some in calls.items():
+            times = interleaved(some, 5 * seconds)
+            ours = median(times["bottleneck"])
+            for name, taken in times.items():
+                row: Row = {"what": f"{name}, {what}", "case": case.name, "batch": batch, "ms": spread(taken)}
+                rows.append(row | {"quartiles, ms": {name: quartiles(taken)}, "x": median(taken) / ours})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The operator's kernels: each map alone, the operator against what others use, the fused layer, threads, one call."""
+"""The operator's kernels: each map, the operator against other implementations, the fused layer, threads, overhead."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,15 +12,33 @@ from ..nn.involution import Involution2d
 from ..ops.functional import involution2d
 from . import baselines
 from .cases import Case
-from .roof import Roof, measure_roof
+from .registry import Workload, subject
+from .roofline import Roofline, measure_roofline
 from .timer import Row, interleaved, quartiles, spread
 
 _MAPS = ("apply", "adjoint", "correlate")
 _OPS = torch.ops.involution
+_16_BIT = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@subject("layers", ("workloads", "seconds", "roofline"))
+@torch.no_grad()
+def layers(workloads: Sequence[Workload], seconds: float, roofline: Roofline) -> list[Row]:
+    """Each map alone: its time, its fraction of the roofline bound, and its speedup on 16-bit tensors."""
+    rows = []
+    for case, batch in workloads:
+        x, k, g = (tensor.detach() for tensor in case.tensors(batch))
+        ours = maps_of(case, x, k, g)
+        narrow = {name: maps_of(case, *(t.to(dtype) for t in (x, k, g))) for name, dtype in _16_BIT.items()}
+        for name in _MAPS:
+            times = interleaved({"ours": ours[name]} | {dtype: maps[name] for dtype, maps in narrow.items()}, seconds)
+            row = _row(name, case, batch, times) | _bound(roofline, times, case.flops(batch), case.bytes(batch))
+            rows.append(row | {dtype: median(times["ours"]) / median(times[dtype]) for dtype in narrow})
+    return rows
 
 
 def maps_of(case: Case, x: Tensor, k: Tensor, g: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Calls of our three maps on these tensors."""
+    """Calls of the three maps on these tensors."""
     return {
         "apply": partial(_OPS.apply, x, k, list(g.shape), *case.window),
         "adjoint": partial(_OPS.adjoint, g, k, list(x.shape), *case.window),
@@ -28,63 +46,30 @@ def maps_of(case: Case, x: Tensor, k: Tensor, g: Tensor) -> dict[str, Callable[[
     }
 
 
-@torch.no_grad()
-def layers(
-    cases: Sequence[Case], batches: Sequence[int], seconds: float, roof: Roof, prototype: baselines.Prototype | None
-) -> list[Row]:
-    """Every map alone: its time and its fraction of the roof; its time over that of the same on tensors stored in 16
-    bits; where there is one, the prototype's time over ours.
-    """
-    rows = []
-    for batch in batches:
-        for case in cases:
-            x, k, g = (tensor.detach() for tensor in case.tensors(batch))
-            ours = maps_of(case, x, k, g)
-            narrow = {
-                name: maps_of(case, *(tensor.to(dtype) for tensor in (x, k, g)))
-                for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16))
-            }
-            theirs = prototype.maps(case, x, k, g) if prototype else {}
-            for name in _MAPS:
-                rivals = {"ours": ours[name]} | ({"prototype": theirs[name]} if theirs else {})
-                _check_equal({rival: run() for rival, run in rivals.items()})
-                times = interleaved(rivals | {dtype: maps[name] for dtype, maps in narrow.items()}, seconds)
-                row = _row(name, case, batch, times) | _under(roof, times, case.flops(batch), case.bytes(batch))
-                row |= {dtype: median(times["ours"]) / median(times[dtype]) for dtype in narrow}
-                if theirs:
-                    row["prototype"] = median(times["prototype"]) / median(times["ours"])
-                rows.append(row)
-    return rows
-
-
 def _row(what: str, case: Case, batch: int, times: dict[str, list[float]]) -> Row:
-    """A row's beginning: what was timed, our spread, and everybody's quartiles for the JSON."""
+    """A row's first columns: what was timed, our spread, and the quartiles of all rivals for the JSON."""
     row: Row = {"what": what, "case": case.name, "batch": batch, "ms": spread(times["ours"])}
     return row | {"quartiles, ms": {name: quartiles(taken) for name, taken in times.items()}}
 
 
-def _under(roof: Roof, times: dict[str, list[float]], flops: float, size: float) -> Row:
-    """A row's fraction of the roof, and what the picture of it needs."""
+def _bound(roofline: Roofline, times: dict[str, list[float]], flops: float, size: float) -> Row:
+    """A row's fraction of the roofline bound, and what the roofline plot needs."""
     seconds = median(times["ours"])
-    return {"seconds": seconds, "roof": roof.seconds(flops, size) / seconds, "flops": flops, "bytes": size}
+    fraction = roofline.min_seconds(flops, size) / seconds
+    return {"seconds": seconds, "roofline": fraction, "flops": flops, "bytes": size}
 
 
+@subject("against", ("workloads", "seconds", "device", "dtype"))
 def against(
-    cases: Sequence[Case],
-    batches: Sequence[int],
-    seconds: float,
-    device: str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    workloads: Sequence[Workload], seconds: float, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> list[Row]:
-    """The operator, forward and forward + backward, and how many times longer what others use takes."""
-    # Shapes change from case to case, and each must be compiled for its own.
+    """The operator, forward and forward + backward, and how many times longer other implementations take."""
     operators: dict[str, baselines.Operator] = {"ours": _ours, "unfold": baselines.unfold}
     rows = []
-    for batch in batches:
-        for case in cases:
-            torch.compiler.reset()
-            rivals = operators | {"shifts, compiled": torch.compile(baselines.shifted, dynamic=False)}
-            rows += compare(rivals, case, batch, seconds, device, dtype)
+    for case, batch in workloads:
+        torch.compiler.reset()  # every case's shapes are compiled for themselves
+        rivals = operators | {"shifts, compiled": torch.compile(baselines.shifted, dynamic=False)}
+        rows += compare(rivals, case, batch, seconds, device, dtype)
     return rows
 
 
@@ -96,7 +81,7 @@ def compare(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Row]:
-    """Times operators in turn, the first being ours; all results are compared first.
+    """Times operators interleaved, the first being ours, after a check that all results are equal.
 
     Raises:
         AssertionError: an operator computes something else.
@@ -115,7 +100,7 @@ def compare(
     rows = []
     for what, run in (("forward", forward), ("forward + backward", both)):
         rivals = {name: partial(run, operator) for name, operator in operators.items()}
-        if what == "forward":  # another function, so not compared: what the same window costs a convolution
+        if what == "forward":  # another function, so not checked: what a convolution with this window costs
             rivals["depthwise"] = partial(forward, baselines.depthwise)
         times = interleaved(rivals, seconds)
         row = _row(what, case, batch, times)
@@ -132,7 +117,7 @@ def _ours(x: Tensor, k: Tensor, stride: int) -> Tensor:
 def _check_equal(results: dict[str, Any]) -> None:
     """Raises AssertionError unless all results are close to the first.
 
-    In 16 bits the others may round every product: then their error is of the size of the whole sum's.
+    In 16 bits the others may round every product, so their error is relative to the whole sum.
     """
     first, *others = results.values()
     dtype = (first[0] if isinstance(first, tuple) else first).dtype
@@ -141,23 +126,23 @@ def _check_equal(results: dict[str, Any]) -> None:
         torch.testing.assert_close(other, first, rtol=rtol, atol=atol, check_stride=False)
 
 
+@subject("fused", ("workloads", "seconds", "roofline"))
 @torch.no_grad()
-def fused(cases: Sequence[Case], batches: Sequence[int], seconds: float, roof: Roof) -> list[Row]:
-    """The fused layer against the span convolution and the operator, from hidden features on."""
+def fused(workloads: Sequence[Workload], seconds: float, roofline: Roofline) -> list[Row]:
+    """The fused layer against the span convolution and the operator, both from the hidden features on."""
     rows = []
-    for batch in batches:
-        for case in cases:
-            rivals = _layer_of(case, batch)
-            _check_equal({name: run() for name, run in rivals.items()})
-            times = interleaved(rivals, seconds)
-            row = _row("fused", case, batch, times)
-            row |= _under(roof, times, case.fused_flops(batch), case.fused_bytes(batch))
-            rows.append(row | {"unfused": median(times["unfused"]) / median(times["ours"])})
+    for case, batch in workloads:
+        rivals = _fused_layer_of(case, batch)
+        _check_equal({name: run() for name, run in rivals.items()})
+        times = interleaved(rivals, seconds)
+        row = _row("fused", case, batch, times)
+        row |= _bound(roofline, times, case.fused_flops(batch), case.fused_bytes(batch))
+        rows.append(row | {"unfused": median(times["unfused"]) / median(times["ours"])})
     return rows
 
 
-def _layer_of(case: Case, batch: int) -> dict[str, Callable[[], Tensor]]:
-    """Calls of a layer from its hidden features on, to be made without gradients: fused, and in two steps."""
+def _fused_layer_of(case: Case, batch: int) -> dict[str, Callable[[], Tensor]]:
+    """Calls of a layer from its hidden features on, for use without gradients: fused, and in two steps."""
     layer = Involution2d(case.channels, case.kernel_size, case.stride).eval()
     x = case.tensors(batch)[0].detach()
     generator: Any = layer.generator
@@ -168,31 +153,31 @@ def _layer_of(case: Case, batch: int) -> dict[str, Callable[[], Tensor]]:
     def unfused() -> Tensor:
         return _ours(x, generator.span(hidden).unflatten(1, generator.map_shape), case.stride)
 
-    return {"ours": partial(_OPS.fused, x, hidden, weight, bias, None, None, False, *window), "unfused": unfused}
+    ours = partial(_OPS.fused_layer, x, hidden, weight, bias, None, None, False, *window)
+    return {"ours": ours, "unfused": unfused}
 
 
+@subject("threads", ("workloads", "seconds"))
 @torch.no_grad()
-def threads(cases: Sequence[Case], batches: Sequence[int], seconds: float) -> list[Row]:
-    """How much faster all threads are than one, beside what the two roofs gain."""
-    most = torch.get_num_threads()
+def threads(workloads: Sequence[Workload], seconds: float) -> list[Row]:
+    """The speedup of all threads over one, beside that of the two roofline bounds."""
+    count = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = measure_roof()
-        torch.set_num_threads(most)
-        together = measure_roof()
-        return [
-            row for batch in batches for case in cases for row in _threads_of(case, batch, seconds, alone, together)
-        ]
+        alone = measure_roofline()
+        torch.set_num_threads(count)
+        together = measure_roofline()
+        return [row for case, batch in workloads for row in _threads_of(case, batch, seconds, alone, together)]
     finally:
-        torch.set_num_threads(most)
+        torch.set_num_threads(count)
 
 
-def _threads_of(case: Case, batch: int, seconds: float, alone: Roof, together: Roof) -> list[Row]:
-    most = torch.get_num_threads()
-    counts = {"one thread": 1, "ours": most}
+def _threads_of(case: Case, batch: int, seconds: float, alone: Roofline, together: Roofline) -> list[Row]:
+    every = torch.get_num_threads()
+    counts = {"one thread": 1, "ours": every}
     tensors = [tensor.detach() for tensor in case.tensors(batch)]
-    calls = maps_of(case, *tensors) | {"fused": _layer_of(case, batch)["ours"]}
-    wakes = torch.ones(1 << 20)  # enough for every thread to have a part, so that the timed call finds all of them
+    calls = maps_of(case, *tensors) | {"fused": _fused_layer_of(case, batch)["ours"]}
+    wakes = torch.ones(1 << 20)  # large enough for work on every thread, so that the timed call finds all awake
 
     def prepare(name: str) -> None:
         torch.set_num_threads(counts[name])
@@ -204,14 +189,15 @@ def _threads_of(case: Case, batch: int, seconds: float, alone: Roof, together: R
         flops, size = case.flops(batch), case.bytes(batch)
         if name == "fused":
             flops, size = case.fused_flops(batch), case.fused_bytes(batch)
-        row = _row(f"{name}, {most} threads", case, batch, times)
+        row = _row(f"{name}, {every} threads", case, batch, times)
         row["faster"] = median(times["one thread"]) / median(times["ours"])
-        rows.append(row | {"roof's gain": alone.seconds(flops, size) / together.seconds(flops, size)})
+        rows.append(row | {"roofline's gain": alone.min_seconds(flops, size) / together.min_seconds(flops, size)})
     return rows
 
 
+@subject("overhead", ("seconds",))
 def overhead(seconds: float) -> list[Row]:
-    """One call on a tiny tensor, beside an operator of the same signature that does nothing but allocate."""
+    """One call on a tiny tensor, beside an operator of the same signature that only allocates."""
     library = torch.library.Library("involution_bench", "FRAGMENT")
     arguments = "Tensor a, Tensor b, SymInt[] size, SymInt[] stride, SymInt[] padding, SymInt[] dilation"
     library.define(f"floor({arguments}) -> Tensor")

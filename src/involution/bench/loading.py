@@ -1,4 +1,4 @@
-"""Decoding and augmentation against training: does the loader keep up with the network?"""
+"""The throughput of decoding and augmentation beside that of training: does the loader keep up with the network?"""
 
 import tempfile
 import time
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from .models import training_step
+from .registry import subject
 from .timer import Row
 
 NETWORKS = ("rednet26", "rednet50", "resnet50")
@@ -22,23 +23,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 PHOTOGRAPHS, SIZE, QUALITY = 64, (500, 375), 90
 
 
+@subject("loading", ("seconds",), extra="tasks")
 def loading(seconds: float, batch: int = 16, networks: Sequence[str] = NETWORKS) -> list[Row]:
-    """Images per second of the loader, with 0, 1 and 2 workers, and of networks that train on 224x224.
+    """Images per second of the data loader, with 0, 1 and 2 workers, and of networks that train on 224x224.
 
-    The files are made up: JPEGs of 500x375, quality 90, of smooth noise, about as large as ImageNet's.
+    The files are synthetic: JPEGs of 500x375, quality 90, of smooth noise, about as large as ImageNet's.
     """
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         _photographs(Path(folder))
         for recipe, options in RECIPES.items():
             for workers in (0, 1, 2):
-                speed = _loader_speed(Path(folder), batch, workers, seconds, options)
+                speed = _loader_speed(Path(folder), batch, workers, 2 * seconds, options)
                 case = f"{recipe}, {workers} workers"
                 rows.append({"what": "loader", "case": case, "batch": batch, "images/s": speed})
     images = torch.randn(batch, 3, 224, 224).to(memory_format=torch.channels_last)
     for name in networks:
         step = training_step(timm.create_model(name), images, compiled=False)
-        speed = batch / _median_seconds(step, seconds)
+        speed = batch / _median_seconds(step, 2 * seconds)
         rows.append({"what": "training", "case": name, "batch": batch, "images/s": speed})
     return rows
 
@@ -59,7 +61,7 @@ def _loader_speed(root: Path, batch: int, workers: int, seconds: float, options:
     data = ImageFolder(str(root), batch_size=batch, num_workers=workers, **options)
     data.setup("fit")
     loader = data.train_dataloader()
-    for _ in loader:  # workers start, files come into memory
+    for _ in loader:  # starts the workers, and fills the page cache
         pass
     count, start = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - start < seconds:

@@ -1,7 +1,7 @@
-"""Peak memory of one layer, beyond what holds the input, the weights and a dense upstream gradient; of an operator on a
-volume; and of a detector.
+"""Peak resident memory: of one layer, of the operator on a volume, and of a detector's training step.
 
-Every measurement is a process of its own: python -m involution.bench.memory WHAT CHANNELS HEIGHT WIDTH prints MiB.
+What is allocated before the call does not count: input, weights and a dense upstream gradient. Every measurement runs
+in its own process: python -m involution.bench.memory WHAT CHANNELS HEIGHT WIDTH prints MiB.
 """
 
 import os
@@ -19,6 +19,7 @@ from ..nn.involution import Involution2d
 from ..ops.functional import involution3d
 from .baselines import unfold, unfold3d
 from .cases import NECK, Case
+from .registry import subject
 from .timer import Row
 
 MEMORY_CASES = {
@@ -27,13 +28,14 @@ MEMORY_CASES = {
     "training": "layer, forward and backward",
     "training-efficient": "layer with memory_efficient=True, forward and backward",
 }
-
-
 VOLUME_CASES = {"volume": "operator in 3d, forward and backward", "volume-unfold": "unfold in 3d, forward and backward"}
 
 
+@subject("memory")
 def memory(case: Case = NECK, volume: int = 48) -> list[Row]:
-    """Extra peak resident memory in MiB, each in a process that returns freed memory at once.
+    """Peak memory of a layer and of the operator on a volume, in MiB, against unfold.
+
+    Each is measured in a process that returns freed memory to the operating system at once.
 
     Args:
         case: of the layer.
@@ -53,8 +55,9 @@ def memory(case: Case = NECK, volume: int = 48) -> list[Row]:
     return rows
 
 
+@subject("detection", extra="tasks")
 def detection(height: int = 800, width: int = 1333) -> list[Row]:
-    """Extra peak memory of a training step of Faster R-CNN (RedNet-50, involution in neck and head), in MiB."""
+    """Peak memory of a training step of Faster R-CNN (RedNet-50, involution in neck and head), in MiB."""
     titles = {"detector": "involution", "detector-unfold": "unfold in the place of every involution"}
     return [
         {"what": title, "image": f"3x{height}x{width}", "batch": 1, "MiB": _in_a_process(what, 3, height, width)}
@@ -70,7 +73,7 @@ def _in_a_process(what: str, channels: int, height: int, width: int) -> float:
 
 
 def measure(what: str, channels: int, height: int, width: int) -> float:
-    """The peak of one call, in MiB above what was resident before it."""
+    """The peak of one layer's call, in MiB above what was resident before it."""
     layer = Involution2d(channels, memory_efficient=what.endswith("efficient"))
     training = what.startswith("training")
     layer.train(training)
@@ -85,7 +88,7 @@ def measure(what: str, channels: int, height: int, width: int) -> float:
         x, g = (torch.randn(1, channels, *size).to(memory_format=torch.channels_last) for _ in range(2))
         return x.requires_grad_(training), g
 
-    run(*tensors(max(1, height // 8), max(1, width // 8)))  # what is made once is made now
+    run(*tensors(max(1, height // 8), max(1, width // 8)))  # allocates what stays: caches, thread pools
     layer.zero_grad()
     x, g = tensors(height, width)
     return _peak(lambda: run(x, g))
@@ -104,13 +107,13 @@ def measure_volume(what: str, channels: int, size: int) -> float:
         k = torch.randn(1, size, size, size, 125).permute(0, 4, 1, 2, 3).unflatten(1, (1, 5, 5, 5))
         return x.requires_grad_(), k.requires_grad_(), g.to(memory_format=torch.channels_last_3d)
 
-    run(*tensors(max(1, size // 4)))  # what is made once is made now
+    run(*tensors(max(1, size // 4)))  # allocates what stays: caches, thread pools
     arguments = tensors(size)
     return _peak(lambda: run(*arguments))
 
 
 class Unfolded(Involution2d):
-    """An involution as most ports compute it."""
+    """An involution by unfold, as most ports compute it."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, h, w]."""
@@ -119,7 +122,7 @@ class Unfolded(Involution2d):
 
 def measure_detector(what: str, height: int, width: int) -> float:
     """The peak of a training step on one image, in MiB above what was resident before it."""
-    from ..tasks.detect import faster_rcnn  # wants torchvision
+    from ..tasks.detect import faster_rcnn  # needs the extra "tasks"
 
     torch.manual_seed(0)
     model = faster_rcnn("rednet50", "involution", "involution", _skip_resize=True).train()
@@ -134,7 +137,7 @@ def measure_detector(what: str, height: int, width: int) -> float:
         targets = [{"boxes": box, "labels": torch.tensor([1])}]
         torch.stack(list(model([torch.rand(3, height, width)], targets).values())).sum().backward()
 
-    step(96, 128)  # what is made once is made now: gradients, too
+    step(96, 128)  # allocates what stays: caches, thread pools, gradients
     return _peak(lambda: step(height, width))
 
 

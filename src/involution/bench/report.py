@@ -1,4 +1,4 @@
-"""One report of all measurements: tables for the console, JSON, and pictures."""
+"""The report of all measurements: tables for the console, JSON, and pictures."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def print_tables(results: dict[str, list[Row]]) -> None:
 
 
 def geometric_means(rows: list[Row]) -> list[Row]:
-    """One row per kind of measurement and batch that has several cases, with the means of its numbers."""
+    """For every kind of measurement and batch size with several cases, a row with the means of its columns."""
     kinds = dict.fromkeys((row["what"], row["batch"]) for row in rows)
     means = []
     for what, batch in kinds:
@@ -45,7 +45,7 @@ def _cell(value: Any) -> str:
 
 
 def write(results: dict[str, list[Row]], machine: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes bench.json and the pictures that the results allow; returns the files."""
+    """Writes bench.json and the pictures of those subjects that were measured; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "bench.json"]
     means = {subject: geometric_means(rows) for subject, rows in results.items()}
@@ -62,11 +62,13 @@ def write(results: dict[str, list[Row]], machine: dict[str, Any], folder: Path) 
 
 
 def _roofline(rows: list[Row], machine: dict[str, Any], file: Path) -> Path:
-    figure, axes = _figure("Kernels under the roof")
+    figure, axes = _figure("Roofline of the kernels")
     peak, bandwidth = machine["peak GFLOP/s"], machine["copy GB/s"]
     densest = max(row["flops"] / row["bytes"] for row in rows)
-    reach = [0.5, peak / bandwidth, 2 * max(densest, peak / bandwidth)]
-    axes.loglog(reach, [min(peak, intensity * bandwidth) for intensity in reach], color="black", label="roof")
+    intensities = [0.5, peak / bandwidth, 2 * max(densest, peak / bandwidth)]
+    axes.loglog(
+        intensities, [min(peak, intensity * bandwidth) for intensity in intensities], color="black", label="roofline"
+    )
     for marker, what in zip("osd^", dict.fromkeys(row["what"] for row in rows), strict=False):
         some = [row for row in rows if row["what"] == what]
         speeds = [row["flops"] / row["seconds"] / 1e9 for row in some]

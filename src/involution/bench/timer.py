@@ -1,4 +1,4 @@
-"""One timer for everything: rivals take turns in one process, so that a disturbance meets them all."""
+"""Interleaved timing: rivals are called round-robin in one process, so that a disturbance affects all of them."""
 
 import statistics
 import time
@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]  # one line of a report: what was timed, and what came out
+Row = dict[str, Any]  # one line of a report: "what", "case", "batch" and the measured columns
 Rivals = Mapping[str, Callable[[], object]]
 
 
 def interleaved(
     rivals: Rivals, seconds: float, prepare: Callable[[str], object] = lambda name: None
 ) -> dict[str, list[float]]:
-    """Seconds per call of every rival, measured A B C A B C ... for about `seconds`, after two calls to warm up.
+    """Seconds per call of every rival, measured A B C A B C ... for about `seconds`, after two warm-up calls.
 
-    `prepare` is called with a rival's name before each of its turns, and not timed.
+    `prepare` is called with a rival's name before each of its calls, and not timed.
     """
     for _ in range(2):
         for name, run in rivals.items():
@@ -27,15 +27,15 @@ def interleaved(
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, run in rivals.items():
             prepare(name)
-            _finish()
+            _synchronize()
             start = time.perf_counter()
             run()
-            _finish()
+            _synchronize()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def _finish() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

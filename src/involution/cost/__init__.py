@@ -1,4 +1,4 @@
-"""What a network costs: parameters and multiply-adds."""
+"""Parameters and multiply-adds of a network."""
 
 from .count import Cost, Operation, cost, multiply_adds, parameters
 

@@ -1,4 +1,4 @@
-"""involution cost: parameters and multiply-adds of a network, or of every row of the paper's tables."""
+"""involution cost: parameters and multiply-adds of a network, or of all rows of the paper's tables."""
 
 import argparse
 import json
@@ -9,20 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from .count import Cost
-from .published import ROWS, Counted, Row, cost_of, count_row, disagreement, twin
+from .published import ROWS, Counted, Row, cost_of, count_row, counterpart, disagreement
 
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; returns 0, or 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="involution cost", description=__doc__)
     parser.add_argument("model", nargs="?", help="a name that timm.create_model takes, or a row of --published")
-    parser.add_argument("--published", action="store_true", help="every row of the paper's tables whose model exists")
-    parser.add_argument("--layers", action="store_true", help="what every layer costs")
+    parser.add_argument("--published", action="store_true", help="all rows of the paper's tables")
+    parser.add_argument("--layers", action="store_true", help="the cost of every layer")
     parser.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="default: the model's own")
     parser.add_argument("--format", choices=("table", "json"), default="table")
     options = parser.parse_args(arguments)
     if options.published == (options.model is not None):
-        print("involution cost: wants a model or --published, and not both", file=sys.stderr)
+        print("involution cost: wants either a model or --published", file=sys.stderr)
         return 2
     if options.published:
         _print_rows([(row, count_row(row)) for row in ROWS], options.format)
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     try:
         found, size = cost_of(options.model, tuple(options.input_size) if options.input_size else None)
-        other = twin(options.model)
+        other = counterpart(options.model)
         compared = cost_of(other, size)[0] if other else None
     except ValueError as error:
         print(f"involution cost: {error}", file=sys.stderr)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     _print_cost(options.model, found, size, options.layers)
     if other and compared:
-        print(f"its twin {other}: {_figures(compared)}")
+        print(f"its convolutional counterpart {other}: {_figures(compared)}")
         print(
             f"saves {1 - found.parameters / compared.parameters:.1%} of the parameters and "
             f"{1 - found.multiply_adds / compared.multiply_adds:.1%} of the multiply-adds"
@@ -73,7 +73,7 @@ def _print_cost(name: str, found: Cost, size: Sequence[int], layers: bool) -> No
     for column in ("module", "kind", "parameters", "multiply-adds", "others"):
         table.add_column(column, justify="left" if column in ("module", "kind") else "right")
     for operation in found.operations:
-        table.add_row(*operation[:2], *(f"{number:,}" for number in operation[2:]))
+        table.add_row(*operation[:2], *(f"{count:,}" for count in operation[2:]))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

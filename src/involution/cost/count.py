@@ -1,4 +1,4 @@
-"""Counting on the meta device: no weights are read and nothing is computed."""
+"""Counts parameters and multiply-adds by forward hooks on the meta device: nothing is computed."""
 
 import copy
 import math
@@ -26,12 +26,11 @@ _POOLS = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._MaxPoolNd, nn.modul
 
 
 class Operation(NamedTuple):
-    """What one call of a module costs, for one image.
+    """The cost of one call of a module, for one image.
 
-    `multiply_adds` are those of its products, a convolution's without its bias; `others` is what the paper's tables
-    count besides: one for every element that a bias is added to in a convolution, that a ReLU or an upsampling makes or
-    that a pooling reads, and two for every element that a batch norm or a generator's RMS norm reads; synchronised
-    norms count nothing.
+    `multiply_adds` are those of products, without biases. `others` is what the paper's tables count in addition: one
+    per output element of a convolution's bias, of a ReLU and of an upsampling, one per input element of a pooling, and
+    two per input element of a batch norm or RMS norm; synchronised norms count 0.
     """
 
     module: str  # as named_modules() calls it
@@ -42,7 +41,7 @@ class Operation(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A network's cost: parameters, and multiply-adds as ``MAC`` alone or, ``total``, with everything else."""
+    """A network's cost: parameters, and multiply-adds alone ("MAC") or with all other operations ("total")."""
 
     operations: list[Operation]
     parameters: int
@@ -50,17 +49,17 @@ class Cost(NamedTuple):
 
     @property
     def multiply_adds(self) -> int:
-        """Of convolutions, linears and the aggregation of involutions: the column "MAC"."""
+        """Of convolutions, linear layers, involutions and attention: the column "MAC"."""
         return sum(operation.multiply_adds for operation in self.operations)
 
     @property
     def total(self) -> int:
-        """All that the paper's rules count, of all modules: the column "total"."""
+        """All operations that the paper's rules count: the column "total"."""
         return self.multiply_adds + sum(operation.others for operation in self.operations)
 
 
 def parameters(model: nn.Module) -> int:
-    """How many numbers the model's parameters hold, frozen ones included."""
+    """The number of parameters, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -73,10 +72,10 @@ def multiply_adds(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -
 def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
     """Counts a network in evaluation mode, call by call, by the rules of the paper's tables.
 
-    A convolution costs prod(K) * C_in / groups * numel(out), a deconvolution prod(K) * numel(in) * C_out / groups, a
-    linear layer numel(in) * out, an involution what its generator costs and prod(K) * numel(out), padding included;
-    local self-attention its projections and twice that, three times with factorised relative positions.
-    Functions that are no modules count nothing.
+    In multiply-adds, a convolution costs prod(K) * C_in / groups * numel(out), a deconvolution prod(K) * numel(in) *
+    C_out / groups, a linear layer numel(in) * out, an involution its generator plus prod(K) * numel(out), padding
+    included; local self-attention its projections plus twice that, three times with factorised relative positions.
+    Functions outside modules count 0.
 
     Args:
         model: takes one tensor; it is copied, not changed.
@@ -85,25 +84,25 @@ def cost(model: nn.Module, input_size: Sequence[int] = (3, 224, 224)) -> Cost:
     shadow = copy.deepcopy(model).to("meta").eval()
     operations: list[Operation] = []
 
-    def listen(name: str, module: nn.Module) -> None:
+    def attach(name: str, module: nn.Module) -> None:
         own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
-        def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             counted = _count(module, inputs[0], output)
             if counted is not None:
                 operations.append(Operation(name, type(module).__name__, own, *counted))
 
-        module.register_forward_hook(note)
+        module.register_forward_hook(hook)
 
     for name, module in shadow.named_modules():
-        listen(name, module)
+        attach(name, module)
     shadow(torch.empty(1, *input_size, device="meta"))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return Cost(operations, parameters(model), trainable)
 
 
 def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | None:
-    """Multiply-adds and other operations of one call, or None for a module that counts nothing of its own."""
+    """Multiply-adds and other operations of one call; None for modules without operations of their own."""
     if isinstance(module, _CONVOLUTIONS):
         return module.weight[0].numel() * output.numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, _DECONVOLUTIONS):
@@ -113,7 +112,7 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
     if isinstance(module, _INVOLUTIONS):
         return math.prod(module.kernel_size) * output.numel(), 0
     if isinstance(module, _ATTENTIONS):
-        return _products_of_attention(module, output), 0
+        return _attention_products(module, output), 0
     if isinstance(module, nn.modules.batchnorm._BatchNorm | ChannelRMSNorm):
         return 0, 0 if isinstance(module, nn.SyncBatchNorm) else 2 * input.numel()
     if isinstance(module, nn.ReLU | nn.Upsample):
@@ -121,7 +120,7 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
     return (0, input.numel()) if isinstance(module, _POOLS) else None
 
 
-def _products_of_attention(module: Any, output: Tensor) -> int:
-    """Queries times keys, weights times values and, if factorised, queries times positions, over the window."""
+def _attention_products(module: Any, output: Tensor) -> int:
+    """Query-key and weight-value products over the window and, if factorised, query-position products."""
     products = 3 if module.generator.relative_position == "factorised" else 2
     return products * math.prod(module.kernel_size) * output.numel()

@@ -1,4 +1,4 @@
-"""What of a detector the paper counts, as networks that run on the meta device."""
+"""The parts of a detector that the paper counts, as networks that run on the meta device."""
 
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
@@ -11,7 +11,7 @@ class CountedRCNN(nn.Module):
     """Backbone, pyramid and RPN on the image, the heads on a fixed number of regions.
 
     Args:
-        detector: Faster or Mask R-CNN; its RPN's activation goes, which the paper does not count.
+        detector: Faster or Mask R-CNN; its RPN's activation is removed, which the paper does not count.
     """
 
     def __init__(self, detector: GeneralizedRCNN) -> None:

@@ -1,6 +1,6 @@
-"""The paper's tables, row by row: what they print, and what the networks really cost."""
+"""The paper's tables of parameters and multiply-adds: every row as printed, and as counted here."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -21,10 +21,10 @@ _INV = "involution"
 
 
 class Row(NamedTuple):
-    """One row: its name and what the paper prints, in millions of parameters and billions of multiply-adds.
+    """One row: its name and the printed values, in millions of parameters and billions of multiply-adds.
 
-    The paper's count mixes models: `counted` makes the one that it fits, of which the parts of `left_out` are not in
-    the multiply-adds (but are in the parameters), and `model` the one of the released code.
+    The printed values are not all of the released models: `counted` makes the model that they fit, without the
+    multiply-adds (but with the parameters) of the modules in `left_out`; `model` makes the released one.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """A row's figures under every convention, as plain numbers."""
+    """A row's figures under every counting convention."""
 
     row: str
     params_trainable: int
@@ -46,7 +46,7 @@ class Counted(NamedTuple):
 
 
 def _rednet(depth: int, millions: float, billions: float) -> Row:
-    """Printed with a 7x7 stem and without the classifier; the released code has a 3x3 stem."""
+    """Printed values: with a 7x7 stem, without the classifier; the released code has a 3x3 stem."""
     name = f"rednet{depth}"
     return Row(
         f"RedNet-{depth}",
@@ -73,7 +73,7 @@ def _detector(
     left_out: tuple[str, ...] = (),
     **options: Any,
 ) -> Row:
-    """At 1280x800, stem and first stage frozen; printed with a stem of `stem`, where the released code has 7."""
+    """At 1280x800, stem and first stage frozen. Printed values: kernel size `stem` in the stem; released code: 7."""
 
     def model(stem_kernel_size: int) -> nn.Module:
         rednet = options.get("backbone", "rednet50").startswith("rednet")
@@ -89,7 +89,7 @@ def _detector(
 def _segmenter(
     name: str, printed: tuple[float, float] | None, make: Callable[..., nn.Module], backbone: str, **options: Any
 ) -> Row:
-    """At 2048x1024, with batch norms synchronised but for those of involutions."""
+    """At 2048x1024, with synchronised batch norms except in involutions."""
 
     def model() -> nn.Module:
         stem = {"stem_kernel_size": 7} if backbone.startswith("rednet") else {}
@@ -132,24 +132,19 @@ ROWS = (
 @cache
 def count_row(row: Row) -> Counted:
     """Counts one row, once."""
-    with torch.device("meta"):  # drawing weights takes longer than counting
+    with torch.device("meta"):  # initialising weights would take longer than counting
         paper = cost(row.counted(), row.input_size)
         released = paper if row.counted is row.model else cost(row.model(), row.input_size)
     counted = sum(o.multiply_adds + o.others for o in paper.operations if o.module not in row.left_out)
     return Counted(row.name, paper.trainable, counted, released.total, released.multiply_adds)
 
 
-def count_rows(rows: Iterable[Row] = ROWS) -> list[Counted]:
-    """Counts the rows."""
-    return [count_row(row) for row in rows]
-
-
 def disagreement(row: Row, counted: Counted) -> str:
-    """What the paper's printed figures leave out or mix, or nothing where they are the released code's."""
+    """How the printed figures differ from the released code's; empty if they do not."""
     if row.printed is None:
         return ""
     reasons = []
-    digits = 2 if row.input_size == _IMAGE else 1  # that the paper prints
+    digits = 2 if row.input_size == _IMAGE else 1  # printed in the paper
     millions, billions = round(counted.params_trainable / 1e6, digits), round(counted.counted / 1e9, digits)
     if (millions, billions) != row.printed:
         reasons.append(f"its own rules give {millions} M, {billions} G")
@@ -161,17 +156,17 @@ def disagreement(row: Row, counted: Counted) -> str:
     return "; ".join(reasons)
 
 
-def twin(name: str) -> str | None:
-    """The convolution network that a RedNet of timm's registry is compared with."""
+def counterpart(name: str) -> str | None:
+    """The convolutional counterpart of a RedNet in timm's registry, or None."""
     if not name.startswith("rednet"):
         return None
     same = name.replace("rednetv2_", "resnet").replace("rednet", "resnet")
-    paper = f"{same}_paper"  # timm's own resnet26 has other depths
+    paper = f"{same}_paper"  # timm's resnet26 has other depths
     return paper if timm.is_model(paper) else same if timm.is_model(same) else None
 
 
 def cost_of(name: str, input_size: tuple[int, int, int] | None = None) -> tuple[Cost, tuple[int, int, int]]:
-    """The cost of a network of timm's registry, at the input size that it is made for or another.
+    """The cost of a network in timm's registry, at its default input size or another.
 
     Raises:
         ValueError: timm does not know the name.

@@ -1,4 +1,4 @@
-"""Layers: involution in one, two and three dimensions, the kernel generators they take, attention, a diagnosis."""
+"""Layers: involution in 1d, 2d and 3d, its kernel generators, local self-attention; and `diagnose`, for NaN losses."""
 
 from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
 from .diagnose import Diagnosis, LayerSignal, diagnose

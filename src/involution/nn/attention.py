@@ -1,4 +1,4 @@
-"""Local self-attention as an involution whose kernels are softmaxed products of queries and keys (section 3.3)."""
+"""Local self-attention as an involution: the kernels are a softmax over query-key products (paper, section 3.3)."""
 
 import math
 from collections.abc import Sequence
@@ -17,28 +17,29 @@ RELATIVE_POSITIONS = ("none", "bias", "factorised")
 
 
 class AttentionGenerator(nn.Module):
-    """Kernels that are attention weights: of every window, how much its keys agree with the query in its middle.
+    """Kernels that are attention weights: the query at a window's centre against the keys in the window.
 
         k[n, head, u, o] = softmax over u of (q[o*s] . (key[o*s + u*d - p] + r[u])) / sqrt(C / heads)
 
-    Taps outside the input are left out of the softmax. The products are the operator's own map `correlate`: nothing is
+    Taps outside the input are excluded from the softmax. The products are the operator's map `correlate`: nothing is
     unfolded. Cost: ``C*C*(prod(O) + prod(S)) + prod(K) * C * prod(O)`` multiply-adds, the last term twice with
     factorised relative positions.
 
     Args:
         channels: C of the layer's input.
-        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
-        groups: the heads; they divide C.
-        stride: one number per spatial axis; queries are at every stride-th position.
-        dilation: one number per spatial axis.
-        relative_position: "none"; "bias", a number for every head and offset; or "factorised", an embedding of every
-            axis's offset that the query is multiplied with, each of its own part of a head's channels (as in
-            stand-alone self-attention, Ramachandran et al. 2019).
+        kernel_size: K, one int per spatial axis; their count selects 1d, 2d or 3d.
+        groups: the number of heads, which divides C.
+        stride: one int per spatial axis; queries are at every stride-th position.
+        dilation: one int per spatial axis.
+        relative_position: "none"; "bias", a learnt scalar per head and offset; or "factorised", a learnt embedding per
+            axis and offset, each over its own share of a head's channels, multiplied with the query (stand-alone
+            self-attention, Ramachandran et al. 2019).
 
     Shapes: ``[N, C, *S] -> [N, heads, *K, *ceil(S / stride)]``.
 
     Raises:
-        ValueError: relative_position is none of the three; factorised, and the axes do not divide a head's channels.
+        ValueError: relative_position is none of the three, or factorised with a number of axes that does not divide a
+            head's channels.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class AttentionGenerator(nn.Module):
         return window_softmax(logits, input.shape[2:], *window)
 
     def _positions(self, query: Tensor) -> Tensor:
-        """Products of queries and embeddings, [N, heads, *K, *O]: a 1x1 convolution with a group for every head."""
+        """Products of queries and embeddings, [N, heads, *K, *O]: a 1x1 convolution with one group per head."""
         parts, ones = [], [1] * len(self.kernel_size)
         for axis, embedding in enumerate(self.embeddings):
             shape = [*ones[:axis], -1, *ones[axis + 1 :]]
@@ -96,7 +97,7 @@ class AttentionGenerator(nn.Module):
 
 
 class _LocalSelfAttention(nn.Module):
-    """The body of all three layers; see :class:`LocalSelfAttention2d`."""
+    """The implementation of all three layers; see :class:`LocalSelfAttention2d`."""
 
     dims: int
 
@@ -157,15 +158,16 @@ class LocalSelfAttention1d(_LocalSelfAttention):
 class LocalSelfAttention2d(_LocalSelfAttention):
     """Self-attention of every position over the window around it (paper, section 3.3).
 
-    An involution of the values by :class:`AttentionGenerator`'s kernels: what torch's scaled_dot_product_attention
-    gives under the mask of the neighbourhood, in memory and time that grow with the window and not with the image.
+    An involution of the values with :class:`AttentionGenerator`'s kernels. It equals torch's
+    scaled_dot_product_attention under a neighbourhood mask, in memory and time proportional to the window's size, not
+    to the image's.
 
     Args:
         channels: C, of input and output.
-        kernel_size: K, the window: an int or one per axis.
+        kernel_size: K, the window; an int or one per axis.
         stride: an int or one per axis; queries are at every stride-th position.
         dilation: an int or one per axis.
-        heads: that divide C.
+        heads: their number, which divides C.
         relative_position: "none", "bias" or "factorised", see :class:`AttentionGenerator`.
         device: of the parameters.
         dtype: of the parameters.

@@ -1,4 +1,4 @@
-"""Why a loss is NaN: what every involution of a network does to the signal, and what to do about it."""
+"""Diagnosis of NaN losses: signal and gradient sizes at every involution, thresholds on them, and remedies."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from .signal import Gradients, Recorder, growth_of, is_finite, tensors_in
 
-LARGE = 1e3  # an output's RMS over that of the first layer's input: exploding
-SMALL = 1e-3  # an output's RMS over that of its own input: vanishing
-GRADIENTS = 1e4  # the ratio of the first and the last layer's gradients that is too much, either way
-LAGGING = 10.0  # an output's RMS in evaluation over that in training
-QUADRATIC = 1.5  # a growth above it is no longer a convolution's
+LARGE = 1e3  # exploding: an output's RMS over that of the first layer's input
+SMALL = 1e-3  # vanishing: an output's RMS over that of its own input
+GRADIENTS = 1e4  # exploding or vanishing: the ratio of the first and the last layer's gradients
+LAGGING = 10.0  # stale statistics: an output's RMS in evaluation over that in training
+QUADRATIC = 1.5  # growth: 1 is a convolution's, 2 that of kernels that grow with their input
 GENERATOR = "a kernel generator whose kernels do not grow with its input"  # Involution2d's default
-REMEDY = f"have {GENERATOR} and begin near the identity, a norm behind the layer, or a smaller learning rate"
+REMEDY = f"use {GENERATOR} and the identity initialisation, a norm after the layer, or a smaller learning rate"
 
 
 class LayerSignal(NamedTuple):
-    """One involution. RMS values of its call with the largest output, in training unless only evaluation calls it.
+    """The RMS values of one layer, of its call with the largest output; in training, unless only evaluation calls it.
 
-    `taps` is mean and standard deviation of a kernel's sum; `gradient` is the RMS of the loss's gradient with respect
-    to the layer's input and `generator_gradient` the norm of that of its generator's weights, None where there is none;
-    `evaluation` is the output's RMS in evaluation, and `growth` the binary logarithm of its growth there when the
-    layer's input is doubled: 1 is a convolution's.
+    `taps` is mean and standard deviation of the kernels' sums. `gradient` is the RMS of the loss's gradient w.r.t. the
+    layer's input, `generator_gradient` the norm of that w.r.t. its generator's weights; None without a gradient.
+    `evaluation` is the output's RMS in evaluation, and `growth` log2 of its growth there when the layer's input is
+    doubled: 1 for a convolution.
     """
 
     name: str
@@ -40,11 +40,11 @@ class LayerSignal(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What `diagnose` found.
+    """The result of `diagnose`.
 
-    `layers` are in the order of their calls; `loss` is in training; `growth` is the whole network's in evaluation, None
-    where its output is not finite or a list of detections; `problems` say what is wrong and what to do, `notes` what
-    may be as it should.
+    `layers` are in the order of execution; `loss` is in training; `growth` is the whole network's in evaluation, None
+    if its output is not finite or a list of detections; `problems` are findings with a remedy, `notes` observations
+    that need not be a problem.
     """
 
     layers: list[LayerSignal]
@@ -60,7 +60,7 @@ class Diagnosis(NamedTuple):
 
     def __str__(self) -> str:
         lines = _table(self.layers) if self.layers else ["no involution was called"]
-        lines.append(f"loss in training {_number(self.loss)}, growth of the whole network {_number(self.growth)}")
+        lines.append(f"loss in training {_format(self.loss)}, growth of the whole network {_format(self.growth)}")
         lines += self.problems or ["healthy: signal and gradients keep their size"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
@@ -68,10 +68,10 @@ class Diagnosis(NamedTuple):
 def _table(layers: list[LayerSignal]) -> list[str]:
     rows = [("layer", "input", "kernel", "output", "sum of taps", "gradient", "generator", "evaluation", "growth")]
     for one in layers:
-        taps = f"{_number(one.taps[0])} +- {_number(one.taps[1])}"
-        forward = (_number(one.input), _number(one.kernel), _number(one.output), taps)
-        backward = (_number(one.gradient), _number(one.generator_gradient))
-        rows.append((one.name, *forward, *backward, _number(one.evaluation), _number(one.growth)))
+        taps = f"{_format(one.taps[0])} +- {_format(one.taps[1])}"
+        forward = (_format(one.input), _format(one.kernel), _format(one.output), taps)
+        backward = (_format(one.gradient), _format(one.generator_gradient))
+        rows.append((one.name, *forward, *backward, _format(one.evaluation), _format(one.growth)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "RMS of input, kernel map and output; mean and spread of a kernel's sum; RMS of the gradient at the input, and",
@@ -81,36 +81,36 @@ def _table(layers: list[LayerSignal]) -> list[str]:
 
 
 def diagnose(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None = None) -> Diagnosis:
-    """Sends a batch through a network, in training and in evaluation, and says what its involutions do to the signal.
+    """Runs a batch through a network, in training and in evaluation, and reports what its involutions do to the signal.
 
-    The model stays as it is: modes, parameters, gradients, running statistics, hooks, and torch's random numbers. It
-    takes a training step's time and memory, and three forward passes. For training a model in evaluation mode is
-    switched by `model.train()`; one in training keeps the modes of its parts.
+    The model does not change: modes, parameters, gradients, running statistics, hooks, and torch's random state are
+    restored. It takes a training step's time and memory, and three forward passes. A model in evaluation mode is
+    switched to training by `model.train()`; one in training keeps the modes of its submodules.
 
     Args:
-        model: any module; its involutions and layers of local self-attention are listed.
-        batch: what the model is called with, on its device: a tuple holds its arguments, of which the first is doubled
-            to measure growth. Batch norms may want more than one image.
-        loss: of the model's output in training, for the gradients. None adds up an output of scalars (a detector's
-            dictionary of losses), and takes the mean of the squares of any other.
+        model: any module; its involutions and local self-attention layers are listed.
+        batch: the model's input, on its device; a tuple holds several arguments, of which the first is doubled to
+            measure growth. Batch norms may need more than one image.
+        loss: computes the loss from the model's output in training. None sums an output of scalars (a detector's
+            dictionary of losses), and takes the mean square of any other output.
 
     Returns:
-        Every layer's values, and the verdict; its string is a table and the problems.
+        Every layer's values, and the problems; its string is a report.
 
     Raises:
-        TypeError: model is no module.
-        ValueError: there is no loss, and the model returns no floating-point tensor.
-        Exception: what the model raises.
+        TypeError: model is not a module.
+        ValueError: no loss is given, and the model returns no floating-point tensor.
+        Exception: whatever the model raises.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    with torch.inference_mode(False), torch.enable_grad(), _kept(model):
+    with torch.inference_mode(False), torch.enable_grad(), _restored(model):
         if not model.training:
             model.train()
         with Recorder(model) as training:
             value = (loss or _default_loss)(_run(model, batch))
         gradients = training.gradients(value)
-    with torch.inference_mode(False), torch.no_grad(), _kept(model):
+    with torch.inference_mode(False), torch.no_grad(), _restored(model):
         model.eval()
         with Recorder(model, growth=True) as evaluation:
             output = _run(model, batch)
@@ -120,7 +120,7 @@ def diagnose(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None 
             else growth_of(list(tensors_in(output)), lambda: list(tensors_in(_run(model, _doubled(batch)))))
         )
     layers = _layers(training, gradients, evaluation)
-    problems = _broken_values(model, batch)  # of which all else is a consequence
+    problems = _broken_values(model, batch)  # everything else would follow from these
     if not problems:
         problems = [
             *_not_finite(value.item(), training.culprit, evaluation.culprit),
@@ -149,25 +149,27 @@ def _layers(training: Recorder, gradients: dict[str, Gradients], evaluation: Rec
 
 
 def _broken_values(model: nn.Module, batch: Any) -> list[str]:
-    """Of the batch, and of parameters."""
+    """Non-finite values in the batch or the parameters."""
     problems = []
     if not is_finite(batch):
         problems.append("non-finite batch: it holds NaN or infinity: look at the data and their normalisation")
     parameters = [name for name, one in model.named_parameters() if not is_finite(one)]
     if parameters:
         problems.append(
-            f"non-finite parameters: {_some(parameters)}: resume from the last good checkpoint, with a smaller "
+            f"non-finite parameters: {_shorten(parameters)}: resume from the last good checkpoint, with a smaller "
             "learning rate, a longer warm-up or clipped gradients"
         )
     return problems
 
 
 def _broken_statistics(model: nn.Module) -> list[str]:
-    """A training pass whose activations are not finite leaves them behind."""
+    """Non-finite running statistics, which a training pass with non-finite activations causes."""
     broken = [name for name, one in model.named_buffers() if name.endswith(("_mean", "_var")) and not is_finite(one)]
     if not broken:
         return []
-    return [f"non-finite running statistics: {_some(broken)}: they never recover: resume from the last good checkpoint"]
+    return [
+        f"non-finite running statistics: {_shorten(broken)}: they never recover: resume from the last good checkpoint"
+    ]
 
 
 def _not_finite(loss: float, in_training: str | None, in_evaluation: str | None) -> list[str]:
@@ -180,7 +182,7 @@ def _not_finite(loss: float, in_training: str | None, in_evaluation: str | None)
         problems.append(
             f"non-finite in evaluation, but not in training: {in_evaluation} is the first that returns NaN or "
             "infinity: running statistics lag behind, and kernels that grow with their input make that an overflow: "
-            f"have {GENERATOR}, or train a few more steps before evaluating"
+            f"use {GENERATOR}, or train a few more steps before evaluating"
         )
     return problems
 
@@ -197,22 +199,22 @@ def _sizes(layers: list[LayerSignal]) -> list[str]:
         if large and not problems:
             (one, size), first = large[0], layers[0]
             problems.append(
-                f"exploding in {where}: the output of {one.name} has RMS {_number(size)}, where the input of "
-                f"{first.name} has {_number(first.input)}: {REMEDY}"
+                f"exploding in {where}: the output of {one.name} has RMS {_format(size)}, where the input of "
+                f"{first.name} has {_format(first.input)}: {REMEDY}"
             )
     vanished = [one for one in layers if 0 < one.output < SMALL * one.input]
     if vanished:
         one = vanished[0]
         problems.append(
-            f"vanishing: {_some([one.name for one in vanished])}: the first makes RMS {_number(one.output)} of "
-            f"{_number(one.input)}: begin near the identity, or have a norm behind the layer"
+            f"vanishing: {_shorten([one.name for one in vanished])}: the first makes RMS {_format(one.output)} of "
+            f"{_format(one.input)}: initialise near the identity, or add a norm after the layer"
         )
     lagging = [one for one in layers if one.evaluation is not None and LAGGING * one.output < one.evaluation < math.inf]
     if lagging and not problems:
         one = lagging[0]
         problems.append(
-            f"evaluation far from training: the output of {one.name} has RMS {_number(one.evaluation)} and "
-            f"{_number(one.output)}: running statistics lag behind: train a few more steps before evaluating"
+            f"evaluation far from training: the output of {one.name} has RMS {_format(one.evaluation)} and "
+            f"{_format(one.output)}: running statistics lag behind: train a few more steps before evaluating"
         )
     return problems
 
@@ -222,36 +224,38 @@ def _gradient_sizes(layers: list[LayerSignal]) -> list[str]:
     if not reached:
         return []
     (first, large), (last, small) = reached[0], reached[-1]
-    sizes = f"RMS {_number(large)} at the input of {first}, {_number(small)} at that of {last}"
+    sizes = f"RMS {_format(large)} at the input of {first}, {_format(small)} at that of {last}"
     if large > GRADIENTS * small:
-        return [f"exploding gradients: {sizes}: {REMEDY}; clipping does not mend the forward pass"]
+        return [f"exploding gradients: {sizes}: {REMEDY}; clipping does not fix the forward pass"]
     if small > GRADIENTS * large:
-        return [f"vanishing gradients: {sizes}: have norms or shortcuts between the layers, or begin near the identity"]
+        return [
+            f"vanishing gradients: {sizes}: add norms or shortcuts between the layers, or initialise near the identity"
+        ]
     return []
 
 
 def _dead(training: Recorder, gradients: dict[str, Gradients]) -> list[str]:
-    nothing = Gradients(None, None, False)
+    none = Gradients(None, None, False)
     dead = []
     for name, call in training.calls.items():
-        back = gradients.get(name, nothing)
+        back = gradients.get(name, none)
         if call.kernel == 0 or (call.constant and back.generator == 0 and back.arrives):
             dead.append(name)
     if not dead:
         return []
     return [
-        f"dead generator: {_some(dead)}: kernels are zero, or the same everywhere while the generator's weights get no "
-        "gradient: initialise these generators again, and train with a smaller learning rate"
+        f"dead generator: {_shorten(dead)}: kernels are zero, or the same everywhere while the generator's weights get "
+        "no gradient: reinitialise these generators, and train with a smaller learning rate"
     ]
 
 
 def _growing(growth: float | None) -> list[str]:
     if growth is None or growth <= QUADRATIC:
         return []
-    size = "overflow" if growth == math.inf else f"grow by 2^{_number(growth)}"
+    size = "overflow" if growth == math.inf else f"grow by 2^{_format(growth)}"
     return [
         f"growing: doubling the input makes the network's output in evaluation {size}, where a convolutional network's "
-        f"doubles: have {GENERATOR}"
+        f"doubles: use {GENERATOR}"
     ]
 
 
@@ -260,21 +264,21 @@ def _notes(layers: list[LayerSignal], gradients: dict[str, Gradients]) -> list[s
     fast = [one.growth for one in layers if one.growth is not None and one.growth > QUADRATIC]
     if fast:
         notes.append(
-            f"{len(fast)} of {len(layers)} layers grow with their input to the power of {_number(max(fast))} in "
-            "evaluation: their kernels grow with the features that they are made from"
+            f"{len(fast)} of {len(layers)} layers grow with their input to the power of {_format(max(fast))} in "
+            "evaluation: their kernels grow with the features that they are generated from"
         )
     idle = [name for name, back in gradients.items() if not back.arrives]
     if idle:
         notes.append(
-            f"no gradient reaches {_some(idle)}: right in the first step of blocks that begin as their shortcut "
-            "(zero_init_last), wrong later"
+            f"no gradient reaches {_shorten(idle)}: expected in the first step of blocks that start as their shortcut "
+            "(zero_init_last), a problem later"
         )
     return notes
 
 
 @contextmanager
-def _kept(model: nn.Module) -> Iterator[None]:
-    """Restores modes, buffers and torch's generators of random numbers."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """A context manager that restores modes, buffers and torch's random state."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, one) for module in model.modules() for name, one in module._buffers.items()]
     copies = [None if one is None else one.clone() for *_, one in buffers]
@@ -305,7 +309,7 @@ def _doubled(batch: Any) -> Any:
 
 
 def _is_detections(output: Any) -> bool:
-    """A dictionary for every image, as torchvision's detectors return: boxes do not grow with the image's values."""
+    """Whether an output is torchvision's detections, a dictionary per image: boxes do not scale with pixel values."""
     return isinstance(output, list) and bool(output) and isinstance(output[0], dict)
 
 
@@ -317,9 +321,9 @@ def _default_loss(output: Any) -> Tensor:
     return torch.stack([one if losses else one.float().square().mean() for one in parts]).sum()
 
 
-def _number(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _some(names: list[str]) -> str:
+def _shorten(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,7 +1,4 @@
-"""Kernel generators: modules that look at a layer's input and return its kernel map.
-
-A generator gets the layer's input at full resolution, [N, C, *S], and returns [N, G, *K, *O] with O = ceil(S / stride).
-"""
+"""Kernel generators: modules that map a layer's input [N, C, *S] to a kernel map [N, G, *K, *ceil(S / stride)]."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -15,11 +12,10 @@ from ..ops.arguments import same_padding
 from ..ops.layer import average_windows
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 class _AvgPool3d(nn.AvgPool3d):
-    """As the others pool, also images that are smaller than a window."""
+    """Average pooling that accepts images smaller than a window, as torch's in 1d and 2d do."""
 
     def forward(self, input: Tensor) -> Tensor:
         return average_windows(input, self.stride)  # type: ignore[arg-type]
@@ -29,10 +25,10 @@ AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
 
 
 class ChannelRMSNorm(nn.Module):
-    """Divides every position by the RMS of its channels, so that their scale makes no difference; no parameters.
+    """RMS norm over the channels of each position, without parameters: the result does not depend on the input's scale.
 
-    It looks at nothing but the position itself: no batch, no running statistics, no other positions. float16 and
-    bfloat16 take the mean square in float32. Where the RMS is not well above sqrt(eps), the result fades to 0.
+    Positions are independent: no batch statistics, no running statistics. float16 and bfloat16 compute the mean square
+    in float32. Where the RMS is not well above sqrt(eps), the result tends to 0.
 
     Args:
         eps: added to the mean square.
@@ -55,30 +51,30 @@ KERNEL_INITS = ("identity", "box", "paper")
 
 
 class BottleneckGenerator(nn.Module):
-    """The paper's generator (section 3.2), reduce, normalise, activate, span, its input's scale removed.
+    """The paper's generator (section 3.2): reduce, norm, activation, span; by default invariant to the input's scale.
 
-    By default the norm divides the reduced features by their RMS at every position, and kernels begin as the identity:
-    the layer is of degree one in its input, as a convolution is, at any depth. In the paper's own generator,
-    ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, which makes the layer quadratic
-    in its input, and begin with random signs.
+    By default the norm is an RMS norm over channels and kernels are initialised to the identity, so the layer is of
+    degree one in its input, as a convolution is, at any depth. In the paper's generator,
+    ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, so the layer is quadratic in its
+    input, and they are initialised with random signs.
 
-    With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
-    border. Cost: ``(C*C/r + C/r * G*prod(K)) * prod(O)`` multiply-adds.
+    With a stride above 1 the input is first averaged over windows of the stride's size, clipped at the border. Cost:
+    ``(C*C/r + C/r * G*prod(K)) * prod(O)`` multiply-adds.
 
     Args:
         channels: C of the layer's input.
-        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        kernel_size: K, one int per spatial axis; their count selects 1d, 2d or 3d.
         groups: G, the number of kernels per position.
-        stride: one number per spatial axis.
-        dilation: one number per spatial axis; makes no difference.
+        stride: one int per spatial axis.
+        dilation: one int per spatial axis; ignored.
         reduction_ratio: r; the hidden width is max(1, C // r).
-        norm_layer: called with the hidden width, for the norm between reduction and activation; None has a
-            `ChannelRMSNorm` (the paper's is BatchNorm).
+        norm_layer: between reduction and activation; called with the hidden width. None is `ChannelRMSNorm` (the paper
+            has batch norm).
         act_layer: called without arguments.
-        kernel_init: how kernels begin. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box": the
-            window's average. Both zero the span's weight, which training moves at once. "paper": random, by the span
-            convolution's usual initialisation. Or a callable, which gets the span's weight as [G, prod(K), C/r] and its
-            bias as [G, prod(K)], and fills them in place.
+        kernel_init: the initial kernels. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box":
+            the window's average. Both zero the span's weight, which still gets a gradient in the first step. "paper":
+            random, by the span convolution's default initialisation. Or a callable, which gets the span's weight as [G,
+            prod(K), C/r] and its bias as [G, prod(K)], and fills them in place.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
 
@@ -114,7 +110,7 @@ class BottleneckGenerator(nn.Module):
 
     @torch.no_grad()
     def init_kernels(self) -> None:
-        """Lets the kernels begin as `kernel_init` says; "paper" leaves the span's parameters as they are."""
+        """Initialises the span by `kernel_init`; "paper" leaves its parameters as they are."""
         if self.kernel_init == "paper":
             return
         groups, taps = self.map_shape[0], math.prod(self.map_shape[1:])
@@ -131,7 +127,7 @@ class BottleneckGenerator(nn.Module):
             bias.view(self.map_shape)[centre] = 1
 
     def hidden(self, input: Tensor) -> Tensor:
-        """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
+        """The input of the span convolution: [N, C, *S] -> [N, width, *O]."""
         hidden: Tensor = self.act(self.norm(self.reduce(self.pool(input))))
         return hidden
 
@@ -141,7 +137,7 @@ class BottleneckGenerator(nn.Module):
         return span.unflatten(1, self.map_shape)
 
     def is_fusable(self) -> bool:
-        """Whether `forward` is no more than `hidden` and the span convolution: the fused layer may take its place."""
+        """Whether the fused layer can replace `forward`: it is `hidden` and a 1x1 span convolution, without hooks."""
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
         kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         hooked = any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
@@ -149,19 +145,19 @@ class BottleneckGenerator(nn.Module):
 
 
 class LinearGenerator(nn.Module):
-    """One 1x1 convolution from the input to the kernels, without a bottleneck (compared in section 4.3 of the paper).
+    """One 1x1 convolution from the input to the kernels, without a bottleneck (paper, section 4.3).
 
-    It has no norm: kernels grow with the input, which makes the layer quadratic in it.
+    It has no norm: kernels grow with the input, so the layer is quadratic in it.
 
-    With a stride above 1 the input is first averaged over windows of the stride's size, the last one cut off at the
-    border. Cost: ``C * G*prod(K) * prod(O)`` multiply-adds.
+    With a stride above 1 the input is first averaged over windows of the stride's size, clipped at the border. Cost:
+    ``C * G*prod(K) * prod(O)`` multiply-adds.
 
     Args:
         channels: C of the layer's input.
-        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        kernel_size: K, one int per spatial axis; their count selects 1d, 2d or 3d.
         groups: G, the number of kernels per position.
-        stride: one number per spatial axis.
-        dilation: one number per spatial axis; makes no difference.
+        stride: one int per spatial axis.
+        dilation: one int per spatial axis; ignored.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -186,9 +182,9 @@ class LinearGenerator(nn.Module):
 
 
 class ContextGenerator(BottleneckGenerator):
-    """The bottleneck with a 3x3 depthwise convolution before the span, so that a kernel sees its position's neighbours.
+    """The bottleneck with a 3x3 depthwise convolution before the span: kernels depend on a 3x3 neighbourhood.
 
-    Cost: that of the bottleneck and ``3**dims * C/r * prod(O)`` multiply-adds. Arguments as in `BottleneckGenerator`.
+    Cost: that of the bottleneck plus ``3**dims * C/r * prod(O)`` multiply-adds. Arguments as in `BottleneckGenerator`.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -212,23 +208,23 @@ class ContextGenerator(BottleneckGenerator):
         self.context = CONVOLUTION[len(kernel_size)](width, width, 3, padding=1, groups=width)
 
     def hidden(self, input: Tensor) -> Tensor:
-        """What the span convolution reads: [N, C, *S] -> [N, width, *O]."""
+        """The input of the span convolution: [N, C, *S] -> [N, width, *O]."""
         hidden: Tensor = self.act(self.context(super().hidden(input)))
         return hidden
 
 
 class PositionGenerator(nn.Module):
-    """Kernels that depend on the position alone, not on the input: a small network of its coordinates.
+    """Kernels that depend only on the position, not on the input: a two-layer network of its coordinates.
 
-    Coordinates run from -1 to 1 along every axis, so that it serves any size. Cost: ``(dims * width + width *
+    Coordinates run from -1 to 1 along every axis, for any size. Cost: ``(dims * width + width *
     G*prod(K)) * prod(O)`` multiply-adds, once for a whole batch.
 
     Args:
-        channels: of the layer's input; makes no difference.
-        kernel_size: K, one number per spatial axis; their count decides between 1d, 2d and 3d.
+        channels: of the layer's input; ignored.
+        kernel_size: K, one int per spatial axis; their count selects 1d, 2d or 3d.
         groups: G, the number of kernels per position.
-        stride: one number per spatial axis.
-        dilation: one number per spatial axis; makes no difference.
+        stride: one int per spatial axis.
+        dilation: one int per spatial axis; ignored.
         width: of the hidden layer.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
@@ -261,11 +257,11 @@ class PositionGenerator(nn.Module):
 
 
 class SoftmaxGenerator(BottleneckGenerator):
-    """The bottleneck, with every kernel's weights positive and summing to 1 over the taps inside the input.
+    """The bottleneck with a softmax over each kernel: weights are positive and sum to 1 over the taps inside the input.
 
-    The layer then averages its window, as attention and kernel-predicting denoisers do. Costs what the bottleneck does.
-    Arguments as in `BottleneckGenerator`, but that `dilation` decides which taps are inside, and kernels begin with
-    random logits.
+    The layer is then a weighted average of its window, as in attention and kernel-predicting denoisers. Same cost as
+    the bottleneck. Arguments as in `BottleneckGenerator`, except that `dilation` determines which taps are inside, and
+    that the logits are initialised randomly.
 
     Shapes: ``[N, C, *S] -> [N, G, *K, *ceil(S / stride)]``.
     """
@@ -298,16 +294,16 @@ def window_softmax(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Softmax over every window's taps that are inside the input.
+    """Softmax over the taps of each window that are inside the input; the others get weight 0.
 
-    The others have weight 0, but where a window has no tap inside (which the operator would not read anyway).
+    A window without any tap inside gets the softmax over all taps; the operator never reads it.
 
     Args:
         logits: ``[N, G, *K, *O]``.
         sizes: of the input's spatial axes.
-        stride: one number per spatial axis.
-        padding: left and right, of every spatial axis.
-        dilation: one number per spatial axis.
+        stride: one int per spatial axis.
+        padding: (left, right) per spatial axis.
+        dilation: one int per spatial axis.
 
     Returns:
         The same shape.
@@ -315,25 +311,25 @@ def window_softmax(
     dims, outside = len(sizes), []
     for axis, size in enumerate(sizes):
         taps = torch.arange(logits.shape[2 + axis], device=logits.device) * dilation[axis] - padding[axis][0]
-        places = torch.arange(logits.shape[2 + dims + axis], device=logits.device) * stride[axis]
-        where = taps[:, None] + places
+        positions = torch.arange(logits.shape[2 + dims + axis], device=logits.device) * stride[axis]
+        read = taps[:, None] + positions
         shape = [1] * (2 * dims)
-        shape[axis], shape[dims + axis] = where.shape
-        outside.append(((where < 0) | (where >= size)).view(shape))
-    left_out = reduce(torch.logical_or, outside)
-    left_out = left_out & ~left_out.flatten(0, dims - 1).all(0)
-    mask = torch.zeros(left_out.shape, dtype=logits.dtype, device=logits.device).masked_fill(left_out, -torch.inf)
+        shape[axis], shape[dims + axis] = read.shape
+        outside.append(((read < 0) | (read >= size)).view(shape))
+    excluded = reduce(torch.logical_or, outside)
+    excluded = excluded & ~excluded.flatten(0, dims - 1).all(0)
+    mask = torch.zeros(excluded.shape, dtype=logits.dtype, device=logits.device).masked_fill(excluded, -torch.inf)
     kernel = logits.shape[2 : 2 + dims]
     if logits.stride(1 + dims) > logits.stride(-1):
         return (logits + mask).flatten(2, 1 + dims).softmax(2).unflatten(2, kernel)
-    # channels_last: softmax would copy it there and back. In memory's own order it is [N, *O, G, *K].
+    # channels_last: permuted to memory order [N, *O, G, *K], where softmax over the last axis copies nothing
     first, last = tuple(range(1, 2 + dims)), tuple(range(-1 - dims, 0))
     rows = logits.movedim(first, last) + mask.unsqueeze(0).movedim(tuple(range(1 + dims)), last).contiguous()
     return rows.flatten(-dims).softmax(-1).unflatten(-1, kernel).movedim(last, first)
 
 
 def _pool(stride: Sequence[int]) -> nn.Module:
-    """Averages over windows of the stride's size, the last one cut off at the border."""
+    """Average pooling over windows of the stride's size, clipped at the border."""
     strides = tuple(stride)
     if max(strides) == 1:
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""Involution1d, Involution2d and Involution3d: a kernel generator and the operator, from one body."""
+"""Involution1d, Involution2d and Involution3d: layers of a kernel generator and the operator."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -14,10 +14,9 @@ from .generators import BottleneckGenerator, KernelInit
 
 
 class _Involution(nn.Module):
-    """The body of all three layers; see :class:`Involution2d`."""
+    """The implementation of all three layers; see :class:`Involution2d`."""
 
     dims: int
-    memory_efficient = False  # what layers pickled before there was such a choice have
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class _Involution(nn.Module):
         return involve(input, kernel_map, self.stride, self._sides, self.dilation)
 
     def extra_repr(self) -> str:
-        """The arguments, as nn.Conv2d shows its own."""
+        """The arguments, in the form of nn.Conv2d."""
         parts: list[Any] = [self.channels, f"kernel_size={self.kernel_size}", f"stride={self.stride}"]
         if max(self.dilation) > 1:
             parts.append(f"dilation={self.dilation}")
@@ -131,41 +130,41 @@ class Involution1d(_Involution):
 
 
 class Involution2d(_Involution):
-    """The involution layer (paper, section 3.2): kernels generated from the input, then applied to it.
+    """The involution layer (paper, section 3.2): generates kernels from the input and applies them to it.
 
-    By default its output grows in proportion to its input, and it begins as the identity (with a stride, as
-    subsampling), so that layers can be stacked to any depth with or without norms. The paper's own layer, for its
-    weights and tables, is ``Involution2d(channels, norm_layer=nn.BatchNorm2d, kernel_init="paper")``.
+    By default the output scales linearly with the input, and the layer is initialised as the identity (with a stride,
+    as subsampling), so it can be stacked to any depth with or without norms. The paper's layer, for its weights and
+    tables, is ``Involution2d(channels, norm_layer=nn.BatchNorm2d, kernel_init="paper")``.
 
-    Always returns ceil(S / stride) positions per axis; the left side is padded by floor(dilation * (K - 1) / 2).
+    The output has ceil(S / stride) positions per axis; the left padding is floor(dilation * (K - 1) / 2).
 
     Args:
         channels: C, of input and output.
         kernel_size: K, an int or one per axis.
         stride: an int or one per axis.
-        padding: None, or the value that None stands for (the layer's output size is fixed).
+        padding: None, or the value that None stands for; the output size is fixed.
         dilation: an int or one per axis.
         group_channels: channels that share a kernel; must divide `channels`; or "all".
         reduction_ratio: of the default generator.
-        norm_layer: of the default generator: called with the hidden width, for the norm before its activation; None
-            divides every position's features by their RMS (the paper's is BatchNorm).
-        act_layer: of the default generator: called without arguments.
-        kernel_init: of the default generator: how kernels begin, "identity", "box", "paper" (random) or a callable; see
-            `BottleneckGenerator`.
-        kernel_generator: None for `BottleneckGenerator`; or a module, or a callable (channels, kernel_size, groups,
-            stride, dilation) -> module. The module maps the layer's input ``[N, C, *S]`` to
+        norm_layer: of the default generator, before its activation; called with the hidden width. None is an RMS norm
+            over channels (the paper has batch norm).
+        act_layer: of the default generator; called without arguments.
+        kernel_init: of the default generator: the initial kernels, "identity", "box", "paper" (random) or a callable;
+            see `BottleneckGenerator`.
+        kernel_generator: None (`BottleneckGenerator`), a module, or a callable (channels, kernel_size, groups, stride,
+            dilation) -> module. The module maps the layer's input ``[N, C, *S]`` to
             ``[N, G, *K, *ceil(S / stride)]``.
-        memory_efficient: training keeps the input and the hidden features but not the kernel map, which is prod(K) /
-            group_channels times the output's size: the backward pass makes it again, a patch at a time. Same gradients,
-            more arithmetic. Without gradients the map is never stored, whatever this says. Default generator only.
+        memory_efficient: training saves the input and the hidden features, but not the kernel map, which is prod(K) /
+            group_channels times the output's size: backward recomputes it, a patch at a time. Same gradients, more
+            arithmetic. Without gradients the map is never stored in either case. Default generator only.
         device: of the parameters.
         dtype: of the parameters.
 
     Shapes: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]; the batch axis may be missing.
 
     Raises:
-        TypeError: kernel_generator is neither a module nor makes one.
-        ValueError: an argument or the input does not fit; the generator's map does not fit the layer or the output.
+        TypeError: kernel_generator is neither a module nor a callable that returns one.
+        ValueError: an argument or the input does not fit, or the generator's kernel map does not fit the layer.
     """
 
     dims = 2

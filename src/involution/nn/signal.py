@@ -1,4 +1,4 @@
-"""Signal propagation: what a network's involutions do to the RMS of a signal and of its gradient."""
+"""Signal propagation: the RMS of activations and gradients at every involution, recorded by forward hooks."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,9 +19,9 @@ LAYERS = (
 class Call(NamedTuple):
     """One call of a layer: RMS of input, kernel map and output.
 
-    `taps` is mean and standard deviation of the kernels' sums; `constant` says that all positions of all images have
-    the same kernels; `growth` is the binary logarithm of the output's growth when the layer's input is doubled (a
-    convolution's is 1), None where it has not been measured; `tensors` are input and output.
+    `taps` is mean and standard deviation of the kernels' sums; `constant` is True if all positions of all images have
+    the same kernels; `growth` is log2 of the output's growth when the layer's input is doubled (1 for a convolution),
+    None if not measured; `tensors` are input and output.
     """
 
     layer: Any
@@ -35,9 +35,9 @@ class Call(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """A loss's: RMS at a layer's input, norm of its generator's weights', and whether any arrives at its output.
+    """Gradients of a loss at one layer: RMS at its input, norm over its generator's weights, None without a gradient.
 
-    The first two are None where there is none.
+    `arrives` is whether the gradient at the layer's output is nonzero.
     """
 
     input: float | None
@@ -46,14 +46,14 @@ class Gradients(NamedTuple):
 
 
 class Recorder:
-    """A context in which a network's calls are recorded.
+    """A context manager that records the calls of a network's layers.
 
-    `calls` has a call of every layer, in their order; of several calls of a layer the one with the largest output.
-    `culprit` is the first module that returned NaN or infinity of finite tensors.
+    `calls` has one call per layer, in the order of execution; of several calls of a layer, that with the largest
+    output. `culprit` is the first module that returned NaN or infinity for finite inputs.
 
     Args:
         model: to record.
-        growth: measure every layer's growth, for which it runs once more.
+        growth: measure every layer's growth, which runs it once more.
     """
 
     def __init__(self, model: nn.Module, growth: bool = False) -> None:
@@ -75,24 +75,24 @@ class Recorder:
             handle.remove()
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def called(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self._measuring:
                 return
-            if self.culprit is None and not is_finite(output) and is_finite((given, named)):
+            if self.culprit is None and not is_finite(output) and is_finite((args, kwargs)):
                 self.culprit = f"{name} ({type(module).__name__})"
-            if isinstance(module, LAYERS) and output.numel():  # a mask head gets no region, where there is no object
+            if isinstance(module, LAYERS) and output.numel():  # empty for a mask head without regions
                 self._measuring = True  # the generator and the layer run again
                 try:
-                    call = _measured(module, given[0] if given else named["input"], output, self.growth)
+                    call = _measured(module, args[0] if args else kwargs["input"], output, self.growth)
                 finally:
                     self._measuring = False
                 if name not in self.calls or not call.output <= self.calls[name].output:
                     self.calls[name] = call
 
-        return called
+        return hook
 
     def gradients(self, loss: Tensor) -> dict[str, Gradients]:
-        """Every layer's gradients of a loss; nothing where it has none. Parameters' own `.grad` stay as they are."""
+        """The gradients of a loss at every layer, empty if it has none; parameters' `.grad` do not change."""
         weights = {name: _weights(call.layer.generator) for name, call in self.calls.items()}
         wanted = {
             id(one): one
@@ -116,13 +116,13 @@ class Recorder:
 
 
 def _weights(generator: nn.Module) -> list[Tensor]:
-    """Without biases: the last one's gets a gradient from a generator whose activations are all zero, too."""
+    """All but biases: the last bias gets a gradient even if all of the generator's activations are zero."""
     return [one for one in generator.parameters() if one.requires_grad and one.dim() > 1]
 
 
 @torch.no_grad()
 def _measured(layer: Any, x: Tensor, y: Tensor, growth: bool) -> Call:
-    """The kernel map is generated again: without gradients the layer itself never stores it."""
+    """Measures a call. Recomputes the kernel map, which a layer without gradients does not store."""
     kernels: Tensor = layer.generator(x if x.dim() == layer.dims + 2 else x.unsqueeze(0))
     kernels = kernels.flatten(2, 1 + layer.dims).flatten(3).float()  # [N, G, taps, positions]
     sums = kernels.sum(2)
@@ -139,7 +139,7 @@ def _measured(layer: Any, x: Tensor, y: Tensor, growth: bool) -> Call:
 
 
 def growth_of(before: list[Tensor], after: Callable[[], list[Tensor]]) -> float | None:
-    """log2 of the ratio of RMS values: infinity where only the second overflows, None where the first is 0 or does."""
+    """log2 of the ratio of RMS values: infinity if only the second overflows, None if the first does or is 0."""
     first = rms(*before)
     if first == 0 or not math.isfinite(first):
         return None
@@ -151,7 +151,7 @@ def growth_of(before: list[Tensor], after: Callable[[], list[Tensor]]) -> float 
 
 @torch.no_grad()
 def rms(*tensors: Tensor) -> float:
-    """Of all their elements together, scaled by the largest so that no square overflows; 0 where there are none."""
+    """The RMS over all elements, scaled by the largest so that no square overflows; 0 without elements."""
     parts = [one.detach().flatten() for one in tensors if one.numel()]
     if not parts:
         return 0.0

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments: ranks, sizes, dtypes, and one value per spatial axis."""
+"""Argument checks of the public functions: ranks, sizes, dtypes, and the expansion to one value per spatial axis."""
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -20,7 +20,7 @@ def check_call(
     """Checks the arguments of an involution1d, 2d or 3d call without running it.
 
     Returns:
-        The two tensors as a backend would get them: batched, and cast under autocast.
+        The two tensors as a backend gets them: batched, and cast under autocast.
 
     Raises: as involution2d.
     """
@@ -37,7 +37,7 @@ def check_call(
 def per_axis_arguments(
     input: Tensor, kernel_map: Tensor, stride: Ints, padding: Padding, dilation: Ints
 ) -> tuple[Tensor, Tensor, tuple[int, ...], list[tuple[int, int]], tuple[int, ...]]:
-    """A call's arguments in full: batched tensors, and one number (or pair) per spatial axis."""
+    """A call's arguments in full: batched tensors, and one value (padding: a pair) per spatial axis."""
     dims = kernel_map.dim() - input.dim()
     if input.dim() == dims + 1:
         input, kernel_map = input.unsqueeze(0), kernel_map.unsqueeze(0)
@@ -47,7 +47,7 @@ def per_axis_arguments(
 
 
 def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Left and right padding of every axis with which a layer's output has ceil(size / stride) positions."""
+    """The left and right padding per axis that makes a layer's output ceil(size / stride) positions."""
     totals = [d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True)]
     return [(total // 2, total - total // 2) for total in totals]
 
@@ -59,14 +59,14 @@ def checked_arguments(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The two tensors, cast under autocast, if they agree with each other and with the window."""
+    """Casts both tensors under autocast, and raises unless they fit each other and the window."""
     input, kernel_map = under_autocast(input, kernel_map)
     check_same_kind(input, kernel_map)
     call = input.shape, kernel_map.shape, tuple(stride), tuple(padding), tuple(dilation)
     check = check_window if torch.compiler.is_compiling() else _check_window_cached
     try:
         check(*call)
-    except TypeError:  # symbolic sizes cannot be remembered
+    except TypeError:  # symbolic sizes are not hashable
         check_window(*call)
     return input, kernel_map
 
@@ -78,7 +78,7 @@ def check_window(
     padding: tuple[tuple[int, int], ...],
     dilation: tuple[int, ...],
 ) -> None:
-    """Raises ValueError unless these shapes and this window belong together."""
+    """Raises ValueError unless the shapes fit each other and the window."""
     _check_shapes(input, kernel_map)
     dims = len(stride)
     kernel, output = kernel_map[2 : 2 + dims], kernel_map[2 + dims :]
@@ -100,11 +100,11 @@ def check_window(
         )
 
 
-_check_window_cached = lru_cache(maxsize=1024)(check_window)  # calls of the same shapes follow each other
+_check_window_cached = lru_cache(maxsize=1024)(check_window)  # a network repeats the same shapes
 
 
 def check_tensors(input: Tensor, kernel_map: Tensor) -> None:
-    """Raises TypeError unless both are dense tensors of a floating dtype that the operator has."""
+    """Raises TypeError unless both are dense tensors of a supported floating dtype."""
     for name, tensor in (("input", input), ("kernel_map", kernel_map)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -115,7 +115,7 @@ def check_tensors(input: Tensor, kernel_map: Tensor) -> None:
 
 
 def under_autocast(input: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Both arguments in autocast's dtype where autocast is on, as conv2d has it; float64 is left alone."""
+    """Casts both to the autocast dtype where autocast is active, as conv2d does; float64 stays."""
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return input, kernel_map
@@ -124,7 +124,7 @@ def under_autocast(input: Tensor, kernel_map: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_same_kind(input: Tensor, kernel_map: Tensor) -> None:
-    """Raises TypeError for two dtypes, ValueError for two devices."""
+    """Raises TypeError for different dtypes, ValueError for different devices."""
     if input.dtype != kernel_map.dtype:
         raise TypeError(f"input and kernel_map must have one dtype, got {input.dtype} and {kernel_map.dtype}")
     if input.device != kernel_map.device:
@@ -149,14 +149,14 @@ def _check_shapes(input: Sequence[int], kernel_map: Sequence[int]) -> None:
         raise ValueError(f"kernel_map must have no empty kernel or spatial axis ({shapes})")
 
 
-def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
-    """One number per spatial axis, from an int or a sequence.
+def per_axis(name: str, value: Ints, dims: int, minimum: int) -> tuple[int, ...]:
+    """One int per spatial axis, from an int or a sequence.
 
     Raises:
-        ValueError: `value` is neither, below `least` or absurdly large; the message names it.
+        ValueError: `value` is neither, below `minimum` or above 2**31 - 1; the message begins with `name`.
     """
-    if type(value) is int and least <= value <= LARGEST:
-        return (value,) * dims  # nearly always
+    if type(value) is int and minimum <= value <= LARGEST:
+        return (value,) * dims  # the common case
     values = tuple(value) if isinstance(value, Iterable) else (value,)
     if len(values) == 1:
         values *= dims
@@ -164,8 +164,8 @@ def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
         isinstance(v, Integral | torch.SymInt) and not isinstance(v, bool) for v in values
     ):
         raise ValueError(f"{name} must be an int or {dims} ints, got {value!r}")
-    if any(v < least for v in values):
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if any(v < minimum for v in values):
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
     if any(v > LARGEST for v in values):
         raise ValueError(f"{name} must be at most {LARGEST}, got {value!r}")
     return tuple(v if isinstance(v, int | torch.SymInt) else int(v) for v in values)
@@ -174,12 +174,12 @@ def per_axis(name: str, value: Ints, dims: int, least: int) -> tuple[int, ...]:
 def _sides(
     padding: Padding, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Left and right padding of every axis."""
+    """The left and right padding per axis, from any form that `padding` may have."""
     if isinstance(padding, str) and padding == "valid":
         padding = 0
     if isinstance(padding, str) and padding == "same":
         if any(s > 1 for s in stride):
-            raise ValueError(f'padding="same" wants stride 1, got stride {list(stride)}')
+            raise ValueError(f'padding="same" needs stride 1, got stride {list(stride)}')
         return same_padding(kernel, dilation)
     if isinstance(padding, str):
         raise ValueError(f'padding must be an int, {len(kernel)} ints, "same" or "valid", got {padding!r}')

@@ -1,4 +1,4 @@
-"""The public functions: involution1d, involution2d and involution3d; and correlate, of which attention is made."""
+"""The public functions: involution1d, involution2d and involution3d, and `correlate`, which attention is built on."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def involution1d(
 def involution2d(
     input: Tensor, kernel_map: Tensor, stride: Ints = 1, padding: Padding = 0, dilation: Ints = 1
 ) -> Tensor:
-    """Applies to every position its own kernel, shared by the channels of a group (paper, section 3.1).
+    """Applies a different kernel at every position, shared by the channels of a group (paper, section 3.1).
 
         y[n, c, i, j] = sum over u, v of k[n, c // (C/G), u, v, i, j] * x[n, c, i*s + u*d - p, j*s + v*d - p]
 
@@ -44,16 +44,16 @@ def involution2d(
         kernel_map: [N, G, Kh, Kw, Ho, Wo] or [G, Kh, Kw, Ho, Wo], of input's dtype and device; G divides C. Output
             sizes follow torch.nn.functional.conv2d: Ho = (H + 2*padding - dilation*(Kh-1) - 1) // stride + 1.
         stride: an int, or one per spatial axis.
-        padding: an int, one per spatial axis, "valid", or "same" (stride 1 only; where the total is odd, the right
-            side gets the extra position).
+        padding: an int, one per spatial axis, "valid", or "same" (stride 1 only; an odd total puts the extra
+            position on the right side).
         dilation: an int, or one per spatial axis.
 
     Returns:
-        [N, C, Ho, Wo] (or [C, Ho, Wo]), of input's dtype, or autocast's under autocast; channels_last exactly if the
+        [N, C, Ho, Wo] (or [C, Ho, Wo]), in input's dtype, or autocast's under autocast; channels_last exactly if the
         input is and is not also contiguous. Half precision accumulates in float32.
 
     Raises:
-        TypeError: an argument is no tensor, a dtype is not one of the four, or the two dtypes differ.
+        TypeError: an argument is not a tensor, a dtype is not one of the four, or the two dtypes differ.
         ValueError: ranks, sizes, devices, groups, stride, padding or dilation do not fit.
     """
     return _involution(2, input, kernel_map, stride, padding, dilation)
@@ -76,7 +76,7 @@ def _involution(dims: int, input: Tensor, kernel_map: Tensor, stride: Ints, padd
         return _involution(dims, input.unsqueeze(0), kernel_map.unsqueeze(0), stride, padding, dilation).squeeze(0)
     if input.dim() != dims + 2 or kernel_map.dim() != 2 * dims + 2:
         raise ValueError(
-            f"involution{dims}d wants input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
+            f"involution{dims}d needs input of rank {dims + 2} and kernel_map of rank {2 * dims + 2} (or both without "
             f"the batch), got input {list(input.shape)} and kernel_map {list(kernel_map.shape)}"
         )
     return involve(*per_axis_arguments(input, kernel_map, stride, padding, dilation))
@@ -89,7 +89,7 @@ def involve(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Involution with a left and a right padding for every spatial axis; batched tensors only.
+    """Involution of batched tensors, with separate left and right padding per spatial axis.
 
     Raises: as involution2d.
     """
@@ -107,7 +107,7 @@ def correlate(
     padding: Sequence[tuple[int, int]],
     dilation: Sequence[int],
 ) -> Tensor:
-    """Products of every position's query with the keys of its window; the gradient of `involve` in its kernel map.
+    """Dot products of each position's query with the keys in its window: the gradient of `involve` w.r.t. kernel_map.
 
         k[n, g, u, o] = sum over c in group g of query[n, c, o] * key[n, c, o*stride + u*dilation - padding]
 
@@ -117,10 +117,10 @@ def correlate(
         query: ``[N, C, *O]``.
         key: ``[N, C, *S]``, of the same dtype and device.
         groups: G, which divides C.
-        kernel_size: K, one number per spatial axis.
-        stride: likewise.
-        padding: left and right, of every spatial axis.
-        dilation: one number per spatial axis.
+        kernel_size: K, one int per spatial axis.
+        stride: one int per spatial axis.
+        padding: (left, right) per spatial axis.
+        dilation: one int per spatial axis.
 
     Returns:
         ``[N, G, *K, *O]``.

@@ -1,8 +1,11 @@
-"""The fused layer as torch operators: kernels are generated for a patch of positions, applied, and never stored.
+"""The fused layer as torch operators: the kernels of a patch of positions are generated, applied and discarded.
 
-torch.ops.involution.fused_layer is differentiable and begins at the hidden features. fused_bottleneck is for inference
-and adds the neighbours in a residual block: the reduction before, the expansion (1x1 convolution) and the shortcut
-after, and the reduction of the next block.
+The kernel map is prod(K) / group_channels times the size of the output; it is never stored. Three operators:
+
+    fused_layer             span convolution and involution, from the hidden features on; differentiable
+    fused_layer_backward    its gradients, which recompute the kernel map in parts
+    fused_bottleneck        inference only: with the reduction before it, the expansion (1x1 convolution) and shortcut
+                            after it, and the next block's reduction
 """
 
 import math
@@ -45,30 +48,30 @@ def fused_layer(
     shift: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
-    """The span convolution of the paper's generator and the involution with its kernels, without the kernel map.
+    """The generator's span convolution and the involution with its kernels, without storing the kernel map.
 
-    ``y = involution(input, hidden @ span_weight.T + span_bias)``, then ``scale * y + shift``, then ReLU, where asked
-    for. Sizes are the layer's: O = ceil(S / stride), padded by ``floor(dilation * (K - 1) / 2)`` on the left.
+    ``y = involution(input, hidden @ span_weight.T + span_bias)``, then optionally ``scale * y + shift`` and ReLU. Sizes
+    are those of `Involution2d`: O = ceil(S / stride), padded by ``floor(dilation * (K - 1) / 2)`` on the left.
 
     Args:
         input: ``[N, C, *S]``.
-        hidden: ``[N, R, *O]``, what the span convolution reads.
+        hidden: ``[N, R, *O]``, the input of the span convolution.
         span_weight: [G * prod(K), R], group-major, then kernel positions.
         span_bias: [G * prod(K)] or None.
         kernel_size: K, an int or one per axis, as `stride` and `dilation`.
         stride: of the involution.
         dilation: of the involution.
-        scale: [C] or None; with `shift`, of a folded norm.
-        shift: [C], if and only if there is a scale.
-        relu: rectify the result.
+        scale: [C] or None; with `shift`, a folded norm.
+        shift: [C], exactly if there is a scale.
+        relu: apply ReLU last.
 
     Returns:
-        ``[N, C, *O]`` in the input's dtype and layout. Backward keeps only the tensors given here and makes the kernel
-        map again, a part at a time; gradients of every order.
+        ``[N, C, *O]`` in the input's dtype and layout. Backward saves only the arguments and recomputes the kernel map,
+        a part at a time; gradients of any order.
 
     Raises:
         TypeError: dtypes differ, or are not float16, bfloat16, float32 or float64.
-        ValueError: shapes do not belong together.
+        ValueError: shapes do not fit each other.
     """
     tensors: list[Any] = [input, hidden, span_weight, span_bias, scale, shift]
     device = input.device.type
@@ -80,13 +83,13 @@ def fused_layer(
     named = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     window = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return _unfused(_fused_parts(*tensors, relu), window)  # the maps know every transform
+        return _unfused(_layer_parts(*tensors, relu), window)  # the maps support every transform
     result: Tensor = torch.ops.involution.fused_layer.default(*tensors, relu, *window)
     return result
 
 
 def _unfused(parts: LayerParts, window: Sequence[Sequence[int]]) -> Tensor:
-    """The same from differentiable steps."""
+    """`fused_layer` composed of differentiable steps."""
     sizes = layer_window(parts.input.shape, parts.span_weight.shape[0], *window)
     assert parts.hidden is not None
     kernel_map = generate(parts.hidden, parts.span_weight, parts.span_bias, sizes)
@@ -108,7 +111,7 @@ def _fake(parts: LayerParts, window: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 # The operators' arguments between the input and the window, in order.
-_FUSED = ("hidden", "span_weight", "span_bias", "scale", "shift", "relu")
+_LAYER = ("hidden", "span_weight", "span_bias", "scale", "shift", "relu")
 _BOTTLENECK = (
     *("reduce_weight", "reduce_bias", "rms_eps", "span_weight", "span_bias", "scale", "shift", "relu"),
     *("expand_weight", "expand_bias", "shortcut", "expand_relu", "next_reduce_weight", "next_reduce_bias"),
@@ -116,8 +119,8 @@ _BOTTLENECK = (
 _NONE: dict[str, Any] = dict.fromkeys(("hidden", "reduce_weight", "reduce_bias"))
 
 
-def _fused_parts(input: Tensor, *arguments: Any) -> LayerParts:
-    parts = LayerParts(input, **(_NONE | dict(zip(_FUSED, arguments, strict=True))))
+def _layer_parts(input: Tensor, *arguments: Any) -> LayerParts:
+    parts = LayerParts(input, **(_NONE | dict(zip(_LAYER, arguments, strict=True))))
     if parts.span_weight.dim() != 2:
         raise ValueError(f"span_weight must be [G * prod(K), R], got {list(parts.span_weight.shape)}")
     return parts
@@ -143,7 +146,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plain = torch.ops.involution.fused_layer.default(input, hidden, weight, bias, None, None, False, *ctx.window)
         dscale, dshift = (grad * plain).sum(others), grad.sum(others)
         grad = grad * per_channel(scale, grad)
-    if torch.is_grad_enabled():  # somebody wants to differentiate the gradients: from differentiable steps
+    if torch.is_grad_enabled():  # create_graph=True: the gradients are composed of differentiable steps
         sizes = layer_window(input.shape, weight.shape[0], *ctx.window)
         kernel_map = generate(hidden, weight, bias, sizes)
         window = sizes[-3:]
@@ -186,7 +189,7 @@ def _fake_backward(
 
 
 def _flops(input: Sequence[int], pointwise: Sequence[Sequence[int] | None], window: Sequence[Any]) -> int:
-    """Two operations per multiply-add: those of the weights [out, in], the span's first, and the aggregation's."""
+    """Two per multiply-add: of the involution, and of 1x1 convolutions [out, in], of which the span is the first."""
     weights = [weight for weight in pointwise if weight is not None]
     sizes = layer_window(input, weights[0][0], *window)
     each = math.prod(sizes.kernel) * sizes.channels + sum(math.prod(weight) for weight in weights)
@@ -205,10 +208,10 @@ _SCHEMAS = (
 )
 for _schema in _SCHEMAS:
     library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-library.impl("fused_layer", lambda *a: _run(_fused_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
+library.impl("fused_layer", lambda *a: _run(_layer_parts(*a[:-3]), a[-3:])[0], "CompositeExplicitAutograd")
 library.impl("fused_layer_backward", _run_backward, "CompositeExplicitAutograd")
 library.impl("fused_bottleneck", lambda *a: _run(_bottleneck_parts(*a[:-3]), a[-3:]), "CompositeExplicitAutograd")
-torch.library.register_fake("involution::fused_layer", lambda *a: _fake(_fused_parts(*a[:-3]), a[-3:])[0], lib=library)
+torch.library.register_fake("involution::fused_layer", lambda *a: _fake(_layer_parts(*a[:-3]), a[-3:])[0], lib=library)
 torch.library.register_fake("involution::fused_layer_backward", _fake_backward, lib=library)
 torch.library.register_fake(
     "involution::fused_bottleneck", lambda *a: _fake(_bottleneck_parts(*a[:-3]), a[-3:]), lib=library

@@ -1,12 +1,14 @@
-"""The sizes of one call, which the public functions, the registrations and every backend share.
+"""The three maps of the operator, and the sizes of one call, as registrations and backends share them.
 
-Three tensors meet in the form T(x, k, g) = <y(x, k), g>, and each has a role:
+Involution is linear in the input and in the kernel map, so T(x, k, g) = <y(x, k), g> is a trilinear form of three
+tensors, each with a role:
 
     input       x  [N, C, *S]
     kernel_map  k  [N, G, *K, *O]
     output      y  [N, C, *O]      (and its gradient g)
 
-A map takes two of the roles and makes the third.
+Each gradient of T is a map that takes tensors of two roles and returns the third: apply, adjoint and correlate. The
+gradients of a map are again these three maps, so derivatives of any order need nothing else.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,12 +19,12 @@ from typing import NamedTuple
 import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LARGEST = 2**31 - 1  # of a stride, padding or dilation: positions computed from them stay far inside 64 bits
+LARGEST = 2**31 - 1  # stride, padding or dilation: keeps positions far from the limits of 64 bits
 Index = tuple[int | slice | EllipsisType, ...]
 
 
 class Map(NamedTuple):
-    """One of the three gradients of the trilinear form: its name, the roles it takes and the role it makes."""
+    """One gradient of the trilinear form: its name, the roles of its arguments and the role of its result."""
 
     name: str
     takes: tuple[str, str]
@@ -37,9 +39,9 @@ MAPS = (
 
 
 class Geometry(NamedTuple):
-    """The sizes of one call. Spatial entries have one number per axis; `padding` is that of the left side.
+    """The sizes of one call. Spatial fields have one entry per axis; `padding` is the left side's.
 
-    The right side's padding follows from the output size: taps outside the input are skipped, wherever they are.
+    The right side's padding follows from the output size. Taps outside the input are skipped on either side.
     """
 
     batch: int
@@ -53,9 +55,9 @@ class Geometry(NamedTuple):
     dilation: tuple[int, ...]
 
     def taps(self) -> Iterator[tuple[Index, Index, Index]]:
-        """Every tap that meets the input somewhere, as three indices: into the kernel map, the output and the input.
+        """Every kernel tap with a position inside the input, as indices into the kernel map, the output and the input.
 
-        They pick the weights, the output positions that these weights serve, and the input positions they multiply.
+        They select the tap's weights, the output positions that use them, and the input positions that they multiply.
         """
         for tap in product(*(range(k) for k in self.kernel)):
             at_output, at_input = [], []
@@ -78,11 +80,11 @@ def geometry(
     """The geometry of three shapes, keyed by role.
 
     Raises:
-        ValueError: the shapes do not belong together, or a stride or dilation is not positive.
+        ValueError: the shapes do not fit each other, or a stride or dilation is not positive.
     """
     dims = len(stride)
     x, k, y = shapes["input"], shapes["kernel_map"], shapes["output"]
-    agree = (
+    fit = (
         1 <= dims <= 3
         and len(padding) == len(dilation) == dims
         and len(x) == len(y) == dims + 2
@@ -93,11 +95,11 @@ def geometry(
         and x[1] % k[1] == 0
         and tuple(k[2 + dims :]) == tuple(y[2:])
     )
-    if not agree:
+    if not fit:
         raise ValueError(
-            f"shapes do not belong together: input {list(x)}, kernel_map {list(k)}, output {list(y)}; wanted "
+            f"shapes do not fit each other: input {list(x)}, kernel_map {list(k)}, output {list(y)}; wanted "
             f"[N, C, *S], [N, G, *K, *O] and [N, C, *O] with G dividing C, for stride {list(stride)}, "
-            f"padding {list(padding)} and dilation {list(dilation)} of one number per spatial axis"
+            f"padding {list(padding)} and dilation {list(dilation)} of one int per spatial axis"
         )
     if min(*stride, *dilation) < 1 or min(padding) < 0 or max(*stride, *dilation, *padding) > LARGEST:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The fused layer's parts: the tensors that it takes, the checks of their sizes, and its steps in plain PyTorch."""
+"""The fused layer's operands, the checks of their sizes, and its steps in plain PyTorch."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from .layouts import logical_order
 
 
 class LayerParts(NamedTuple):
-    """The tensors of a fused layer (fused.py); None leaves a step out.
+    """The operands of a fused layer or bottleneck (fused.py); None omits a step.
 
-    Weights are [out, in], or packed (see `pack`): [ceil(out / 32), in, 32], and then the bias says how many `out` are.
+    Weights are [out, in], or packed (see `pack`): [ceil(out / 32), in, 32], where the bias has `out` elements.
     """
 
     input: Tensor
-    hidden: Tensor | None  # or made from the input by the reduction
+    hidden: Tensor | None  # None: computed from the input by the reduction
     reduce_weight: Tensor | None
     reduce_bias: Tensor | None
     span_weight: Tensor
@@ -33,40 +33,40 @@ class LayerParts(NamedTuple):
     next_reduce_bias: Tensor | None = None
     relu: bool = False
     expand_relu: bool = False
-    rms_eps: float = 0.0  # above 0, the reduced features are divided by their RMS at every position, before their ReLU
+    rms_eps: float = 0.0  # above 0: an RMS norm over channels between the reduction and its ReLU
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All but the options, in order."""
+        """The tensors, in order: all but the last three fields."""
         return tuple(self[:-3])
 
     def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
-        """[N, C or the expansion's channels, *positions]; and the next block's reduced features, where it is a part."""
+        """Sizes of the results: the output's and, with `next_reduce_weight`, the next block's reduced features'."""
         batch, channels = self.input.shape[:2]
         if self.expand_weight is not None:
-            channels = _columns(self.expand_weight, self.expand_bias)
+            channels = _out_channels(self.expand_weight, self.expand_bias)
         sizes = [(batch, channels, *positions)]
         if self.next_reduce_weight is not None:
-            sizes.append((batch, _columns(self.next_reduce_weight, self.next_reduce_bias), *positions))
+            sizes.append((batch, _out_channels(self.next_reduce_weight, self.next_reduce_bias), *positions))
         return sizes
 
 
-PANEL = 32  # columns, as csrc/multiply.h has it
+PANEL = 32  # columns of a packed weight panel, as in csrc
 
 
 def pack(weight: Tensor) -> Tensor:
-    """A weight [out, in] as the CPU kernels read it: [ceil(out / 32), in, 32], filled up with zeros."""
+    """A weight [out, in] in the CPU kernels' packed layout: [ceil(out / 32), in, 32], zero-padded."""
     missing = -weight.shape[0] % PANEL
     padded = torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
     return padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
 
 
-def _columns(weight: Tensor, bias: Tensor | None) -> int:
-    """How many outputs a weight has that may be packed."""
+def _out_channels(weight: Tensor, bias: Tensor | None) -> int:
+    """`out` of a weight that may be packed."""
     return (weight if bias is None else bias).shape[0]
 
 
 def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The weight [out, in], packed or not; a packed one's `out` is that of its bias."""
+    """The weight as [out, in], from either layout."""
     if weight.dim() == 2:
         return weight
     assert bias is not None
@@ -81,15 +81,15 @@ def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
 def layer_window(
     input: Sequence[int], maps: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
-    """The geometry of a layer whose span has `maps` = G * prod(K) outputs; it makes ceil(S / stride) positions.
+    """The geometry of a layer whose span has `maps` = G * prod(K) outputs; its output has ceil(S / stride) positions.
 
     Raises:
-        ValueError: the sizes do not belong together.
+        ValueError: the sizes do not fit each other.
     """
     dims = len(input) - 2
     for name, axes in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation)):
         if len(axes) != dims or min(axes) < 1 or max(axes) > LARGEST:
-            raise ValueError(f"{name} must be {dims} numbers from 1 to {LARGEST}, got {list(axes)}")
+            raise ValueError(f"{name} must be {dims} ints from 1 to {LARGEST}, got {list(axes)}")
     taps = math.prod(kernel_size)
     if taps < 1 or maps % taps != 0:
         raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")
@@ -109,7 +109,7 @@ def layer_window(
 
 
 def checked_geometry(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
-    """The geometry of a fused layer, if its tensors belong together."""
+    """The geometry of a fused layer; raises unless its operands fit each other."""
     dtype, device = parts.input.dtype, parts.input.device
     shapes = []
     for name, tensor in zip(parts._fields, parts.tensors(), strict=False):
@@ -124,15 +124,15 @@ def checked_geometry(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geom
 
 @lru_cache(maxsize=1024)
 def _checked_shapes(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
-    """The geometry of a layer whose parts have these shapes, if they fit."""
+    """The geometry of a fused layer whose operands have these shapes; raises unless they fit."""
     found = dict(zip(LayerParts._fields, shapes, strict=False))
     for name in ("reduce", "span", "expand", "next_reduce"):
         found[f"{name}_weight"] = unpacked_shape(name, found[f"{name}_weight"], found[f"{name}_bias"])
-    x, span, after = found["input"], found["span_weight"], found["expand_weight"]
+    x, span, expand = found["input"], found["span_weight"], found["expand_weight"]
     assert x is not None
     assert span is not None
     sizes = layer_window(x, span[0], *window)
-    channels, expand_channels = sizes.channels, after[0] if after else None
+    channels, expand_channels = sizes.channels, expand[0] if expand else None
     wanted: dict[str, tuple[int | None, ...]] = {
         "hidden": (x[0], span[1], *sizes.output),
         "reduce_weight": (span[1], channels),
@@ -144,8 +144,8 @@ def _checked_shapes(shapes: tuple[Sequence[int] | None, ...], window: tuple[tupl
         "expand_bias": (expand_channels,),
         "shortcut": (x[0], expand_channels, *sizes.output),
     }
-    if following := found["next_reduce_weight"]:
-        wanted |= {"next_reduce_weight": (following[0], expand_channels), "next_reduce_bias": (following[0],)}
+    if next_reduce := found["next_reduce_weight"]:
+        wanted |= {"next_reduce_weight": (next_reduce[0], expand_channels), "next_reduce_bias": (next_reduce[0],)}
     for name, shape in wanted.items():
         got = found[name]
         if got is not None and tuple(got) != shape:
@@ -154,7 +154,7 @@ def _checked_shapes(shapes: tuple[Sequence[int] | None, ...], window: tuple[tupl
         if found[f"{name}_weight"] is None and found[f"{name}_bias"] is not None:
             raise ValueError(f"{name}_bias must come with a {name}_weight")
     if found["expand_weight"] is None and (found["shortcut"] is not None or found["next_reduce_weight"] is not None):
-        raise ValueError("shortcut and next_reduce_weight must come with a expand_weight")
+        raise ValueError("shortcut and next_reduce_weight must come with an expand_weight")
     if (found["hidden"] is None) == (found["reduce_weight"] is None):
         raise ValueError("exactly one of hidden and reduce_weight must be given")
     if (found["scale"] is None) != (found["shift"] is None):
@@ -183,21 +183,21 @@ def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
 
 
 def finish(y: Tensor, parts: LayerParts) -> Tensor:
-    """What a fused layer does to its aggregate y: scale, shift and ReLU, as asked."""
+    """A fused layer's steps after the involution: scale, shift and ReLU, where present."""
     if parts.scale is not None and parts.shift is not None:
         y = y * per_channel(parts.scale, y) + per_channel(parts.shift, y)
     return y.relu() if parts.relu else y
 
 
 def per_channel(vector: Tensor, image: Tensor) -> Tensor:
-    """[C], shaped to meet [N, C, *S]."""
+    """[C] -> [C, 1, ...], which broadcasts over [N, C, *S]."""
     return vector.view(-1, *[1] * (image.dim() - 2))
 
 
 def average_windows(image: Tensor, stride: Sequence[int]) -> Tensor:
-    """The averages of the stride's windows, cut off at the border: [N, C, *S] -> [N, C, *ceil(S / stride)].
+    """Average pooling over windows of the stride's size, clipped at the border: [N, C, *S] -> [N, C, *O].
 
-    torch's 3d pooling refuses a window that reaches beyond the whole image, so none does.
+    torch's 3d pooling rejects a window larger than the image, so windows are clipped to it.
     """
     window = [min(pair) for pair in zip(stride, image.shape[2:], strict=True)]
     return _POOL[len(stride)](image, window, tuple(stride), ceil_mode=True, count_include_pad=False)

@@ -1,4 +1,4 @@
-"""Memory layouts: which one a tensor has, the permutations between them, and the helper that allocates results."""
+"""Memory formats: which one a tensor has, the permutations between them, and the allocation of results."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def is_channels_last(image: Tensor) -> bool:
-    """Whether an [N, C, *S] tensor lies in memory as [N, *S, C], and not as [N, C, *S] too."""
-    return not image.is_contiguous() and lies_channels_last(image)
+    """Whether an [N, C, *S] tensor is stored as [N, *S, C], and not as [N, C, *S] at the same time."""
+    return not image.is_contiguous() and is_stored_channels_last(image)
 
 
-def lies_channels_last(image: Tensor) -> bool:
-    """Whether an [N, C, *S] tensor lies in memory as [N, *S, C]."""
+def is_stored_channels_last(image: Tensor) -> bool:
+    """Whether an [N, C, *S] tensor is stored as [N, *S, C]; size-1 axes may make it contiguous as well."""
     if image.dim() == 4:
         return image.is_contiguous(memory_format=torch.channels_last)
     return image.movedim(1, -1).is_contiguous()
@@ -21,10 +21,10 @@ def lies_channels_last(image: Tensor) -> bool:
 
 @cache
 def memory_order(role: str, dims: int) -> tuple[int, ...]:
-    """The permutation that takes a tensor of this role to its channels-last memory order.
+    """The permutation from a role's logical axes to its channels-last memory order.
 
-    [N, C, *S] -> [N, *S, C], and the kernel map [N, G, *K, *O] -> [N, *O, G, *K]: what a channels-last 1x1
-    convolution with G * prod(K) outputs leaves behind.
+    [N, C, *S] -> [N, *S, C], and the kernel map [N, G, *K, *O] -> [N, *O, G, *K]: the memory of a channels-last 1x1
+    convolution's result with G * prod(K) channels.
     """
     if role == "kernel_map":
         return (0, *range(2 + dims, 2 + 2 * dims), 1, *range(2, 2 + dims))
@@ -34,7 +34,7 @@ def memory_order(role: str, dims: int) -> tuple[int, ...]:
 def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised result of this role: channels-last exactly if `like` (an image) is and is not also contiguous.
 
-    The kernels and their fakes both call this, so that strides never disagree.
+    Kernels and fakes both call this, so that their strides agree.
     """
     if not is_channels_last(like):
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
@@ -44,6 +44,6 @@ def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
 
 @cache
 def logical_order(role: str, dims: int) -> tuple[int, ...]:
-    """The permutation that brings a tensor of this role back from its channels-last memory order."""
+    """The inverse of `memory_order`: from channels-last memory order to the logical axes."""
     order = memory_order(role, dims)
     return tuple(order.index(axis) for axis in range(len(order)))

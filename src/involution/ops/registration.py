@@ -1,8 +1,8 @@
 """The three maps as torch operators: torch.ops.involution.apply, .adjoint and .correlate.
 
-All three share one schema, one fake, one vmap rule, one FLOP formula and one pair of derivative formulas, because the
-form T(x, k, g) = <y(x, k), g> is linear in each argument: the gradient of any map with respect to one of its
-arguments is the map that makes that argument's role, applied to the two tensors of the other roles.
+One schema, fake, vmap rule, FLOP formula and derivative formula serves all three, because the form
+T(x, k, g) = <y(x, k), g> is linear in each argument: the gradient of a map with respect to one argument is the map that
+returns that argument's role, applied to the tensors of the other two roles.
 """
 
 import math
@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula  # a tenth of a second: it loads triton where that is
+from torch.utils.flop_counter import register_flop_formula  # takes 0.1 s: loads triton if installed
 
 from .backends import selection
 from .geometry import DTYPES, MAPS, Geometry, Map, geometry
 from .layouts import allocate
 
-_ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # a role's name as an argument
+_ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # role -> argument name
 _MAKER = {map.makes: map for map in MAPS}
 
 
 def evaluate(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
-    """Runs a map so that every kind of differentiation sees it.
+    """Runs a map under any kind of differentiation.
 
-    torch.library's autograd registration knows neither forward mode nor torch.func (tangents would silently be
+    torch.library's autograd registration supports neither forward mode nor torch.func (tangents would silently be
     zero), so where one of those is active an autograd.Function calls the same operators.
     """
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -42,7 +42,7 @@ def _operator(map: Map) -> Any:
 def _gradients(
     ctx: Any, map: Map, operands: Sequence[Tensor], window: Sequence[Any], cotangent: Tensor
 ) -> list[Tensor | None]:
-    """The gradients of <map(operands), cotangent> with respect to both operands; None where not needed."""
+    """The gradients of <map(operands), cotangent> w.r.t. both operands; None where not needed."""
     known = {map.takes[0]: operands[0], map.takes[1]: operands[1], map.makes: cotangent}
     gradients: list[Tensor | None] = []
     for role, operand, needed in zip(map.takes, operands, ctx.needs_operand_grad, strict=True):
@@ -92,7 +92,7 @@ class _Differentiable(torch.autograd.Function):
 def _fold_batch(
     call: Any, info: Any, in_dims: tuple[Any, ...], first: Tensor, second: Tensor, size: Sequence[int], *window: Any
 ) -> tuple[Tensor, int]:
-    """vmap rule: the mapped dimension joins the batch."""
+    """The vmap rule: folds the mapped dimension into the batch."""
 
     def fold(tensor: Tensor, dim: int | None) -> Tensor:
         mapped = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -104,10 +104,10 @@ def _fold_batch(
 
 
 def _run(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
-    """The operator itself: allocates the result and lets the backend that serves these tensors fill it."""
+    """The operator itself: allocates the result and calls the backend that serves these tensors."""
     if first.dtype not in DTYPES or second.dtype != first.dtype or second.device != first.device:
         raise TypeError(
-            f"involution::{map.name} wants two tensors of one floating dtype on one device, got {first.dtype} on "
+            f"involution::{map.name} needs two tensors of one floating dtype on one device, got {first.dtype} on "
             f"{first.device} and {second.dtype} on {second.device}"
         )
     sizes = _geometry(map, first.shape, second.shape, tuple(size), *(tuple(axes) for axes in window))
@@ -138,7 +138,7 @@ def _backward(map: Map, ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...
 
 
 def _flops(map: Map, first: Sequence[int], second: Sequence[int], *_: Any, out_shape: Sequence[int], **__: Any) -> int:
-    """Two operations for every channel, output position and tap, the same for all three maps (padding included)."""
+    """Two per channel, output position and tap, padding included; the same for all three maps."""
     shapes = {map.takes[0]: first, map.takes[1]: second, map.makes: out_shape}
     dims = len(shapes["kernel_map"]) // 2 - 1
     return 2 * math.prod(shapes["kernel_map"][2 : 2 + dims]) * math.prod(shapes["output"])

@@ -1,4 +1,4 @@
-"""Changes to a network: `replace` makes its convolutions involutions, `optimize` makes it fast for inference."""
+"""Rewriting a user's network: `replace` swaps convolutions for involutions, `optimize` makes it fast for inference."""
 
 from .optimize import optimize
 from .replace import Replaced, replace

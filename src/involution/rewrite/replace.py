@@ -1,4 +1,4 @@
-"""Involutions in the place of the 3x3 convolutions of somebody else's network."""
+"""Replaces the 3x3 convolutions of any network by involutions."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -12,11 +12,11 @@ from ..ops.arguments import Ints
 
 
 class Replaced(NamedTuple):
-    """What `replace` did.
+    """The result of `replace`.
 
-    `replaced` has the names of the convolutions that are involutions now, `left` those of every other 3x3 convolution
-    with the reason; `parameters` and `multiply_adds` are the network's before and after (multiply-adds of one forward
-    pass over the example, None without one).
+    `replaced` has the names of the replaced convolutions, `left` those of all other 3x3 convolutions with the reason;
+    `parameters` and `multiply_adds` are the network's before and after (multiply-adds of one forward pass over the
+    example, None without one).
     """
 
     replaced: list[str]
@@ -41,26 +41,27 @@ def replace(
     example_input: Tensor | None = None,
     **involution: Any,
 ) -> Replaced:
-    """Puts an involution where a network has a 3x3 convolution that one can stand for, in place.
+    """Replaces every 3x3 convolution that an involution can stand in for, in place.
 
-    That wants as many output as input channels, which the group width divides, one group, and zero padding that keeps
-    the size (at a stride, ceil(S / stride)). The new layers begin as the identity: the network is to be trained again.
-    All other weights, and stride, dilation, device, dtype and training mode, stay; a convolution's bias goes.
+    Such a convolution has as many output as input channels, a multiple of group_channels, one group, and zero padding
+    that preserves the size (with a stride: ceil(S / stride)). The new layers are initialised as the identity, so the
+    network has to be trained again. All other weights, and stride, dilation, device, dtype and training mode, are
+    preserved; a convolution's bias is dropped.
 
     Args:
-        module: is changed; not a bare convolution itself.
-        filter: called with name and convolution; where it says False, the convolution stays.
+        module: the network, modified in place; not itself a convolution.
+        filter: called with name and convolution; returns whether to replace it. None replaces all.
         kernel_size: of the involutions.
         group_channels: channels that share a kernel, or "all".
-        example_input: what the network takes, to count its multiply-adds before and after.
+        example_input: an input of the network, to count its multiply-adds before and after.
         **involution: further arguments of `Involution2d`.
 
     Returns:
-        What was replaced, what was left and why, and the costs; its string is a report.
+        What was replaced, what was not and why, and the costs; its string is a report.
 
     Raises:
-        TypeError: module is no module.
-        ValueError: module is itself a convolution, which cannot be replaced within itself; an argument does not fit.
+        TypeError: module is not a module.
+        ValueError: module is itself a convolution, or an argument does not fit.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be an nn.Module, got {type(module).__name__}")
@@ -72,18 +73,20 @@ def replace(
     before = _cost(module, example_input)
     replaced: dict[str, Involution2d] = {}
     left: dict[str, str] = {}
-    made: dict[nn.Module, Involution2d] = {}  # a convolution may be in several places
+    made: dict[nn.Module, Involution2d] = {}  # a convolution may be shared
     for name, found in list(module.named_modules(remove_duplicate=False)):
         if not isinstance(found, nn.Conv2d) or found.kernel_size != (3, 3):
             continue
-        reason = _misfit(found, group_channels) or ("the filter says so" if filter and not filter(name, found) else "")
+        reason = _misfit(found, group_channels) or (
+            "the filter excludes it" if filter and not filter(name, found) else ""
+        )
         if reason:
             left[name] = reason
             continue
         if found not in made:
             made[found] = _involution(found, kernel_size, group_channels, involution)
         replaced[name] = made[found]
-    for name, layer in replaced.items():  # only now, when nothing can fail any more
+    for name, layer in replaced.items():  # last, so that an error leaves the network unchanged
         module.set_submodule(name, layer)
     after = _cost(module, example_input)
     products = None if example_input is None else (before[1], after[1])
@@ -91,7 +94,7 @@ def replace(
 
 
 def _misfit(convolution: nn.Conv2d, group_channels: int | Literal["all"]) -> str:
-    """Why no involution can stand for it, or nothing."""
+    """Why no involution can stand in for it; empty if one can."""
     ins, outs = convolution.in_channels, convolution.out_channels
     if type(convolution) is not nn.Conv2d:
         return f"it is a {type(convolution).__name__}"
@@ -103,7 +106,7 @@ def _misfit(convolution: nn.Conv2d, group_channels: int | Literal["all"]) -> str
         return f"its {ins} channels do not divide by {group_channels}"
     padding = convolution.padding
     if padding != convolution.dilation and not (padding == "same" and convolution.stride == (1, 1)):
-        return f"its padding is {padding}, which does not keep the size"
+        return f"its padding is {padding}, which does not preserve the size"
     if convolution.padding_mode != "zeros":
         return f"its padding is {convolution.padding_mode}"
     return ""
@@ -126,7 +129,7 @@ def _involution(
 
 @torch.no_grad()
 def _cost(module: nn.Module, example_input: Tensor | None) -> tuple[int, int]:
-    """Parameters, and multiply-adds of the example: in evaluation mode, so that no statistics move."""
+    """Parameters, and multiply-adds of the example, in evaluation mode so that no statistics change."""
     parameters = sum(parameter.numel() for parameter in module.parameters())
     if example_input is None:
         return parameters, 0

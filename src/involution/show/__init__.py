@@ -1,4 +1,4 @@
-"""Pictures: what kernels a network generates, and how its training went."""
+"""Pictures: the kernels that a network generates, and its training curves."""
 
 from .curves import draw_curves
 from .kernels import catch_kernel_maps, draw_kernels, kernel_heat

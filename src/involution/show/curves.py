@@ -1,4 +1,4 @@
-"""Training curves from the metrics.csv files that runs leave."""
+"""Training curves from the metrics.csv files of runs."""
 
 import csv
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def draw_curves(runs: Mapping[str, Path], file: Path, title: str = "") -> Figure
 
     Args:
         runs: name -> metrics.csv of a classification run.
-        file: where the picture goes; its folder is made.
+        file: the picture; its folder is created.
         title: above everything.
 
     Returns:

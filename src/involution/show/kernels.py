@@ -12,10 +12,10 @@ from ..nn import Involution2d
 
 
 def catch_kernel_maps(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """Runs the model on a batch in evaluation mode and keeps the kernel maps that its layers generate.
+    """Runs the model on a batch in evaluation mode and records the kernel maps that its layers generate.
 
     Args:
-        model: holds Involution2d layers; its training mode is restored afterwards.
+        model: contains Involution2d layers; its training mode is restored afterwards.
         images: the model's input, [N, C, H, W].
         layers: names as in model.named_modules(), in the order wanted; None takes all Involution2d layers.
 
@@ -23,7 +23,7 @@ def catch_kernel_maps(model: nn.Module, images: Tensor, layers: Sequence[str] | 
         name -> kernel map [N, G, Kh, Kw, Ho, Wo], detached.
 
     Raises:
-        ValueError: a name is not that of an Involution2d layer; the model has none.
+        ValueError: a name is not that of an Involution2d layer, or the model has none.
         RuntimeError: a layer did not run its generator.
     """
     found = {name: module for name, module in model.named_modules() if isinstance(module, Involution2d)}
@@ -62,13 +62,13 @@ def kernel_heat(kernel_map: Tensor) -> Tensor:
 def draw_kernels(images: Tensor, heats: Mapping[str, Tensor], file: Path, title: str = "") -> Figure:
     """Draws a column per image and, below the images, a row per group of each layer (paper, Figure 4).
 
-    A row shares no colour scale with another, since groups differ in range; within a row all images share one, from
-    the 2nd to the 98th percentile, so that a few extreme positions do not take it all.
+    Every row has its own colour scale, since groups differ in range: from the 2nd to the 98th percentile over all
+    images, so that a few extreme positions do not dominate it.
 
     Args:
         images: [N, 3, H, W] or [N, 1, H, W], in 0..1.
         heats: layer name -> [N, G, Ho, Wo], from `kernel_heat`.
-        file: where the picture goes; its folder is made.
+        file: the picture; its folder is created.
         title: above everything.
 
     Returns:

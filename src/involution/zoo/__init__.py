@@ -1,10 +1,10 @@
-"""Networks made of involutions, and their twins made of convolutions.
+"""RedNet, its convolutional counterparts, feature pyramids, and warm starts from a ResNet's weights.
 
-Importing this package registers them with timm: ``timm.create_model("rednet50", num_classes=10)``.
+Importing this package registers the networks with timm: ``timm.create_model("rednet50", num_classes=10)``.
 """
 
 try:
-    import timm  # noqa: F401  (for a message that names the extra)
+    import timm  # noqa: F401  (for an error that names the extra)
 except ModuleNotFoundError as error:
     if error.name != "timm":
         raise

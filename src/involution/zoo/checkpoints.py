@@ -1,4 +1,4 @@
-"""Weights from files into networks, with a word on every key that does not fit."""
+"""Loads weights from files into networks; errors name every key that does not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones do without
+_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones lack
 _BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
 
 
@@ -26,12 +26,12 @@ def read_weights(file: Path) -> dict[str, Tensor]:
             content: Any = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
+    except Exception as error:  # torch raises many types for a file in another format
         raise ValueError(f"weights must be a checkpoint or a state dict, got {file}: {error!r}") from error
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not (isinstance(content, dict) and content and all(isinstance(one, Tensor) for one in content.values())):
-        raise ValueError(f"weights must be a checkpoint or a state dict, got {file}, which holds something else")
+        raise ValueError(f"weights must be a checkpoint or a state dict, got {file}, which contains something else")
     network = {name.removeprefix("net."): one for name, one in content.items() if name.startswith("net.")}
     return network or content
 
@@ -41,14 +41,14 @@ def load_backbone(body: nn.Module, file: Path) -> list[str]:
 
     Args:
         body: made by timm with features_only.
-        file: see `read_weights`; a classifier's last layer, and what is not of the backbone, is left out.
+        file: see `read_weights`; a classifier's last layer, and everything outside the backbone, is ignored.
 
     Returns:
-        Names of what was left out.
+        The names of the ignored tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it lacks tensors, has others or of other shapes.
+        ValueError: its tensors are not exactly the network's, by name and shape.
     """
     weights = read_weights(file)
     prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
@@ -63,14 +63,14 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
 
     Args:
         network: a timm model.
-        file: see `read_weights`; the last layer is left out where it is for another number of classes.
+        file: see `read_weights`; the last layer is ignored if it is for another number of classes.
 
     Returns:
-        Names of what was left out.
+        The names of the ignored tensors.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it lacks tensors, has others or of other shapes.
+        ValueError: its tensors are not exactly the network's, by name and shape.
     """
     weights, own = read_weights(file), network.state_dict()
     left_out = [
@@ -83,7 +83,7 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
 
 
 def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
-    """Loads weights that must be all of a module's, and no others."""
+    """Loads weights that must match a module's state dict exactly."""
     wanted = module.state_dict()
     shapes = [
         f"{name} {list(one.shape)} for {list(wanted[name].shape)}"

@@ -1,4 +1,4 @@
-"""Feature pyramids whose 3x3 convolutions can be involutions (paper, section 4.2): torchvision's, a part swapped."""
+"""torchvision's feature pyramid network with involutions in the place of its 3x3 convolutions (paper, section 4.2)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,17 +16,17 @@ LAYERS = ("convolution", "involution")
 
 
 def check_layer(name: str, value: str) -> None:
-    """Refuses what is neither convolution nor involution."""
+    """Raises ValueError unless `value` is "convolution" or "involution"."""
     if value not in LAYERS:
         raise ValueError(f"{name} must be convolution or involution, got {value!r}")
 
 
 class GeneratorBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm that takes its running statistics in training, too, where a batch has one value per channel.
+    """Batch norm that falls back to its running statistics in training if a batch has one value per channel.
 
-    One value has no variance, and torch's batch norm raises ValueError. A pyramid's coarsest level is one pixel where
-    images are small, and one image at a time is a batch of one value. The running statistics are not updated then.
-    Everything else, the state dict included, is torch's; so is the error where no running statistics are tracked.
+    The variance of one value is 0, and torch's batch norm raises ValueError. It happens with one small image per batch,
+    whose coarsest pyramid level is one pixel. The running statistics are not updated then. Everything else, including
+    the state dict, is torch's; so is the error if no running statistics are tracked.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -37,27 +37,27 @@ class GeneratorBatchNorm2d(nn.BatchNorm2d):
 
 
 def involution_layer(channels: int, backbone: str) -> Involution2d:
-    """The 7x7 involution that takes a 3x3 convolution's place in necks and heads; it begins as the identity.
+    """The 7x7 involution that replaces a 3x3 convolution in necks and heads, initialised as the identity.
 
-    On the paper's networks, rednet26 to rednet152, it has their kernel generator, with a batch norm, as published: a
-    `GeneratorBatchNorm2d`, for levels of one pixel. On all others it has the default generator.
+    On the paper's networks, rednet26 to rednet152, its kernel generator has a batch norm, as published (a
+    `GeneratorBatchNorm2d`, for levels of one pixel). On all others it is the default generator.
 
     Args:
         channels: of input and output.
-        backbone: the name of the network that neck or head are on.
+        backbone: the name of the backbone.
     """
     papers = backbone.startswith("rednet") and not backbone.startswith("rednetv2_")
     return Involution2d(channels, norm_layer=GeneratorBatchNorm2d if papers else None)
 
 
 class ExtraConvolutions(LastLevelP6P7):
-    """RetinaNet's two coarser levels, by convolutions of stride 2 from the last stage, with nothing between them.
+    """RetinaNet's levels P6 and P7, by convolutions of stride 2 from the last stage, without a ReLU between them.
 
-    torchvision puts a ReLU before the second one; the published networks have none.
+    torchvision has a ReLU before P7; the published networks have none.
     """
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        """Levels and stages, from the finest -> the levels with two more, and their names."""
+        """Pyramid levels and backbone stages, finest first -> the levels with P6 and P7, and their names."""
         sixth = self.p6(c[-1])
         return [*p, sixth, self.p7(sixth)], [*names, "p6", "p7"]
 
@@ -71,14 +71,14 @@ def feature_pyramid(
 ) -> FeaturePyramidNetwork:
     """torchvision's FPN: 1x1 laterals, nearest upsampling, and a 3x3 convolution or a 7x7 involution on every level.
 
-    Convolutions begin with Glorot's uniform weights, as published (torchvision takes He's).
+    Convolutions are initialised by Xavier uniform, as published (torchvision: Kaiming uniform).
 
     Args:
-        in_channels: of the levels, from the finest.
-        out_channels: of every level of the result; involution wants a multiple of 16.
+        in_channels: of the input levels, finest first.
+        out_channels: of every output level; a multiple of 16 for involution.
         layer: "convolution" or "involution".
-        extra_blocks: makes coarser levels, as in torchvision.
-        backbone: the name of the network below, which decides the involutions' generator: see `involution_layer`.
+        extra_blocks: adds coarser levels, as in torchvision.
+        backbone: the backbone's name, which selects the involutions' generator: see `involution_layer`.
 
     Raises:
         ValueError: layer is neither.
@@ -94,22 +94,22 @@ def feature_pyramid(
 
 
 class PyramidBackbone(nn.Module):
-    """A network of timm's and a feature pyramid on its stages, as torchvision's detectors want it.
+    """A timm network with a feature pyramid on its stages, in the interface of torchvision's detectors.
 
     Args:
-        name: of a network of timm's registry whose feature levels are a stem and four stages: RedNet, ResNet.
+        name: a name of timm's registry; its feature levels are a stem and four stages, as RedNet's and ResNet's.
         layer: of the pyramid, see `feature_pyramid`.
-        first_stage: the finest stage that the pyramid takes: 1 (stride 4) or 2 (stride 8).
+        first_stage: the finest stage in the pyramid: 1 (stride 4) or 2 (stride 8).
         out_channels: of every level.
-        extra_levels: what comes after the stages' levels: "pool" is one more by pooling (R-CNNs), "convolutions" two by
-            convolutions of stride 2 from the last stage (RetinaNet); None is nothing.
-        frozen_stages: so many stages, and the stem, are not trained and stay in evaluation mode; 0 trains everything,
-            stem included.
+        extra_levels: coarser levels: "pool" adds one by pooling (R-CNNs), "convolutions" two by convolutions of stride
+            2 from the last stage (RetinaNet), None adds none.
+        frozen_stages: the number of stages that, with the stem, are not trained and stay in evaluation mode; 0 trains
+            everything, including the stem.
         norm_eval: the network's batch norms always use, and never update, their running statistics.
         **kwargs: further arguments of timm.create_model.
 
-    Shapes: [N, 3, H, W] -> an OrderedDict of levels [N, out_channels, h, w], from the finest; `strides` are theirs, in
-    pixels of the image.
+    Shapes: [N, 3, H, W] -> an OrderedDict of levels [N, out_channels, h, w], finest first; `strides` has their strides
+    in image pixels.
 
     Raises:
         ValueError: an argument does not fit.
@@ -149,7 +149,7 @@ class PyramidBackbone(nn.Module):
             self.body.get_submodule(part).requires_grad_(False)
 
     def train(self, mode: bool = True) -> "PyramidBackbone":
-        """As usual, but for frozen stages and for the norms that stay in evaluation mode."""
+        """Sets the mode, except for frozen stages and, with norm_eval, norms, which stay in evaluation mode."""
         super().train(mode)
         for part in self._frozen:
             self.body.get_submodule(part).eval()
@@ -160,7 +160,7 @@ class PyramidBackbone(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> "OrderedDict[str, Tensor]":
-        """[N, 3, H, W] -> levels, from the finest."""
+        """[N, 3, H, W] -> levels, finest first."""
         levels = OrderedDict((str(index), level) for index, level in enumerate(self.body(images)))
         result: OrderedDict[str, Tensor] = self.fpn(levels)
         return result

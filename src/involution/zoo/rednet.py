@@ -1,9 +1,12 @@
-"""RedNet: ResNet with involution at every bottleneck's 3x3 convolution and in the stem (Li et al., CVPR 2021, 3.2).
+"""RedNet: ResNet with involutions in the bottlenecks and the stem (Li et al., CVPR 2021, section 3.2).
 
-Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
-rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
-rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. No weights are published in timm's format,
-so `pretrained=True` raises timm's own RuntimeError.
+Importing this module registers with timm
+
+    rednet26, 38, 50, 101, 152             the paper's networks
+    rednetv2_26, 38, 50, 101, 152          the same with scale-invariant kernel generators, which train at any depth
+    rednet14_cifar, rednet26_cifar         for images of 32x32; also as rednetv2_14_cifar and rednetv2_26_cifar
+
+No weights are published in timm's format: `pretrained=True` raises timm's RuntimeError.
 """
 
 from collections import OrderedDict
@@ -33,7 +36,7 @@ from ..nn.generators import KERNEL_INITS, KernelInit
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
-# The layer checks shapes in Python, which symbolic tracing cannot follow.
+# Their shape checks are Python control flow, which torch.fx cannot trace.
 register_notrace_module(Involution2d)
 register_notrace_module(LocalSelfAttention2d)
 
@@ -47,11 +50,11 @@ _GENERATORS: dict[str, type[nn.Module]] = {
     "position": PositionGenerator,
     "softmax": SoftmaxGenerator,
 }
-EXPANSION = 4  # a bottleneck's output channels over its width
+EXPANSION = 4  # ratio of a bottleneck's output channels to its width
 
 
-class _Parts(NamedTuple):
-    """Makes the layers that stem and blocks consist of, with a network's settings filled in."""
+class _Factories(NamedTuple):
+    """Callables that construct the layers of stem and blocks with a network's settings."""
 
     convolution: Callable[..., nn.Module]  # (in_channels, out_channels, kernel_size, stride=1, padding=0)
     involution: Callable[..., nn.Module]  # (channels, kernel_size, stride=1, dilation=1)
@@ -60,18 +63,18 @@ class _Parts(NamedTuple):
 
 
 class Bottleneck(nn.Module):
-    """ResNet's bottleneck with an involution in the middle: 1x1, involution, 1x1, added to the shortcut.
+    """ResNet's bottleneck with an involution in place of the 3x3 convolution: 1x1, involution, 1x1, plus the shortcut.
 
-    The shortcut is a strided 1x1 convolution with a norm where the shape changes, else the input itself.
+    The shortcut is a strided 1x1 convolution and a norm if the shape changes, else the identity.
 
     Args:
         in_channels: of the input.
         width: of the involution; the output has 4 times as many channels.
-        parts: makes its convolutions, involutions, norms and activations.
+        make: constructs its convolutions, involutions, norms and activations.
         kernel_size: of the involution.
         stride: of the involution and of the shortcut.
         dilation: of the involution.
-        drop_path: probability that training skips the residual branch for a sample.
+        drop_path: stochastic depth: the probability of skipping the residual branch of a sample in training.
 
     Shapes: [N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)].
     """
@@ -80,7 +83,7 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         width: int,
-        parts: _Parts,
+        make: _Factories,
         kernel_size: int = 7,
         stride: int = 1,
         dilation: int = 1,
@@ -88,23 +91,23 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         out_channels = EXPANSION * width
-        self.conv1 = parts.convolution(in_channels, width, 1)
-        self.bn1 = parts.norm(width)
-        self.act1 = parts.act()
-        self.conv2 = parts.involution(width, kernel_size, stride=stride, dilation=dilation)
-        self.bn2 = parts.norm(width)
-        self.act2 = parts.act()
-        self.conv3 = parts.convolution(width, out_channels, 1)
-        self.bn3 = parts.norm(out_channels)
+        self.conv1 = make.convolution(in_channels, width, 1)
+        self.bn1 = make.norm(width)
+        self.act1 = make.act()
+        self.conv2 = make.involution(width, kernel_size, stride=stride, dilation=dilation)
+        self.bn2 = make.norm(width)
+        self.act2 = make.act()
+        self.conv3 = make.convolution(width, out_channels, 1)
+        self.bn3 = make.norm(out_channels)
         self.drop_path: nn.Module = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            projection = parts.convolution(in_channels, out_channels, 1, stride=stride)
-            self.downsample = nn.Sequential(projection, parts.norm(out_channels))
-        self.act3 = parts.act()
+            projection = make.convolution(in_channels, out_channels, 1, stride=stride)
+            self.downsample = nn.Sequential(projection, make.norm(out_channels))
+        self.act3 = make.act()
 
     def zero_init_last(self) -> None:
-        """Zeroes the last norm's scale, so that the block starts as its shortcut."""
+        """Zero-initialises the last norm's scale, so that the block starts as its shortcut."""
         if getattr(self.bn3, "weight", None) is not None:
             nn.init.zeros_(self.bn3.weight)  # type: ignore[arg-type]
 
@@ -121,39 +124,39 @@ class RedNet(nn.Module):
     """RedNet (paper, section 3.2), with the interface of timm's ResNet.
 
     Args:
-        layers: blocks in each of the four stages.
+        layers: number of blocks in each of the four stages.
         channels: the bottlenecks' width in each stage, as in timm's ResNet; a stage's output has 4 times as many.
-        num_classes: of the classifier; 0 leaves it out.
+        num_classes: of the classifier; 0 for none.
         in_chans: channels of the image.
-        output_stride: 8, 16 or 32; stages that would exceed it dilate their involutions instead of striding.
+        output_stride: 8, 16 or 32; stages that would exceed it have dilated involutions instead of a stride.
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
         kernel_size: of the bottlenecks' involutions.
         group_channels: channels that share a kernel; must divide every width and stem_channels / 2; or "all".
-        reduction_ratio: of the kernel generators that are bottlenecks.
-        kernel_generator: "bottleneck", "linear", "context", "position", "softmax" (of `involution.nn`, in the same
-            order), or a callable as `Involution2d` takes it.
-        attention: has local self-attention over the same windows in the place of every involution (section 3.3), a head
-            for every `group_channels` channels: "none", "bias" or "factorised", its relative positions; None has none.
+        reduction_ratio: of bottleneck kernel generators.
+        kernel_generator: "bottleneck", "linear", "context", "position" or "softmax" (the generators of
+            `involution.nn`), or a callable as in `Involution2d`.
+        attention: replaces every involution by local self-attention over the same window (section 3.3), with one head
+            per `group_channels` channels and relative positions "none", "bias" or "factorised"; None keeps involutions.
         stem_channels: of the stem's output.
-        stem_layer: the layer in the stem's middle: "involution", or "convolution" (3x3, for comparison).
+        stem_layer: the middle layer of the stem: "involution", or "convolution" (3x3, for comparison).
         stem_kernel_size: of the stem's involution: 3 (classification) or 7 (the paper's dense prediction).
         stem_stride: 4 (strided convolution and max pooling), 2 (strided convolution) or 1 (neither).
-        norm_layer: a norm's name in timm or its class, for the network and its kernel generators.
-        generator_norm_layer: the kernel generators' own norm; None takes `norm_layer`, "rms" the default of
-            `BottleneckGenerator`, which divides every position's features by their RMS.
-        kernel_init: how kernels begin, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; attention,
-            softmaxed kernels and generators that are not bottlenecks begin in their own way.
-        act_layer: an activation's name in timm or its class, for the network and its kernel generators.
+        norm_layer: timm's name of a norm or its class, for the network and its kernel generators.
+        generator_norm_layer: the kernel generators' norm; None takes `norm_layer`, "rms" the default of
+            `BottleneckGenerator`, an RMS norm over channels.
+        kernel_init: the initial kernels, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; ignored
+            by attention, softmax and generators that are not bottlenecks.
+        act_layer: timm's name of an activation or its class, for the network and its kernel generators.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth at the last block, growing linearly from 0 at the first.
-        zero_init_last: starts every block as its shortcut.
+        drop_path_rate: stochastic depth, with a linear rule from 0 at the first block to this rate at the last.
+        zero_init_last: zero-initialise each block's last norm, so that it starts as its shortcut.
         device: of the parameters.
         dtype: of the parameters.
 
-    Shapes: [N, in_chans, H, W] -> [N, num_classes]; any H and W; feature levels have ceil(H / reduction) rows.
+    Shapes: [N, in_chans, H, W] -> [N, num_classes], for any H and W; feature levels have ceil(H / reduction) rows.
 
     Raises:
-        TypeError: kernel_generator is a module.
+        TypeError: kernel_generator is a module, which all layers would share.
         ValueError: an argument does not fit.
     """
 
@@ -186,22 +189,12 @@ class RedNet(nn.Module):
     ) -> None:
         super().__init__()
         _check_stages(layers, channels)
-        _check_least("num_classes", num_classes, 0)
-        _check_least("in_chans", in_chans, 1)
+        _check_min("num_classes", num_classes, 0)
+        _check_min("in_chans", in_chans, 1)
         _check_choice("output_stride", output_stride, (8, 16, 32))
         _check_choice("stem_layer", stem_layer, ("involution", "convolution"))
         if stem_layer == "convolution" and stem_kernel_size != 3:
             raise ValueError(f"stem_kernel_size must be 3 for a convolution in the stem, got {stem_kernel_size!r}")
-        if isinstance(kernel_generator, nn.Module):
-            raise TypeError("kernel_generator must make a module for each layer, got a module that all would share")
-        if not callable(kernel_generator):
-            _check_choice("kernel_generator", kernel_generator, tuple(_GENERATORS))
-        if attention is not None:
-            _check_choice("attention", attention, RELATIVE_POSITIONS)
-            if (kernel_generator, reduction_ratio) != ("bottleneck", 4):
-                raise ValueError("attention makes its own kernels, got a kernel_generator or reduction_ratio besides")
-        if not callable(kernel_init):
-            _check_choice("kernel_init", kernel_init, KERNEL_INITS)
         _check_choice("stem_kernel_size", stem_kernel_size, (3, 7))
         _check_choice("stem_stride", stem_stride, (1, 2, 4))
         self.num_classes = num_classes
@@ -212,33 +205,22 @@ class RedNet(nn.Module):
         factory_kwargs: dict[str, Any] = {
             name: value for name, value in (("device", device), ("dtype", dtype)) if value is not None
         }
-        norm = _norm_layer("norm_layer", norm_layer)
-        generator_norm = norm
-        if generator_norm_layer is not None:
-            is_default = generator_norm_layer == "rms"
-            generator_norm = None if is_default else _norm_layer("generator_norm_layer", generator_norm_layer)
-        settings: dict[str, Any] = {
-            "reduction_ratio": reduction_ratio,
-            "norm_layer": generator_norm,
-            "act_layer": get_act_layer(act_layer),
-        }
-        if kernel_generator != "softmax":
-            settings["kernel_init"] = kernel_init
-        generator = kernel_generator if callable(kernel_generator) else _generator(kernel_generator, settings)
-        settings |= {"group_channels": group_channels, "kernel_generator": generator}
-        parts = _Parts(
-            convolution=partial(nn.Conv2d, bias=False, **factory_kwargs),
-            involution=partial(Involution2d, **settings, **factory_kwargs),
-            norm=partial(norm, **factory_kwargs),
-            act=partial(create_act_layer, act_layer, inplace=True),
+        make = _factories(
+            group_channels,
+            reduction_ratio,
+            kernel_generator,
+            attention,
+            norm_layer,
+            generator_norm_layer,
+            kernel_init,
+            act_layer,
+            factory_kwargs,
         )
-        if attention is not None:
-            parts = parts._replace(involution=partial(_attention, factory_kwargs, group_channels, attention))
-        self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), parts)
+        self.stem = _stem(in_chans, stem_channels, stem_layer, stem_kernel_size, min(stem_stride, 2), make)
         self.maxpool: nn.Module = nn.MaxPool2d(3, stride=2, padding=1) if stem_stride == 4 else nn.Identity()
         stem_info = {"num_chs": stem_channels, "reduction": min(stem_stride, 2), "module": "stem"}
         stages, stage_info = _stages(
-            stem_channels, layers, channels, stem_stride, output_stride, kernel_size, drop_path_rate, parts
+            stem_channels, layers, channels, stem_stride, output_stride, kernel_size, drop_path_rate, make
         )
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.feature_info: list[dict[str, Any]] = [stem_info, *stage_info]
@@ -254,10 +236,10 @@ class RedNet(nn.Module):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Samples every convolution's weights from He's normal distribution (fan out), and lets kernels begin as asked.
+        """Initialises convolutions by Kaiming normal (fan out), and kernel generators by `kernel_init`.
 
         Args:
-            zero_init_last: zeroes the last norm's scale in every block.
+            zero_init_last: zero-initialise the last norm's scale in every block.
         """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -271,15 +253,15 @@ class RedNet(nn.Module):
                 module.init_kernels()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Patterns that sort parameters into groups from stem to head, for layer-wise learning rates.
+        """Regular expressions that group parameters from stem to head, for layer-wise learning rates.
 
         Args:
-            coarse: a group for every stage instead of every block.
+            coarse: one group per stage instead of per block.
         """
         return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Whether training recomputes each block in the backward pass instead of keeping its activations."""
+        """Gradient checkpointing: recompute each block in backward instead of saving its activations."""
         self.grad_checkpointing = enable
 
     @overload
@@ -294,8 +276,8 @@ class RedNet(nn.Module):
         """Replaces the classifier by a new one.
 
         Args:
-            num_classes: of the new classifier; 0 leaves it out.
-            global_pool: as in the constructor; None keeps the present one.
+            num_classes: of the new classifier; 0 for none.
+            global_pool: as in the constructor; None keeps the current one.
         """
         some = next(self.parameters())
         self.num_classes = num_classes
@@ -320,15 +302,15 @@ class RedNet(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The feature levels, and the last one unpooled.
+        """Forward pass that returns feature levels, as in timm.
 
         Args:
             x: [N, in_chans, H, W].
-            indices: an int takes the last so many of the five levels, a sequence those levels, None all.
-            norm: accepted for timm; the levels have no norm left to apply.
-            stop_early: leaves out the stages after the last level asked for.
+            indices: an int n takes the last n of the five levels, a sequence those levels, None all.
+            norm: for timm's interface; there is no final norm.
+            stop_early: skip the stages after the last requested level.
             output_fmt: "NCHW".
-            intermediates_only: returns the levels alone.
+            intermediates_only: return only the levels.
 
         Returns:
             (features, levels), or levels: each [N, C, ceil(H / reduction), ceil(W / reduction)].
@@ -352,15 +334,15 @@ class RedNet(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the given feature levels do not need.
+        """Removes the layers that the given feature levels do not need.
 
         Args:
             indices: as in `forward_intermediates`.
-            prune_norm: accepted for timm; there is no final norm.
-            prune_head: removes pooling and classifier too, which also happens where the last stage goes.
+            prune_norm: for timm's interface; there is no final norm.
+            prune_head: remove pooling and classifier; implied if the last stage is removed.
 
         Returns:
-            The levels' indices, counted from the first.
+            The levels' indices, non-negative.
 
         Raises:
             ValueError: a level does not exist.
@@ -410,9 +392,9 @@ def _norm_layer(name: str, value: Layer) -> Any:
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
 
 
-def _check_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+def _check_min(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
 
 
 def _check_stages(layers: Sequence[int], channels: Sequence[int]) -> None:
@@ -422,7 +404,7 @@ def _check_stages(layers: Sequence[int], channels: Sequence[int]) -> None:
 
 
 def _taken_levels(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Indices of feature levels in timm's notation, counted from the first level."""
+    """timm's `indices` of feature levels, as non-negative ints."""
     wanted = range(-count if indices is None else -indices, 0) if not isinstance(indices, Sequence) else indices
     if not wanted or any(not -count <= index < count for index in wanted):
         raise ValueError(
@@ -431,8 +413,55 @@ def _taken_levels(indices: int | Sequence[int] | None, count: int) -> list[int]:
     return [index % count for index in wanted]
 
 
+def _factories(
+    group_channels: int | Literal["all"],
+    reduction_ratio: int,
+    kernel_generator: str | Callable[..., nn.Module],
+    attention: str | None,
+    norm_layer: Layer,
+    generator_norm_layer: Layer | None,
+    kernel_init: KernelInit,
+    act_layer: Layer,
+    factory_kwargs: dict[str, Any],
+) -> _Factories:
+    """The callables that construct a network's layers; arguments as in `RedNet`."""
+    if isinstance(kernel_generator, nn.Module):
+        raise TypeError("kernel_generator must make a module for each layer, got a module that all would share")
+    if not callable(kernel_generator):
+        _check_choice("kernel_generator", kernel_generator, tuple(_GENERATORS))
+    if attention is not None:
+        _check_choice("attention", attention, RELATIVE_POSITIONS)
+        if (kernel_generator, reduction_ratio) != ("bottleneck", 4):
+            raise ValueError("attention makes its own kernels, got a kernel_generator or reduction_ratio besides")
+    if not callable(kernel_init):
+        _check_choice("kernel_init", kernel_init, KERNEL_INITS)
+    norm = _norm_layer("norm_layer", norm_layer)
+    generator_norm = norm
+    if generator_norm_layer is not None:
+        is_default = generator_norm_layer == "rms"
+        generator_norm = None if is_default else _norm_layer("generator_norm_layer", generator_norm_layer)
+    settings: dict[str, Any] = {
+        "reduction_ratio": reduction_ratio,
+        "norm_layer": generator_norm,
+        "act_layer": get_act_layer(act_layer),
+    }
+    if kernel_generator != "softmax":
+        settings["kernel_init"] = kernel_init
+    generator = kernel_generator if callable(kernel_generator) else _generator(kernel_generator, settings)
+    settings |= {"group_channels": group_channels, "kernel_generator": generator}
+    make = _Factories(
+        convolution=partial(nn.Conv2d, bias=False, **factory_kwargs),
+        involution=partial(Involution2d, **settings, **factory_kwargs),
+        norm=partial(norm, **factory_kwargs),
+        act=partial(create_act_layer, act_layer, inplace=True),
+    )
+    if attention is not None:
+        make = make._replace(involution=partial(_attention, factory_kwargs, group_channels, attention))
+    return make
+
+
 def _generator(name: str, settings: dict[str, Any]) -> Callable[..., nn.Module] | None:
-    """What makes the generators of that name, as Involution2d takes it; None is its own, the plain bottleneck."""
+    """The `kernel_generator` argument of Involution2d for a name; None for the bottleneck, its default."""
     made = _GENERATORS[name]
     if not issubclass(made, BottleneckGenerator):
         return made
@@ -448,27 +477,25 @@ def _attention(
     stride: int = 1,
     dilation: int = 1,
 ) -> LocalSelfAttention2d:
-    """In the place of an involution, with as many heads as that has groups."""
+    """Local self-attention with the arguments of an involution, and as many heads as that has groups."""
     heads = 1 if group_channels == "all" else channels // group_channels
     return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **factory_kwargs)
 
 
-def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, parts: _Parts) -> nn.Sequential:
-    """3x3 convolution, involution at half the width, 3x3 convolution: the deep stem with its middle replaced."""
+def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, make: _Factories) -> nn.Sequential:
+    """ResNet's deep stem of three 3x3 convolutions, the second of which, at half the width, is an involution."""
     half = channels // 2
-    middle = (
-        parts.involution(half, kernel_size) if layer == "involution" else parts.convolution(half, half, 3, padding=1)
-    )
+    middle = make.involution(half, kernel_size) if layer == "involution" else make.convolution(half, half, 3, padding=1)
     modules = [
-        ("conv1", parts.convolution(in_chans, half, 3, stride=stride, padding=1)),
-        ("bn1", parts.norm(half)),
-        ("act1", parts.act()),
+        ("conv1", make.convolution(in_chans, half, 3, stride=stride, padding=1)),
+        ("bn1", make.norm(half)),
+        ("act1", make.act()),
         ("conv2", middle),
-        ("bn2", parts.norm(half)),
-        ("act2", parts.act()),
-        ("conv3", parts.convolution(half, channels, 3, padding=1)),
-        ("bn3", parts.norm(channels)),
-        ("act3", parts.act()),
+        ("bn2", make.norm(half)),
+        ("act2", make.act()),
+        ("conv3", make.convolution(half, channels, 3, padding=1)),
+        ("bn3", make.norm(channels)),
+        ("act3", make.act()),
     ]
     return nn.Sequential(OrderedDict(modules))
 
@@ -481,14 +508,14 @@ def _stages(
     output_stride: int,
     kernel_size: int,
     drop_path_rate: float,
-    parts: _Parts,
+    make: _Factories,
 ) -> tuple[list[nn.Sequential], list[dict[str, Any]]]:
-    """The four stages, and timm's record of each one's output."""
+    """The four stages, and timm's feature_info of each one."""
     stages, records = [], []
     dilation, block_index, last_index = 1, 0, sum(layers) - 1
     for index, (depth, width) in enumerate(zip(layers, channels, strict=True)):
         stride = 1 if index == 0 else 2
-        # A stage that gives up its stride dilates from its second block on: its first still reads the former grid.
+        # A stage without its stride dilates from its second block on, as timm's ResNet does.
         first_dilation = dilation
         if reduction * stride > output_stride:
             stride, dilation = 1, dilation * stride
@@ -499,7 +526,7 @@ def _stages(
                 Bottleneck(
                     in_channels,
                     width,
-                    parts,
+                    make,
                     kernel_size,
                     stride=stride if position == 0 else 1,
                     dilation=first_dilation if position == 0 else dilation,
@@ -514,7 +541,7 @@ def _stages(
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:
-    """timm's record of a variant; without a url, because there are no weights to download."""
+    """timm's default_cfg of a variant; without a url, because there are no weights to download."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -562,7 +589,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Blocks in each stage, by the network's layers.
+# Number of layers -> blocks in each stage.
 _DEPTHS = {
     14: (1, 1, 1, 1),
     26: (1, 2, 4, 1),
@@ -571,7 +598,7 @@ _DEPTHS = {
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
-# A quarter of the width, except in the stem, whose involution needs one group of 16 channels.
+# A quarter of the width, but the stem's involution needs a group of 16 channels.
 _CIFAR = {"channels": (16, 32, 64, 128), "stem_channels": 32, "stem_stride": 1}
 _V2 = {"generator_norm_layer": "rms"}
 

@@ -1,8 +1,8 @@
-"""The convolution twins of RedNet: timm's ResNet at the same depths, widths and input sizes.
+"""RedNet's convolutional counterparts: timm's ResNet at the same depths, widths and input sizes.
 
-Registers resnet26_paper and resnet38_paper (timm's own resnet26 has depths 2, 2, 2, 2 and is another network; the
-twins of RedNet-50, 101 and 152 are timm's resnet50, resnet101 and resnet152), and resnet14_cifar and resnet26_cifar
-for images of 32x32. No weights exist for them: `pretrained=True` raises timm's own RuntimeError.
+Registers resnet26_paper and resnet38_paper (timm's resnet26 has depths 2, 2, 2, 2 and is a different network; the
+counterparts of RedNet-50, 101 and 152 are timm's resnet50, resnet101 and resnet152), and resnet14_cifar and
+resnet26_cifar for images of 32x32. No weights exist for them: `pretrained=True` raises timm's own RuntimeError.
 """
 
 from collections.abc import Callable
@@ -21,12 +21,12 @@ register_model: Callable[[EntryPoint], EntryPoint] = _register_model  # timm shi
 
 
 class CifarResNet(ResNet):
-    """timm's ResNet for images of 32x32: its stem is one 3x3 convolution, without pooling.
+    """timm's ResNet for images of 32x32: the stem is one 3x3 convolution, without pooling.
 
     Args:
         in_chans: channels of the image.
-        output_stride: 8, 16 or 32, at least 8 * stem_stride: the network never dilates.
-        stem_width: half of the stem's output channels, as in timm's deep stems.
+        output_stride: 8, 16 or 32, at least 8 * stem_stride; the network never dilates.
+        stem_width: half the stem's output channels, as in timm's deep stems.
         stem_stride: 1 or 2.
         **kwargs: the other arguments of timm's ResNet.
 
@@ -48,18 +48,18 @@ class CifarResNet(ResNet):
         strides = (8, 16, 32)[stem_stride - 1 :]
         if output_stride not in strides:
             raise ValueError(f"output_stride must be one of {strides}, got {output_stride!r}")
-        # Of timm's stems the deep one leaves the output's width free; only its norm and activation stay.
+        # timm's deep stem is the one with a free output width; only its norm and activation are kept.
         super().__init__(*args, in_chans=in_chans, stem_width=stem_width, stem_type="deep", **kwargs)
         factory_kwargs: dict[str, Any] = {name: kwargs.get(name) for name in ("device", "dtype")}
         self.conv1 = nn.Conv2d(in_chans, 2 * stem_width, 3, stride=stem_stride, padding=1, bias=False, **factory_kwargs)
-        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm draws the others
+        nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
         self.maxpool = nn.Identity()
         for info in self.feature_info:
             info["reduction"] = max(stem_stride, stem_stride * info["reduction"] // 4)
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:
-    """timm's record of a variant; without a url, because there are no weights to download."""
+    """timm's default_cfg of a variant; without a url, because there are no weights to download."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -107,23 +107,23 @@ def _cifar_resnet(variant: str, pretrained: bool, **kwargs: Any) -> CifarResNet:
 
 @register_model
 def resnet26_paper(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-26 as the paper compares it: bottlenecks at depths 1, 2, 4, 1; 13.70 M parameters."""
+    """ResNet-26 of the paper's comparison: bottlenecks at depths 1, 2, 4, 1; 13.70 M parameters."""
     return _resnet("resnet26_paper", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})
 
 
 @register_model
 def resnet38_paper(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-38 as the paper compares it: bottlenecks at depths 2, 3, 5, 2; 19.63 M parameters."""
+    """ResNet-38 of the paper's comparison: bottlenecks at depths 2, 3, 5, 2; 19.63 M parameters."""
     return _resnet("resnet38_paper", pretrained, **{"layers": (2, 3, 5, 2), **kwargs})
 
 
 @register_model
 def resnet14_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """The twin of rednet14_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
+    """The counterpart of rednet14_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
     return _cifar_resnet("resnet14_cifar", pretrained, **{"layers": (1, 1, 1, 1), **kwargs})
 
 
 @register_model
 def resnet26_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """The twin of rednet26_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
+    """The counterpart of rednet26_cifar: the same depths and widths, a 3x3 convolution of stride 1 as the stem."""
     return _cifar_resnet("resnet26_cifar", pretrained, **{"layers": (1, 2, 4, 1), **kwargs})

@@ -1,4 +1,4 @@
-"""A start from a ResNet's weights: RedNet shares its 1x1 convolutions, norms, shortcuts and classifier."""
+"""Warm start from a ResNet's weights: copies the 1x1 convolutions, norms, shortcuts and classifier into a RedNet."""
 
 import re
 from collections import Counter
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .checkpoints import read_weights
 
-_ANCHOR = "layer1.0.conv1.weight"  # which every ResNet and RedNet has; what stands before it is a prefix
-# The deep stem of timm's resnet50c and 50d, and the norm behind any stem, as RedNet names them.
+_ANCHOR = "layer1.0.conv1.weight"  # in every ResNet and RedNet; what precedes it in a state dict is a common prefix
+# The deep stem of timm's resnet50c and 50d, and the norm after any stem -> RedNet's names.
 _STEM = {
     "conv1.0": "stem.conv1",
     "conv1.1": "stem.bn1",
@@ -25,10 +25,10 @@ _STEM = {
 
 
 class WarmStart(NamedTuple):
-    """What `load_resnet` did.
+    """The result of `load_resnet`.
 
-    `copied` and `new` have the names of the model's tensors that are the source's and those that are as they were,
-    `left_out` those of the source's tensors that found no place; `parameters` counts elements: copied, and all.
+    `copied` and `new` have the names of the model's tensors that were and were not copied, `left_out` those of the
+    source's unused tensors; `parameters` counts elements: copied, and all.
     """
 
     source: str
@@ -50,34 +50,33 @@ class WarmStart(NamedTuple):
 
 
 def load_resnet(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> WarmStart:
-    """Copies into a RedNet, in place, every tensor of a ResNet that fits by name and shape.
+    """Copies into a RedNet, in place, every tensor of a ResNet that matches by name and shape.
 
-    These are the blocks' 1x1 convolutions, norms and shortcuts, the classifier where it has as many classes, and of
-    the stem its last norm; all but the stem's involution where the source's stem is of three 3x3 convolutions
-    (timm's resnet50c, resnet50d). Involutions stay as they are. Depths should agree: RedNet-50, 101 and 152 take the
-    weights of timm's or torchvision's ResNet of that depth, RedNet-26 and 38 those of resnet26_paper and
-    resnet38_paper. The shortcuts of resnet50d and its like, which average first, fit too. Weights of another RedNet
-    are copied in the same way.
+    These are the blocks' 1x1 convolutions, norms and shortcuts, the classifier if the number of classes is the same,
+    and the stem's last norm; from a deep stem of three 3x3 convolutions (timm's resnet50c, resnet50d), all of the stem
+    but its involution. Involutions keep their weights. Depths should agree: RedNet-50, 101 and 152 take the weights of
+    timm's or torchvision's ResNet of that depth, RedNet-26 and 38 those of resnet26_paper and resnet38_paper. The
+    average-pooling shortcuts of resnet50d fit too. Another RedNet's weights are copied in the same way.
 
     Args:
-        model: a RedNet, a ResNet, or what timm.create_model makes of one with features_only.
-        source: a file (a checkpoint of `involution fit`, a state dict, .safetensors), or else the name of a network
-            whose pretrained weights timm downloads; or a state dict. A prefix that all names share is taken off.
+        model: a RedNet or ResNet, also as timm.create_model returns it with features_only.
+        source: a file (a checkpoint of `involution fit`, a state dict, .safetensors), the name of a network whose
+            pretrained weights timm downloads, or a state dict. A common prefix of all names is removed.
 
     Returns:
-        What was copied, what is new and what was left out; its string is a report.
+        The names that were copied, new and left out; its string is a report.
 
     Raises:
         TypeError: source is none of these.
         FileNotFoundError: source is neither a file nor a name that timm knows.
-        ValueError: the file or the download is not to be read; model or source is no ResNet or RedNet; no
+        ValueError: the file or the download cannot be read; model or source is not a ResNet or RedNet; no
             convolution of the source's blocks fits.
     """
     weights, name = _weights(source)
     wanted = model.state_dict()
     if _ANCHOR not in wanted:
         raise ValueError(f"model must be a RedNet or a ResNet, got {type(model).__name__}")
-    placed: dict[str, str] = {}  # the model's name of a tensor: the source's
+    placed: dict[str, str] = {}  # the model's name -> the source's
     for theirs, tensor in weights.items():
         for ours in _names(theirs):
             if ours in wanted and ours not in placed and wanted[ours].shape == tensor.shape:
@@ -103,7 +102,7 @@ def load_resnet(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> 
 
 
 def _weights(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The source's tensors without their common prefix, and what errors call it."""
+    """The source's tensors without their common prefix, and its name for messages."""
     if isinstance(source, Mapping):
         weights, name = dict(source), "the state dict"
     elif not isinstance(source, str | Path):
@@ -120,18 +119,18 @@ def _weights(source: str | Path | Mapping[str, Tensor]) -> tuple[dict[str, Tenso
 
 
 def _pretrained(name: str) -> dict[str, Tensor]:
-    if not timm.is_model(name.partition(".")[0]):  # a name may end with a tag: resnet50.a1_in1k
+    if not timm.is_model(name.partition(".")[0]):  # a name may have a tag: resnet50.a1_in1k
         raise FileNotFoundError(f"source must be a file of weights or the name of a network of timm's, got {name}")
     try:
         with torch.random.fork_rng(devices=[]):
             state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
-    except Exception as error:  # of timm where there are no weights, of the hub's and the network's many libraries
+    except Exception as error:  # timm's without weights; the hub's and network libraries' own types
         raise ValueError(f"source must have weights that timm can download, got {name}: {error}") from error
     return state
 
 
 def _names(theirs: str) -> Iterable[str]:
-    """What RedNet may call a tensor of a ResNet, the likeliest first."""
+    """RedNet's possible names for a ResNet's tensor, the most likely first."""
     yield theirs
     module, _, tensor = theirs.rpartition(".")
     if module in _STEM:
@@ -142,7 +141,7 @@ def _names(theirs: str) -> Iterable[str]:
 
 
 def _layers(names: Iterable[str]) -> str:
-    """Names of tensors as those of their layers; blocks have one entry together, and their number."""
+    """A summary of tensors' names: their layers, with equal layers of all blocks as one entry and a count."""
     layers = dict.fromkeys(name.rpartition(".")[0] for name in names)
     kinds = Counter(re.sub(r"^layer\d+\.\d+\.", "layer*.*.", layer) for layer in layers)
     return ", ".join(f"{kind} ({count})" if "*" in kind else kind for kind, count in kinds.items()) or "nothing"

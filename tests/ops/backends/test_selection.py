@@ -1,4 +1,4 @@
-"""Which backend serves, what the others say, and installs without kernels."""
+"""The choice of a backend, the reasons of the others, and installations without kernels."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def call() -> tuple[torch.Tensor, torch.Tensor, int, int]:
     return torch.randn(1, 4, 5, 5), torch.randn(1, 2, 3, 3, 5, 5), 1, 1
 
 
-def test_records_for_a_call_name_the_one_that_serves() -> None:
+def test_records_of_a_call() -> None:
     records = involution.backends(*call())
     assert [(r.name, r.serves) for r in records] == [("cpu", True), ("triton", False), ("reference", False)]
     assert records[0].available
@@ -36,21 +36,21 @@ def test_records_for_a_call_name_the_one_that_serves() -> None:
         assert "INVOLUTION_BACKEND=reference" in records[0].reason
 
 
-def test_records_in_general() -> None:
+def test_records_without_a_call() -> None:
     cpu_kernels, triton, reference = involution.backends()
     assert all(r.available and r.serves and not r.reason for r in (cpu_kernels, reference))
     if not torch.accelerator.is_available():
         assert (triton.available, triton.serves, triton.reason) == (False, False, "torch finds no GPU")
 
 
-def test_records_for_tensors_elsewhere() -> None:
+def test_records_of_tensors_on_another_device() -> None:
     x, k, *window = call()
     records = involution.backends(x.to("meta"), k.to("meta"), *window)
     assert [r.serves for r in records] == [False, False, True]
     assert all("meta" in record.reason for record in records[:2])
 
 
-def test_a_bad_call_gets_the_front_doors_error() -> None:
+def test_a_bad_call_has_the_public_functions_error() -> None:
     x, k, *_ = call()
     with pytest.raises(TypeError, match="kernel_map"):
         involution.backends(x, 3)
@@ -94,7 +94,7 @@ def test_environment_variables_are_checked() -> None:
         assert shown.stdout.strip() == name
 
 
-def test_without_kernels_the_reference_serves_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_kernels_the_reference_serves_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_load", lambda: (None, "libinvolution.so is not installed"))
     monkeypatch.setattr(selection, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"reference path.*libinvolution.so is not installed"):
@@ -110,7 +110,7 @@ def test_without_kernels_the_reference_serves_and_says_so_once(monkeypatch: pyte
         involution.involution2d(*call())
 
 
-def test_asked_for_triton_without_a_gpu_its_kernels_are_interpreted() -> None:
+def test_forced_triton_without_a_gpu_is_interpreted() -> None:
     code = """
 import torch, involution
 x, k = torch.randn(1, 4, 5, 5, requires_grad=True), torch.randn(1, 2, 3, 3, 5, 5, requires_grad=True)
@@ -130,7 +130,7 @@ torch.testing.assert_close(torch.autograd.grad(want.sum(), (x, k)), (x.grad, k.g
     assert done.stdout.strip() == "['triton']"
 
 
-def test_asked_for_the_reference_there_is_no_warning() -> None:
+def test_a_forced_reference_does_not_warn() -> None:
     with backend("reference"), warnings.catch_warnings():
         warnings.simplefilter("error")
         involution.involution2d(*call())

@@ -1,1 +1,1 @@
-"""The backends, and the choice between them: the C++ kernels, the Triton kernels, and plain PyTorch."""
+"""The backends and the choice between them: C++ kernels, Triton kernels, and plain PyTorch."""

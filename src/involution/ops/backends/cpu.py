@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..geometry import MAPS, Geometry
 from ..layer import LayerParts, pack
-from ..layouts import is_channels_last, lies_channels_last, memory_order
+from ..layouts import is_channels_last, is_stored_channels_last, memory_order
 
 _FILE = "libinvolution.so"
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
@@ -141,13 +141,13 @@ def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Te
     if name in _WEIGHTS:
         return pack(tensor) if tensor.dim() == 2 else tensor.contiguous()
     if name in _IMAGES:
-        return tensor if lies_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
+        return tensor if is_stored_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
     """The result itself if the kernels can fill it, else one of its shape that they can."""
-    if out.dtype == dtype and (lies_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
+    if out.dtype == dtype and (is_stored_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
         return out
     if out.dim() <= 2:
         return torch.empty(out.shape, dtype=dtype)

@@ -1,7 +1,7 @@
-"""The three maps in plain PyTorch, as shifted multiply-adds: the oracle, and the path for devices with no kernel.
+"""The reference backend: the maps in plain PyTorch, one shifted multiply-add per kernel tap.
 
-Half precision accumulates in float32. Taps outside the input are never touched, so an Inf or NaN weight
-there has no effect.
+It is the oracle of the tests, and serves devices without kernels. Half precision accumulates in float32. Taps outside
+the input are skipped, so an Inf or NaN weight there has no effect.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from ..layouts import allocate, memory_order
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
-    x, k = _grouped(input, geometry), _widened(kernel_map)
+    x, k = _grouped(input, geometry), _accumulable(kernel_map)
     y = torch.zeros_like(_grouped(out, geometry), dtype=x.dtype)
     for at_map, at_output, at_input in geometry.taps():
         y[at_output].addcmul_(k[at_map].unsqueeze(2), x[at_input])
@@ -24,8 +24,8 @@ def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) ->
 
 
 def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
-    """dx, the gradient with respect to x: every product of `apply` goes back to where its x came from."""
-    g, k = _grouped(grad, geometry), _widened(kernel_map)
+    """dx, the gradient w.r.t. x: every product of `apply` is scattered back to the position of its x."""
+    g, k = _grouped(grad, geometry), _accumulable(kernel_map)
     dx = torch.zeros_like(_grouped(out, geometry), dtype=g.dtype)
     for at_map, at_output, at_input in geometry.taps():
         dx[at_input].addcmul_(k[at_map].unsqueeze(2), g[at_output])
@@ -33,7 +33,7 @@ def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -
 
 
 def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
-    """dk, the gradient with respect to k: for every tap and position, the dot product over a group's channels."""
+    """dk, the gradient w.r.t. k: for every tap and position, the dot product over the channels of a group."""
     g, x = _grouped(grad, geometry), _grouped(input, geometry)
     out.zero_()
     for at_map, at_output, at_input in geometry.taps():
@@ -43,7 +43,7 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
 def in_steps(
     parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry, apply: Callable[..., None] = apply
 ) -> Tensor:
-    """A fused layer's own output, from its hidden features: the kernel map, the aggregation, and what follows it."""
+    """A fused layer's output from its hidden features: span convolution, involution, scale, shift and ReLU."""
     weight = unpack(parts.span_weight, parts.span_bias)
     apply(parts.input, generate(hidden, weight, parts.span_bias, geometry), y, geometry)
     return finish(y, parts)
@@ -55,16 +55,16 @@ def fused_layer(
     geometry: Geometry,
     aggregate: Callable[[LayerParts, Tensor, Tensor, Geometry], Tensor] = in_steps,
 ) -> None:
-    """A fused layer, step by step; `outs` are its output and, where one is asked for, the next block's reduction's.
+    """A fused layer or bottleneck, step by step; fills its output and, if present, the next block's reduced features.
 
-    `aggregate` makes the layer's own output, in the memory that it is given or elsewhere.
+    `aggregate` computes the layer's output from the hidden features, in the tensor that it gets or in a new one.
     """
     hidden = parts.hidden
     if hidden is None:
         pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
         hidden = pointwise(pooled, parts.reduce_weight, parts.reduce_bias)
         if parts.rms_eps > 0:
-            wide = _widened(hidden)
+            wide = _accumulable(hidden)
             hidden = (wide * (wide.square().mean(1, keepdim=True) + parts.rms_eps).rsqrt()).to(hidden.dtype)
         hidden = hidden.relu()
     y = outs[0]
@@ -91,21 +91,21 @@ def fused_layer_backward(
     maps: tuple[Callable[..., None], Callable[..., None]] = (adjoint, correlate),
     images: int | None = None,
 ) -> None:
-    """Gradients of a fused layer with respect to input, hidden features, span weight and bias; makes the map again.
+    """Gradients of a fused layer w.r.t. input, hidden features, span weight and bias; recomputes the kernel map.
 
-    `maps` are the two to use, on `images` at a time, or on all.
+    `maps` are the adjoint and correlate to use, on `images` images at a time (None: all at once).
     """
     weight, (dx, dhidden, dweight, dbias) = parts.span_weight, results
     assert parts.hidden is not None
     order = memory_order("kernel_map", len(geometry.kernel))
-    totals = [torch.zeros_like(total, dtype=_widened(total[:0]).dtype) for total in (dweight, dbias)]
+    totals = [torch.zeros_like(total, dtype=_accumulable(total[:0]).dtype) for total in (dweight, dbias)]
     for n in range(0, geometry.batch, images or geometry.batch):
         some = slice(n, n + (images or geometry.batch))
         hidden = parts.hidden[some]
         part = geometry._replace(batch=len(hidden))
         kernel_map = generate(hidden, weight, parts.span_bias, part)
         maps[0](grad[some], kernel_map, dx[some], part)
-        maps[1](grad[some], parts.input[some], kernel_map, part)  # the map becomes its own gradient
+        maps[1](grad[some], parts.input[some], kernel_map, part)  # overwrites the map by its gradient
         flat = kernel_map.permute(order).flatten(0, len(geometry.kernel)).flatten(1)  # [N * prod(O), G * prod(K)]
         dhidden[some].copy_((flat @ weight).view(len(hidden), *geometry.output, -1).movedim(-1, 1))
         totals[0] += flat.t() @ hidden.movedim(1, -1).flatten(0, -2)
@@ -115,12 +115,12 @@ def fused_layer_backward(
 
 
 def fuses(tensor: Tensor) -> bool:
-    """See selection.BackendModule: never, here the steps are all there is."""
+    """See selection.BackendModule: never, this backend runs it in steps."""
     return False
 
 
 def why_not(tensor: Tensor | None) -> str:
-    """Why this backend cannot run on tensors like this one, or (None) at all: it always can."""
+    """See selection.BackendModule: empty, it runs on every tensor."""
     return ""
 
 
@@ -130,8 +130,8 @@ def _grouped_view(image: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _grouped(image: Tensor, geometry: Geometry) -> Tensor:
-    return _grouped_view(_widened(image), geometry)
+    return _grouped_view(_accumulable(image), geometry)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _accumulable(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -1,4 +1,4 @@
-"""Which backend serves a call and, when asked, why the others do not.
+"""The registry of backends: which one serves a call, and why the others do not.
 
 A backend is a module with the functions of `BackendModule` and an entry in `_BACKENDS`.
 """
@@ -17,9 +17,9 @@ from . import cpu, reference, triton
 
 
 class BackendModule(Protocol):
-    """What every backend has; reference.py says what each function computes.
+    """The functions of every backend; reference.py defines what each computes.
 
-    `out` comes from layouts.allocate and is overwritten. No function is called for an empty result.
+    They overwrite `out`, `outs` or `results`, which layouts.allocate made, and are never called for an empty result.
     """
 
     def apply(self, input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None: ...  # noqa: D102
@@ -35,13 +35,13 @@ class BackendModule(Protocol):
     ) -> None: ...
 
     def why_not(self, tensor: Tensor | None) -> str:
-        """Why the backend cannot run on tensors like this one, or (None) in this process; empty if it can."""
+        """Why the backend cannot run on tensors like this one, or (None) in this process at all; empty if it can."""
         ...
 
     def fuses(self, tensor: Tensor) -> bool:
         """Whether the fused layer is one kernel on tensors like this one, and so faster than its steps.
 
-        Traced by torch.compile: what the process can do must have been asked when the module was imported.
+        torch.compile traces it, so what depends on the process must be a constant computed at import.
         """
         ...
 
@@ -56,14 +56,14 @@ def _forced_backend() -> str | None:
     return name
 
 
-forced = _forced_backend()  # read once; None leaves the choice to the tensors
+forced = _forced_backend()  # read at import; None: the tensors decide
 
 
 class Backend(NamedTuple):
-    """What one backend says of a call.
+    """One backend's answer for a call.
 
-    `available`: it can run in this process. `serves`: it is the one that runs this call (asked in general: it runs
-    some calls). `reason`: why it does not, empty where it does.
+    `available`: it can run in this process. `serves`: it runs this call (without a call: it runs some calls).
+    `reason`: why it does not, empty if it does.
     """
 
     name: str
@@ -73,18 +73,18 @@ class Backend(NamedTuple):
 
 
 def backends(*call: Any, **options: Any) -> list[Backend]:
-    """Every backend, with the reason why it does or does not serve.
+    """Every backend, and whether it serves a call or why it does not.
 
     Args:
-        call: nothing, for the state in general; or the arguments of an involution1d/2d/3d call, input and kernel
+        call: nothing, for the state of this process; or the arguments of an involution1d/2d/3d call, input and kernel
             map first.
-        options: that call's stride, padding and dilation, where given by keyword.
+        options: that call's stride, padding and dilation, if passed by keyword.
 
     Returns:
-        One record (name, available, serves, reason) per backend, the preferred first. For a call exactly one serves.
+        One record (name, available, serves, reason) per backend, in order of preference. For a call exactly one serves.
 
     Raises:
-        TypeError, ValueError: what the call itself would raise.
+        TypeError, ValueError: as the call itself.
 
     Example:
         >>> import torch, involution
@@ -100,10 +100,10 @@ def backends(*call: Any, **options: Any) -> list[Backend]:
 
 
 def backend_for(tensor: Tensor) -> BackendModule:
-    """The backend that runs a map on tensors like this one.
+    """The first backend that can run a map on tensors like this one.
 
     Raises:
-        RuntimeError: INVOLUTION_BACKEND forces one that cannot.
+        RuntimeError: INVOLUTION_BACKEND forces a backend that cannot.
     """
     for name, module in _BACKENDS.items():
         if not refusal(name, tensor):
@@ -114,7 +114,7 @@ def backend_for(tensor: Tensor) -> BackendModule:
 
 
 def refusal(name: str, tensor: Tensor | None = None) -> str:
-    """Why a backend does not run a call on such tensors; empty if it can."""
+    """Why a backend does not run calls on such tensors; empty if it can."""
     if forced not in (None, name):
         return f"INVOLUTION_BACKEND={forced} forbids it"
     reason: str = _BACKENDS[name].why_not(tensor)
@@ -122,19 +122,25 @@ def refusal(name: str, tensor: Tensor | None = None) -> str:
 
 
 def fuses(tensor: Tensor) -> bool:
-    """Whether the backend that serves such a tensor runs the fused layer as one kernel: else its steps are as fast."""
+    """Whether a backend runs the fused layer as one kernel on such a tensor; if not, its steps are as fast."""
     return any(module.fuses(tensor) for name, module in _BACKENDS.items() if forced in (None, name))
 
 
 def why_not_fused(tensor: Tensor) -> str:
-    """Why no backend has a fused kernel for such a tensor: what each of those that have one at all says."""
-    reasons = {name: refusal(name, tensor) for name, module in _BACKENDS.items() if module is not reference}
-    return "; ".join(f"{name}: {reason or f'none for {tensor.dtype}'}" for name, reason in reasons.items())
+    """Why no backend has a fused kernel for such a tensor: the reason of each but the reference, once if all agree."""
+    reasons = {
+        name: refusal(name, tensor) or f"none for {tensor.dtype}"
+        for name, module in _BACKENDS.items()
+        if module is not reference
+    }
+    if len(set(reasons.values())) == 1:
+        return next(iter(reasons.values()))
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _record(name: str, refusal: str, asked_for: bool) -> Backend:
+def _record(name: str, refusal: str, preferred: bool) -> Backend:
     available = not _BACKENDS[name].why_not(None)
-    serves = asked_for and not refusal
+    serves = preferred and not refusal
     return Backend(name, available, serves, "" if serves else refusal or "a preferred backend serves")
 
 

@@ -1,0 +1,291 @@
+"""The fusion pass: every fused layer of a captured graph absorbs the layers around it.
+
+A residual block around an involution becomes one call of torch.ops.involution.fused_bottleneck; batch norms are folded
+into the 1x1 convolutions before them. The reduction has to match; fusion ends at the first later step that does not:
+
+    x -+-> average pool (if strided) -> reduce 1x1 -> norm -> ReLU --+
+       |                                                             v
+       +-----------------------------------------------------> fused layer -> norm -> ReLU
+                                                                                       |
+        next block's reduce 1x1 -> norm -> ReLU  <--  ReLU <- sum <- norm <- expand 1x1
+                                                               ^
+                                                            shortcut
+"""
+
+import math
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..ops.backends import selection
+from ..ops.layer import pack
+from .graph import (
+    AVERAGE_POOLS,
+    CONVOLUTIONS,
+    RMS_NORMS,
+    SUMS,
+    Node,
+    arguments,
+    calls,
+    constant,
+    is_relu,
+    module_path,
+    mutates_shared_tensor,
+    only_user,
+)
+
+_BOTTLENECK = torch.ops.involution.fused_bottleneck.default
+
+
+class _Norm(NamedTuple):
+    """A batch norm in evaluation mode: its node and its constants."""
+
+    node: Node
+    mean: Tensor
+    var: Tensor
+    eps: float
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def folded_into(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Weight [out, in] and bias [out] of a convolution that computes what convolution and norm compute."""
+        weight, bias = fuse_conv_bn_weights(weight, bias, self.mean, self.var, self.eps, self.weight, self.bias)
+        return weight.detach(), bias.detach()
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The norm as y * scale + shift, both [C]."""
+        scale, shift = self.folded_into(torch.ones_like(self.mean)[:, None], None)
+        return scale[:, 0], shift
+
+
+class _Pointwise(NamedTuple):
+    """A 1x1 convolution: weight [out, in], bias [out] or None."""
+
+    node: Node
+    weight: Tensor
+    bias: Tensor | None
+
+
+def fuse(graph: fx.GraphModule) -> list[str]:
+    """Replaces every fused layer, together with the layers around it that match, by a fused_bottleneck operator.
+
+    Returns:
+        For every involution that is not fused, or without its reduction or norm, one sentence with the reason.
+    """
+    reasons = []
+    mutates = mutates_shared_tensor(graph)
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.involution.apply.default:
+            reasons.append(f"{module_path(node)} runs unfused: {_why_unfused(node)}")
+        elif node.target is torch.ops.involution.fused_layer.default:
+            reason = "runs without its neighbours: the model modifies in place a tensor with other uses"
+            if not mutates:
+                operands, ends, reason = _match(graph, node)
+                if operands:
+                    _replace(graph, node, operands, ends)
+            if reason:
+                reasons.append(f"{module_path(node)} {reason}")
+    if not mutates:  # fx would remove calls whose only effect is in place
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+    return reasons
+
+
+def _why_unfused(apply: Node) -> str:
+    value = getattr(apply.args[0], "meta", {}).get("example_value")
+    if value is not None and value.dtype not in (torch.float32, torch.float64):
+        return f"the fused layer takes float32 and float64, not {value.dtype}"
+    if value is not None and not selection.fuses(value):
+        return f"no kernel of the fused layer serves: {selection.why_not_fused(value)}"
+    return "its kernels come from a generator other than the default one, or one with hooks"
+
+
+def _match(graph: fx.GraphModule, layer: Node) -> tuple[dict[str, Any], list[Node], str]:
+    """What matches around a fused layer: the operands of fused_bottleneck, the nodes that it computes, and a reason.
+
+    There are no operands where nothing matches; the reason says what is missing, empty where nothing is.
+    """
+    x, hidden, span, bias, scale, _, relu, kernel_size, stride, dilation = layer.args
+    if scale is not None or relu:
+        return {}, [], "runs without its neighbours: it has a scale, a shift or a ReLU already"
+    span_weight, span_bias = constant(graph, span), constant(graph, bias)
+    if span_weight is None or (bias is not None and span_bias is None):
+        return {}, [], "runs unfused: its span's weights are not constant"
+    reduce, rms_eps, why = _reduction(graph, hidden, x, stride)
+    if reduce is None:
+        return {}, [], f"runs without its reduction: {why}"
+    operands = {
+        **{"input": x, "kernel_size": kernel_size, "stride": stride, "dilation": dilation},
+        **_packed("reduce", *reduce),
+        **_packed("span", *_with_bias(span_weight.flatten(1), span_bias)),
+        **{"rms_eps": rms_eps, "relu": False, "expand_relu": False},
+    }
+    norm = _norm(graph, only_user(layer))
+    if norm is None:
+        return operands, [layer], "runs without its norm: no batch norm in evaluation mode comes after it"
+    rectified = only_user(norm.node)
+    if not is_relu(rectified):
+        return operands, [layer], "runs without its norm: no ReLU comes after that"
+    scale, shift = norm.scale_and_shift()
+    operands |= {"scale": scale, "shift": shift, "relu": True}
+    expand, shortcut, end = _expansion(graph, rectified)
+    if expand is None:
+        return operands, [rectified], ""
+    operands |= {**_packed("expand", *expand), "shortcut": shortcut, "expand_relu": True}
+    next_reduce, next_end = _next_reduction(graph, end)
+    if next_reduce is None:
+        return operands, [end], ""
+    return operands | _packed("next_reduce", *next_reduce), [end, next_end], ""
+
+
+def _packed(name: str, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_weight": pack(weight), f"{name}_bias": bias}
+
+
+def _replace(graph: fx.GraphModule, layer: Node, operands: dict[str, Any], ends: list[Node]) -> None:
+    """Inserts a fused_bottleneck operator, whose outputs take the place of the nodes `ends`."""
+    values = []
+    with graph.graph.inserting_before(ends[0]):
+        for name in (argument.name for argument in _BOTTLENECK._schema.arguments):
+            value = operands.get(name)
+            if isinstance(value, Tensor):
+                graph.register_buffer(f"{layer.name}_{name}", value)
+                value = graph.graph.get_attr(f"{layer.name}_{name}")
+            values.append(value)
+        outputs = graph.graph.call_function(_BOTTLENECK, tuple(values))
+        results = [graph.graph.call_function(operator.getitem, (outputs, index)) for index in range(len(ends))]
+    for old, new in zip(ends, results, strict=True):
+        new.meta = dict(old.meta)
+        old.replace_all_uses_with(new)
+        graph.graph.erase_node(old)
+    graph.graph.eliminate_dead_code()  # the steps that led to the replaced nodes
+
+
+def _reduction(
+    graph: fx.GraphModule, hidden: Any, x: Any, stride: Any
+) -> tuple[tuple[Tensor, Tensor] | None, float, str]:
+    """The generator's reduction from x (pooled if strided) to hidden: weights, the RMS norm's eps or 0, or why not."""
+    if not is_relu(hidden):
+        return None, 0, "its generator's activation is not ReLU"
+    reduced, rms_eps = _before_rms_norm(hidden.args[0])
+    norm = _norm(graph, reduced)
+    if norm is None and rms_eps == 0:
+        return None, 0, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
+    convolution = _pointwise(graph, reduced if norm is None else norm.node.args[0])
+    if convolution is None:
+        return None, 0, "its generator's reduction is not a plain 1x1 convolution"
+    source = convolution.node.args[0]
+    if math.prod(stride) > 1:
+        if not _averages_windows(source, stride):
+            return None, 0, "its generator does not average windows of the stride's size"
+        source = source.args[0]
+    if source is not x:
+        return None, 0, "its generator reads something other than the layer's input"
+    weight, bias = convolution.weight, convolution.bias
+    return _with_bias(weight, bias) if norm is None else norm.folded_into(weight, bias), rms_eps, ""
+
+
+def _before_rms_norm(node: Any) -> tuple[Any, float]:
+    """The input and eps of an `nn.generators.ChannelRMSNorm` that ends in this node; else the node itself, and 0."""
+    if not calls(node, {"movedim"}) or tuple(node.args[1:]) != (-1, 1):
+        return node, 0.0
+    normed = node.args[0]
+    if not calls(normed, RMS_NORMS):
+        return node, 0.0
+    values = arguments(normed, ("input", "normalized_shape", "weight", "eps"))
+    last = values["input"]
+    plain = len(values["normalized_shape"]) == 1 and values.get("weight") is None and values.get("eps") is not None
+    if not plain or not calls(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
+        return node, 0.0
+    return last.args[0], values["eps"]
+
+
+def _expansion(graph: fx.GraphModule, rectified: Node) -> tuple[tuple[Tensor, Tensor] | None, Node, Node]:
+    """The 1x1 convolution, norm, sum and ReLU that end a bottleneck: weights, the shortcut, and the last node."""
+    nothing = None, None, None
+    convolution = _pointwise(graph, only_user(rectified))
+    norm = None if convolution is None else _norm(graph, only_user(convolution.node))
+    total = None if norm is None else only_user(norm.node)
+    end = None if total is None else only_user(total)
+    if convolution is None or norm is None or total is None or total.target not in SUMS or not is_relu(end):
+        return nothing
+    others = [value for value in total.args if value is not norm.node]
+    if len(total.args) != 2 or len(others) != 1 or not isinstance(others[0], fx.Node) or total.kwargs:
+        return nothing
+    values = [value.meta.get("example_value") for value in (norm.node, others[0])]
+    kinds = [(v.shape, v.dtype, v.device) if isinstance(v, Tensor) else None for v in values]
+    if None in kinds or kinds[0] != kinds[1]:
+        return nothing  # a sum that broadcasts or promotes
+    return norm.folded_into(convolution.weight, convolution.bias), others[0], end
+
+
+def _next_reduction(graph: fx.GraphModule, output: Node) -> tuple[tuple[Tensor, Tensor] | None, Node]:
+    """The 1x1 convolution, norm and ReLU that begin the next bottleneck: weights, and the last node.
+
+    A generator's reduction looks the same: it belongs to its own layer, which reads the ReLU as hidden features.
+    """
+    for user in output.users:
+        convolution = _pointwise(graph, user)
+        norm = None if convolution is None else _norm(graph, only_user(convolution.node))
+        end = None if norm is None else only_user(norm.node)
+        is_generator = end is not None and any(
+            node.target is torch.ops.involution.fused_layer.default and node.args[1] is end for node in end.users
+        )
+        if convolution is not None and norm is not None and is_relu(end) and not is_generator:
+            return norm.folded_into(convolution.weight, convolution.bias), end
+    return None, None
+
+
+def _norm(graph: fx.GraphModule, node: Any) -> _Norm | None:
+    """A batch norm with running statistics in evaluation mode."""
+    if not calls(node, {F.batch_norm}):
+        return None
+    values = arguments(node, ("input", "mean", "var", "weight", "bias", "training", "momentum", "eps"))
+    mean, var, weight, bias = (constant(graph, values.get(name)) for name in ("mean", "var", "weight", "bias"))
+    if values.get("training") or mean is None or var is None:
+        return None
+    return _Norm(node, mean, var, values.get("eps", 1e-5), weight, bias)
+
+
+def _pointwise(graph: fx.GraphModule, node: Any) -> _Pointwise | None:
+    """A 1x1 convolution of stride 1 without padding or groups."""
+    if not calls(node, CONVOLUTIONS):
+        return None
+    values = arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
+    weight, bias = constant(graph, values.get("weight")), constant(graph, values.get("bias"))
+    plain = (
+        weight is not None
+        and math.prod(weight.shape[2:]) == 1
+        and all(step == 1 for step in _per_axis(values.get("stride", 1)))
+        and all(side == 0 for side in _per_axis(values.get("padding", 0)))
+        and values.get("groups", 1) == 1
+        and (values.get("bias") is None or bias is not None)
+    )
+    return _Pointwise(node, weight.flatten(1), bias) if plain and weight is not None else None
+
+
+def _averages_windows(node: Any, stride: Any) -> bool:
+    """Whether a node is the average pooling of `ops.layer.average_windows`."""
+    if not calls(node, AVERAGE_POOLS):
+        return False
+    names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    values = arguments(node, names)
+    return bool(
+        tuple(_per_axis(values["kernel_size"])) == tuple(_per_axis(values.get("stride"))) == tuple(stride)
+        and all(side == 0 for side in _per_axis(values.get("padding", 0)))
+        and values.get("ceil_mode")
+        and values.get("count_include_pad") is False
+        and values.get("divisor_override") is None
+    )
+
+
+def _per_axis(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def _with_bias(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return weight, weight.new_zeros(len(weight)) if bias is None else bias

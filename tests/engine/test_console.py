@@ -53,8 +53,13 @@ def test_last_finds_what_a_run_without_a_logger_kept(
         assert "ckpt_path last: no version_*" in capsys.readouterr().err
 
 
-def test_loading_processes_share_the_cores() -> None:
-    data = TaskData(2, None)
+class Nothing(TaskData):
+    def setup(self, stage: str) -> None:
+        """No files."""
+
+
+def test_loader_workers_share_the_cores() -> None:
+    data = Nothing(2, None)
     data.val_set = TensorDataset(torch.zeros(4))
     assert data.val_dataloader().num_workers == cores()
-    assert TaskData(2, 0)._loader(data.val_set).num_workers == 0
+    assert Nothing(2, 0)._loader(data.val_set).num_workers == 0

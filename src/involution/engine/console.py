@@ -20,7 +20,7 @@ _IRRELEVANT = (
     r".*does not have many workers which may be a bottleneck",  # the default is one per core
     r"The number of training batches .* is smaller than the logging interval",  # `Screen` shortens it
     r"The dirpath has changed from",  # every run has its own folder
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips the batches already done
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips batches done
 )
 
 

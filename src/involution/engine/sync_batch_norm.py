@@ -106,7 +106,7 @@ def norms_of_involutions(model: nn.Module) -> list[nn.Module]:
 
 
 def synchronised(model: nn.Module, plain: Collection[nn.Module] = ()) -> nn.Module:
-    """The network with torch's SyncBatchNorm in place of batch norms not in `plain`; parameters are the same objects."""
+    """The network with torch's SyncBatchNorm in place of batch norms not in `plain`; parameters are shared."""
     kept = {name: module for name, module in model.named_modules() if module in plain}
     generators = [name for name, module in model.named_modules() if type(module) is GeneratorBatchNorm2d]
     converted: nn.Module = convert_sync_batchnorm(model)

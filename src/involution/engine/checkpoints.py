@@ -68,13 +68,13 @@ def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModu
         raise FileNotFoundError(f"{argument} must be a checkpoint, got {checkpoint}, which is no file")
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-        name = content["involution"]["module"]
+        stored = content["involution"]
     except Exception as error:  # torch raises errors of many kinds for other files
-        raise ValueError(
-            f"{argument} must be a checkpoint of involution fit, which names its module class, got {checkpoint}: "
-            f"{error!r}"
-        ) from error
-    package, _, kind = str(name).rpartition(".")
+        raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+    if "module" not in stored:
+        raise ValueError(f"{argument} must name its module class under involution.module, got {checkpoint} without it")
+    name = str(stored["module"])
+    package, _, kind = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(package), kind)
     except (ImportError, AttributeError, ValueError) as error:

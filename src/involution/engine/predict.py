@@ -163,12 +163,13 @@ class _Predicting(LightningModule):
         moved = super().transfer_batch_to_device(batch.images, device, dataloader_idx)
         return batch._replace(images=moved)
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> None:
-        """Predicts and writes one batch."""
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[int]:
+        """Predicts and writes one batch; returns its images' places in the list of files."""
         outputs = self.model.predict_step(batch.images, batch_idx)
         for index, output, pixels in zip(batch.indices, outputs, batch.pixels, strict=True):
             self.writer.add(index, output, pixels)
             self.done += 1
+        return batch.indices
 
 
 def _parser(task: type[TaskModule] | None) -> tuple[ArgumentParser, list[str], list[str]]:

@@ -8,7 +8,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ....engine.data import TaskData
+from involution.engine.data import TaskData
+
 from ..preprocessing import Preprocessing
 
 Sample = tuple[Tensor, int]

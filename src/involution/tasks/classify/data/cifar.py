@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ....engine.images import read_image
+from involution.engine.images import read_image
+
 from ..preprocessing import Preprocessing
 from .base import ClassificationData, TensorImages, stratified_split
 

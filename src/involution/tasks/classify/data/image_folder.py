@@ -10,9 +10,10 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from ....engine.data import IMAGENET_MEAN, IMAGENET_STD
-from ....engine.files import entries, is_hidden
-from ....engine.images import SkipUnreadable, read_image
+from involution.engine.data import IMAGENET_MEAN, IMAGENET_STD
+from involution.engine.files import entries, is_hidden
+from involution.engine.images import SkipUnreadable, read_image
+
 from ..preprocessing import Preprocessing, random_crops
 from .base import ClassificationData
 

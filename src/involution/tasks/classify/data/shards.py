@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from ....engine.files import decode, is_hidden, read_lines
-from ....engine.images import read_image
+from involution.engine.files import decode, is_hidden, read_lines
+from involution.engine.images import read_image
+
 from .image_folder import Photographs
 
 

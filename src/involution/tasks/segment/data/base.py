@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ....engine.data import IMAGENET_MEAN, IMAGENET_STD, TaskData
-from ....engine.images import FORMATS, UnreadableImage, for_each, inspect, read_image, unreadable
-from ....engine.pictures import Colour, colour
+from involution.engine.data import IMAGENET_MEAN, IMAGENET_STD, TaskData
+from involution.engine.images import FORMATS, UnreadableImage, for_each, inspect, read_image, unreadable
+from involution.engine.pictures import Colour, colour
+
 from ..preprocessing import IGNORED, Preprocessing, height_and_width
 from .values import PixelValues
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from torchvision import datasets
 
-from ....engine.files import is_hidden
+from involution.engine.files import is_hidden
+
 from ..preprocessing import IGNORED
 from .base import Pair, SegmentationData, existing
 

@@ -1,4 +1,4 @@
-"""Folders of images and of masks with the same names, and CamVid, which is kept so."""
+"""Folders of images and of masks with the same names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ....engine.files import files_below
-from ....engine.pictures import Colour
+from involution.engine.files import files_below
+from involution.engine.pictures import Colour
+
 from ..preprocessing import IGNORED
 from .base import Pair, SegmentationData
 from .values import PixelValues, colour_of, pixel_values
@@ -132,45 +133,3 @@ def _by_name(folder: Path, endings: Sequence[str], suffix: str, without: Path | 
                 raise ValueError(f"every name must be one file's, got {file} beside {found[name]}")
             found[name] = file
     return found
-
-
-class CamVid(Folders):
-    """CamVid as SegNet's authors keep it: 367, 101 and 233 road scenes of 480x360, eleven classes.
-
-    root/{train,val,test}/images and root/{train,val,test}/labels; id 11 (unlabelled) is ignored.
-
-    Args:
-        root: the tree.
-        **segmentation: see `SegmentationData`.
-    """
-
-    def __init__(
-        self, root: str, resize: int = 360, crop: tuple[int, int] | int = (360, 480), **segmentation: Any
-    ) -> None:
-        super().__init__(
-            root,
-            list(_CAMVID),
-            images="{split}/images",
-            masks="{split}/labels",
-            test="test",
-            ignore_index=len(_CAMVID),
-            palette=list(_CAMVID.values()),
-            resize=resize,
-            crop=crop,
-            **segmentation,
-        )
-
-
-_CAMVID = {
-    "Sky": (128, 128, 128),
-    "Building": (128, 0, 0),
-    "Pole": (192, 192, 128),
-    "Road": (128, 64, 128),
-    "Pavement": (60, 40, 222),
-    "Tree": (128, 128, 0),
-    "SignSymbol": (192, 128, 128),
-    "Fence": (64, 64, 128),
-    "Car": (64, 0, 128),
-    "Pedestrian": (64, 64, 0),
-    "Bicyclist": (0, 128, 192),
-}

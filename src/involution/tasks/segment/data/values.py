@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ....engine.pictures import Colour
+from involution.engine.pictures import Colour
+
 from ..preprocessing import IGNORED
 
 Value = int | tuple[int, int, int] | str  # of a pixel: a number, or a colour as three numbers or "#ff8000"

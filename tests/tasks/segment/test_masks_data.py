@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from involution.engine.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
 from involution.tasks.segment.data.base import SegmentationData
-from involution.tasks.segment.preprocessing import RandomCrop
+from involution.tasks.segment.preprocessing import Preprocessing, RandomCrop
 
 Tree = Callable[[str], Path]
 NAMES = ["ground", "red", "green"]
@@ -211,9 +211,7 @@ def test_photometric_changes_keep_red_red(tree: Tree) -> None:
     """Brightness, contrast, saturation and a little of the hue; channels are not exchanged."""
     module = data("masks", tree("masks"), crop=(48, 48))
     mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
-    red = torch.zeros(
-        3, 96, 96, dtype=torch.uint8
-    )  # at half of its size still as large as the crop: nothing is filled up
+    red = torch.zeros(3, 96, 96, dtype=torch.uint8)  # at half of its size still as large as the crop: no padding
     red[0] = 200
     seen = []
     for _ in range(40):
@@ -224,19 +222,34 @@ def test_photometric_changes_keep_red_red(tree: Tree) -> None:
     assert torch.stack(seen).std(0)[0] > 0.02
 
 
+def test_padding_is_the_mean_whatever_the_photometric_changes() -> None:
+    """Padded last, as published: exactly 0 after normalisation, and ignored in the mask; every other pixel is known."""
+    torch.manual_seed(0)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = Preprocessing(20, mean, std).training((0.5, 1.0), (32, 40), 1.0, 0.5, photometric=True)
+    for _ in range(20):
+        white = torch.full((3, 24, 24), 255, dtype=torch.uint8)
+        image, mask = transform(tv_tensors.Image(white), tv_tensors.Mask(torch.zeros(24, 24, dtype=torch.uint8)))
+        assert (image.shape, mask.shape) == ((3, 32, 40), (32, 40))
+        padded = mask == 255
+        assert 100 <= (~padded).sum() <= 400
+        assert not image[:, padded].any()
+        assert image[:, ~padded].abs().amin() > 0.1
+
+
 def known_share(mask: torch.Tensor) -> float:
     counts = mask[mask != 255].long().bincount()
     return float(counts.max() / counts.sum())
 
 
-def test_crops_are_drawn_again_where_one_class_takes_too_much() -> None:
+def test_crops_are_resampled_where_one_class_takes_too_much() -> None:
     torch.manual_seed(0)
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[:, 48:] = 1  # a quarter of a crop or more from column 24 on: nine of the 33 places
     image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
     within = []
     for limit in (1.0, 0.75):
-        crop = RandomCrop((32, 32), {tv_tensors.Mask: 255, tv_tensors.Image: 0}, limit)
+        crop = RandomCrop((32, 32), limit)
         shares = [known_share(crop(image, tv_tensors.Mask(mask))[1]) for _ in range(60)]
         within.append(sum(share <= 0.75 for share in shares))
     assert within[0] < 30
@@ -246,7 +259,7 @@ def test_crops_are_drawn_again_where_one_class_takes_too_much() -> None:
 def test_the_share_is_that_of_the_crop() -> None:
     """Also where the image is smaller than the crop along an axis, and pixels are ignored."""
     torch.manual_seed(0)
-    crop = RandomCrop((24, 20), {tv_tensors.Mask: 255}, 0.75)
+    crop = RandomCrop((24, 20), 0.75)
     for size in ((40, 30), (16, 30), (40, 12), (9, 7)):
         mask = tv_tensors.Mask(torch.randint(0, 4, size, dtype=torch.uint8))
         mask[:, ::3] = 255

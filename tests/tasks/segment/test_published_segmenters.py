@@ -34,9 +34,10 @@ def test_numbers_of_the_papers_recipes(name: str) -> None:
     assert (trainer["max_steps"], trainer["sync_batchnorm"], trainer.get("gradient_clip_val")) == (80_000, True, None)
     read = Cityscapes(**data)
     assert read.preprocessing.resize == 1024
-    resize, crop, flip, distortion, *_ = read._training.transforms
+    resize, crop, flip, distortion, _, _, padding, _ = read._training.transforms
     assert (resize.min_size, resize.max_size) == (512, 2049)  # 0.5 to 2 of 1024, and torch's ranges are half open
-    assert (crop.size, crop.max_share, crop.fill) == ((512, 1024), 0.75, {Image: [124, 116, 104], Mask: 255})
+    assert (crop.size, crop.max_share) == ((512, 1024), 0.75)
+    assert (padding.size, padding.pad_if_needed, padding.fill) == ((512, 1024), True, {Image: 0.0, Mask: 255})
     assert isinstance(flip, v2.RandomHorizontalFlip)
     assert flip.p == 0.5
     assert isinstance(distortion, PhotometricDistortion)

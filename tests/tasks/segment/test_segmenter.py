@@ -12,7 +12,6 @@ import yaml
 from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from torchvision.transforms import v2
 
 from involution.cli import main
 from involution.engine.command import TaskCLI, run
@@ -20,6 +19,7 @@ from involution.engine.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly
+from involution.tasks.segment.preprocessing import RandomCrop
 
 NAMES = ["ground", "red", "green"]
 SMALL = ["--data.num_workers", "0", "--data.resize", "48", "--data.crop", "[48, 64]"]
@@ -302,7 +302,7 @@ def test_recipes_are_the_papers() -> None:
         assert (model["lr"], model["lr_batch_size"]) == (0.01, 8)
         assert (trainer["max_steps"], trainer["sync_batchnorm"]) == (80_000, True)
         given = {name: value for name, value in recipe["data"]["init_args"].items() if name != "root"}
-        [crop] = [step for step in Cityscapes("root", **given)._training.transforms if isinstance(step, v2.RandomCrop)]
+        [crop] = [step for step in Cityscapes("root", **given)._training.transforms if isinstance(step, RandomCrop)]
         assert (crop.size, crop.max_share) == ((512, 1024), 0.75)  # the share is mmseg's cat_max_ratio
     built = Segmenter("upernet", 19, model_kwargs={"channels": 16})
     assert (built.hparams["power"], built.hparams["auxiliary_weight"], built.hparams["momentum"]) == (0.9, 0.4, 0.9)

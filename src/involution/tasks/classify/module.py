@@ -65,7 +65,8 @@ class Classifier(TaskModule):
             accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
             nothing scales.
         momentum: of SGD.
-        weight_decay: of weights; norms and biases have none.
+        weight_decay: of weights; norms and biases have none unless `decay_all`.
+        decay_all: weight decay of norms and biases too, as in the paper's ImageNet training.
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         label_smoothing: in [0, 1).
@@ -92,6 +93,7 @@ class Classifier(TaskModule):
         lr_batch_size: int | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        decay_all: bool = False,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.25,
         label_smoothing: float = 0.0,
@@ -228,7 +230,7 @@ class Classifier(TaskModule):
                 kind.append(parameter)
         groups = [
             {"params": decayed, "weight_decay": given["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
+            {"params": others, "weight_decay": given["weight_decay"] if given["decay_all"] else 0.0},
         ]
         scale = self.lr_scale(given["lr_batch_size"])
         optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)

@@ -80,7 +80,7 @@ def test_scales_and_mirrors_are_averaged() -> None:
     [
         ({"scales": ()}, "scales must be positive factors, got ()"),
         ({"scales": (1.0, 0.0)}, "scales must be positive"),
-        ({"stride": (4, 4)}, "window_stride wants a window, got (4, 4) without one"),
+        ({"stride": (4, 4)}, "window_stride needs a window, got (4, 4) without one"),
         ({"window": (0, 4)}, "window must be at least 1 along each axis, got (0, 4)"),
         ({"window": (8, 8), "stride": (8, 9)}, "window_stride must be from 1 to the window's (8, 8), got (8, 9)"),
         ({"window": (8, 8), "stride": (0, 8)}, "window_stride must be from 1"),

@@ -116,7 +116,7 @@ def test_masks_are_not_distorted() -> None:
 
 
 @pytest.mark.parametrize("make", [SemanticFPN, UPerNet])
-def test_how_decoders_begin(make: Any) -> None:
+def test_initialisation_of_decoders(make: Any) -> None:
     torch.manual_seed(0)
     model = make("rednet26")
     classifiers = [model.classify[1]] + ([model.auxiliary[4]] if make is UPerNet else [])

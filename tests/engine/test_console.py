@@ -1,4 +1,4 @@
-"""What a person sees of a run whose output goes to a file."""
+"""The console output of a run that is redirected to a file."""
 
 import re
 import warnings
@@ -16,7 +16,9 @@ from involution.engine.images import cores
 FIT = ["fit", "-c", "digits_rednet", "--trainer.accelerator", "cpu", "--trainer.limit_train_batches", "2"]
 
 
-def test_a_line_an_epoch_and_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_one_line_per_epoch_then_the_next_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     with warnings.catch_warnings(record=True) as told:
         assert main([*FIT, "--trainer.max_epochs", "2", "--trainer.limit_val_batches", "1"]) == 0

@@ -1,4 +1,4 @@
-"""What a person reads when a run cannot begin or ends early."""
+"""The messages of runs that cannot start or end early."""
 
 import io
 import pickle
@@ -65,13 +65,13 @@ class Broken(Dataset[Any]):
         raise UnreadableImage("a.jpg cannot be read as an image: it is cut off")
 
 
-def test_an_error_of_a_loading_process_is_shown_as_it_was_raised() -> None:
+def test_an_error_of_a_loader_worker_is_shown_as_raised() -> None:
     with pytest.raises(UnreadableImage, match="DataLoader worker") as caught:
         list(DataLoader(Broken(), num_workers=1))
     assert one_line(caught.value) == "a.jpg cannot be read as an image: it is cut off"
 
 
-def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_the_terminal_cannot_encode_do_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "latin-1"))
     assert main(["--help"]) == 0
@@ -81,7 +81,7 @@ def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch: pytest.Monk
 
 
 def test_a_locale_without_utf_8(tmp_path: Path) -> None:
-    """Class names that it cannot write: to the end of training, and of prediction."""
+    """Training and prediction with class names that the locale cannot encode."""
     for part in ("train", "val"):
         for name in ("Küche", "学习"):
             (tmp_path / part / name).mkdir(parents=True)
@@ -115,8 +115,8 @@ def test_no_batch_is_of_one_image(images: int, sizes: list[int], tmp_path: Path)
     assert len(list(data.train_dataloader())) == images
 
 
-def test_loading_processes_get_the_preprocessing_and_nothing_else() -> None:
-    """Python 3.14 pickles what they read: a network has more tensors than a process may open files."""
+def test_loader_workers_receive_only_the_preprocessing() -> None:
+    """Python 3.14 pickles the data set; a network has more tensors than a process may open files."""
     from involution.tasks.classify.preprocessing import Preprocessing
 
     model = Classifier("rednet14_cifar", 3)

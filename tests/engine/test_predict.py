@@ -1,4 +1,4 @@
-"""A checkpoint and images are all that predicting takes."""
+"""`involution predict`: a checkpoint and images."""
 
 import csv
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a network trained for two steps on three classes of photographs."""
+    """A network trained for two steps on three classes of photographs."""
     folder = tmp_path_factory.mktemp("trained")
     for split in ("train", "val"):
         for name in ("cat", "cow", "dog"):
@@ -59,7 +59,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_a_folder_gives_the_likeliest_classes_of_every_image(
+def test_a_folder_gives_the_most_probable_classes_of_every_image(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -95,7 +95,7 @@ def test_a_file_and_a_grid(checkpoint: Path, photographs: Path, tmp_path: Path) 
 
 
 def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -> None:
-    """What a dataset of the same image gives in validation is what prediction reads."""
+    """Prediction reads an image as the validation set does."""
     from involution.tasks.classify import ImageFolder
 
     root = checkpoint.parents[2]
@@ -205,7 +205,7 @@ def test_a_checkpoint_names_its_module_class(checkpoint: Path, photographs: Path
     assert (tmp_path / "out" / "sums.txt").read_text() == " ".join(map(str, want))
 
 
-def test_a_task_without_what_predict_needs_cannot_be_made() -> None:
+def test_a_task_without_the_contracts_methods_cannot_be_instantiated() -> None:
     class Unfinished(TaskModule):
         pass
 
@@ -228,7 +228,7 @@ def test_a_broken_image_among_others_can_be_skipped(
     assert "skipped 1 of 5 files" in capsys.readouterr().out
 
 
-def test_what_is_done_before_an_error_is_kept(
+def test_results_before_an_error_are_kept(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photographs / "bad.jpg").write_bytes(b"no image")  # the third of five, each a batch
@@ -257,7 +257,7 @@ def test_options_are_checked_before_anything_runs(
     assert option[0] in capsys.readouterr().err
 
 
-def test_a_recipe_is_not_wanted(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_refused(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         predict(checkpoint, photographs, tmp_path, "-c", "digits_rednet")
     assert caught.value.code == 2

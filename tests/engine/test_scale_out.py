@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo: what they compute together is what one computes alone."""
+"""Two processes on one machine, over gloo, compute what one process computes alone."""
 
 import os
 import subprocess
@@ -60,7 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def untimed(folder: Path) -> list[dict[str, float]]:
-    """What a run has logged, but for its times."""
+    """A run's logged metrics without its times."""
     return [{name: row[name] for name in row if "seconds" not in name} for row in metrics(folder / "version_0")]
 
 
@@ -74,7 +74,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("launch", [with_torchrun, with_slurm, pytest.param(with_lightning, marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_does(launch: Any, alone: Path, tmp_path: Path) -> None:
-    """Two batches of four are one of eight: gradients, the norms' statistics, losses and accuracies."""
+    """Two batches of four equal one of eight: gradients, norm statistics, losses and accuracies."""
     launch(tmp_path, *OPTIONS, *TWO, "--data.batch_size", "4", *OUT)
     want, got = weights(alone), weights(tmp_path)
     assert want.keys() == got.keys()
@@ -88,7 +88,7 @@ def test_two_processes_train_as_one_does(launch: Any, alone: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_without_synchronised_norms_the_statistics_differ(alone: Path, tmp_path: Path) -> None:
-    """Or the test above could not tell."""
+    """Shows that the test above is sensitive."""
     for run in ranks(tmp_path, command, *OPTIONS, *TWO[:-1], "false", "--data.batch_size", "4", *OUT):
         run.finish()
     means = [weights(folder)["net.bn1.running_mean"] for folder in (alone, tmp_path)]

@@ -1,4 +1,4 @@
-"""Batch norm over all processes; two of them are tried in test_scale_out.py."""
+"""Batch norm over all processes; test_scale_out.py runs two."""
 
 import copy
 from collections.abc import Iterator
@@ -62,9 +62,9 @@ def test_statistics_are_float32_at_least(dtype: torch.dtype, alone: None) -> Non
 
 
 def test_norms_with_activations_inside() -> None:
-    """On a GPU timm converts them; on a CPU they are named."""
+    """On a GPU timm converts them; on a CPU the error names them."""
     model = timm.create_model("regnety_002", device="meta")
-    with pytest.raises(ValueError, match=r"wants torch's BatchNorm1d, 2d or 3d, got BatchNormAct2d at stem\.bn"):
+    with pytest.raises(ValueError, match=r"needs torch's BatchNorm1d, 2d or 3d, got BatchNormAct2d at stem\.bn"):
         SyncBatchNorms(on_cpu=True).apply(model)
     activations = sum(isinstance(module, nn.ReLU) for module in model.modules())
     shared = SyncBatchNorms(on_cpu=False).apply(model)
@@ -104,7 +104,7 @@ def test_a_generators_norm_counts_the_values_of_all_processes(alone: None) -> No
 
 
 def test_a_batch_of_nothing_leaves_the_statistics(alone: None) -> None:
-    """A detector's head without a region in any process."""
+    """As in a detector's head without a region in any process."""
     norm = converted(nn.BatchNorm2d(3))
     norm(torch.randn(2, 3, 4, 4))
     before = {name: value.clone() for name, value in norm.state_dict().items()}

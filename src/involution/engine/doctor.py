@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--image", type=Path, help="its input, with its mirror image; noise by default")
     given = parser.parse_args(arguments)
     if given.model is None:
-        parser.error("--image wants a model")
+        parser.error("--image needs a model")
     with _image(given.image) as file, torch.random.fork_rng():
         torch.manual_seed(0)
         found = _of_checkpoint(Path(given.model), file) if Path(given.model).is_file() else _of_name(given.model, file)

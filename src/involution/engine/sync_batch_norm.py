@@ -153,7 +153,7 @@ class SyncBatchNorms(LayerSync):
                 module.__class__ = _SHARED[type(module)]
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) not in _SHARED.values():
                 kind = type(module).__name__
-                raise ValueError(f"sync_batchnorm on a CPU wants torch's BatchNorm1d, 2d or 3d, got {kind} at {name}")
+                raise ValueError(f"sync_batchnorm on a CPU needs torch's BatchNorm1d, 2d or 3d, got {kind} at {name}")
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:

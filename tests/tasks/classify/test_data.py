@@ -98,7 +98,7 @@ def test_digits_batches(digits):
     assert abs(everything.std() - 1) < 0.1
 
 
-def test_only_training_images_are_shifted(digits):
+def test_only_training_images_are_augmented(digits):
     torch.manual_seed(0)
     assert not torch.equal(digits.train_set[0][0], digits.train_set[0][0])
     assert torch.equal(digits.val_set[0][0], digits.val_set[0][0])
@@ -313,7 +313,7 @@ def test_training_transforms(policy, erasing):
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10-mstd0", "original", "v0"])
 def test_policies_at_full_strength(policy):
-    """timm's own posterize keeps no bit there, and Pillow refuses that."""
+    """There timm's posterize keeps no bit, which Pillow refuses."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
     transform = random_crops(PLAIN, policy)
     for seed in range(60):

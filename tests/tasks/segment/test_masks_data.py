@@ -1,4 +1,4 @@
-"""The data modules: what they read, and what they say of what cannot be right."""
+"""The data modules: what they read, and their errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_masks_follow_their_images(tree: Tree) -> None:
 
 
 def test_other_names_and_ids(tmp_path: Path) -> None:
-    """Patterns, suffixes, folders within folders, an id of one's own to ignore."""
+    """Patterns, suffixes, nested folders, another ignored id."""
     for part in ("training", "rest"):
         for name in ("a", "b/c"):
             image, mask = tmp_path / part / "rgb" / f"{name}.jpg", tmp_path / part / "gt" / f"{name}_gt.png"
@@ -127,14 +127,14 @@ def test_other_names_and_ids(tmp_path: Path) -> None:
     assert module.palette == [(1, 2, 3), (4, 5, 6)]
 
 
-def test_names_that_are_not_one_files(tree: Tree) -> None:
+def test_names_of_two_files(tree: Tree) -> None:
     root = tree("masks")
     Image.open(root / "images" / "val" / "1.png").save(root / "images" / "val" / "1.JPG")
-    with pytest.raises(ValueError, match=r"every name must be one file's, got .*1\.(png|JPG) beside .*1\.(png|JPG)"):
+    with pytest.raises(ValueError, match=r"every name must belong to one file, got .*1\.(png|JPG) beside .*1\."):
         data("masks", root).setup("validate")
 
 
-def test_training_batches_are_whole(tree: Tree) -> None:
+def test_training_batches_are_complete(tree: Tree) -> None:
     module = data("masks", tree("masks"), batch_size=3)
     module.setup("fit")
     assert [len(images) for images, _ in module.train_dataloader()] == [3]  # of four
@@ -145,7 +145,7 @@ def test_training_batches_are_whole(tree: Tree) -> None:
 
 
 def damage(root: Path, kind: str) -> tuple[Path, str]:
-    """Spoils a tree of `masks`; returns the file that is to be named and what is to be said."""
+    """Damages a tree of `masks`; returns the file that the error must name, and its message."""
     mask, image = root / "masks" / "val" / "1.png", root / "images" / "val" / "1.png"
     ids = np.zeros((48, 64), np.uint8)
     if kind == "missing mask":
@@ -195,7 +195,7 @@ def test_errors_name_the_file(kind: str, tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_nothing_there(kind: str, tmp_path: Path) -> None:
+def test_an_empty_root(kind: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"root must hold .*, got {tmp_path}"):
         data(kind, tmp_path).setup("fit")
 
@@ -203,12 +203,12 @@ def test_nothing_there(kind: str, tmp_path: Path) -> None:
 def test_a_mask_without_an_image(tree: Tree) -> None:
     root = tree("cityscapes")
     sorted((root / "leftImg8bit" / "val").rglob("*.png"))[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"every mask wants an image, got .*000000_000019_gtFine"):
+    with pytest.raises(FileNotFoundError, match=r"every mask must have an image, got .*000000_000019_gtFine"):
         data("cityscapes", root).setup("validate")
 
 
 def test_photometric_changes_keep_red_red(tree: Tree) -> None:
-    """Brightness, contrast, saturation and a little of the hue; channels are not exchanged."""
+    """Brightness, contrast, saturation and a small hue rotation; channels are not permuted."""
     module = data("masks", tree("masks"), crop=(48, 48))
     mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
     red = torch.zeros(3, 96, 96, dtype=torch.uint8)  # at half of its size still as large as the crop: no padding
@@ -272,7 +272,7 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
     root = tree("cityscapes")
     [mask, _] = sorted((root / "gtFine" / "val").rglob("*.png"))
     mask.unlink()
-    with pytest.raises(FileNotFoundError, match=f"every image wants a mask, got .* without {mask}"):
+    with pytest.raises(FileNotFoundError, match=f"every image must have a mask, got .* without {mask}"):
         data("cityscapes", root).setup("validate")
 
 

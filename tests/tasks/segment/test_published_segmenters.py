@@ -1,4 +1,4 @@
-"""Every number that the published segmenters' figures rest on (their framework's defaults, and the paper's recipes)."""
+"""Every number of the published segmenters: the paper's recipes and its framework's defaults."""
 
 import colorsys
 import math
@@ -73,7 +73,7 @@ def distorted(image: torch.Tensor, **params: Any) -> torch.Tensor:
     return result.as_subclass(torch.Tensor)
 
 
-def test_what_a_distortion_does() -> None:
+def test_distortions_against_colorsys() -> None:
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     assert torch.equal(distorted(image), image)
@@ -93,7 +93,7 @@ def test_what_a_distortion_does() -> None:
     assert not torch.equal(first, last)
 
 
-def test_how_often_and_how_far_a_distortion_goes() -> None:
+def test_probability_and_range_of_distortions() -> None:
     torch.manual_seed(0)
     draws = [PhotometricDistortion().make_params([]) for _ in range(2000)]
     for name, neutral, low, high in (

@@ -44,7 +44,7 @@ class TarImages(Dataset[Any]):
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{file} cannot be read as a tar file: {error}") from error
             if not found:
-                raise ValueError(f"{file} holds no sample: it wants KEY.jpg beside KEY.cls")
+                raise ValueError(f"{file} must hold samples, KEY.jpg beside KEY.cls, got none")
             for key, parts in found.items():
                 places.append((number, *_checked(f"{file}: {key}", parts, num_classes)))
                 names.append(key)

@@ -20,7 +20,7 @@ _CAMVID = {
 
 
 class CamVid(Folders):
-    """CamVid as SegNet's authors keep it: 367, 101 and 233 road scenes of 480x360, eleven classes.
+    """CamVid as SegNet's authors distribute it: 367, 101 and 233 road scenes of 480x360, eleven classes.
 
     root/{train,val,test}/images and root/{train,val,test}/labels; id 11 (unlabelled) is ignored.
 

@@ -13,16 +13,16 @@ from .base import Pair, SegmentationData, existing
 
 
 class Pets(SegmentationData):
-    """The Oxford-IIIT pets' trimaps: 3,680 images to train and validate on, 3,669 to test on.
+    """The Oxford-IIIT pets' trimaps: 3,680 images for training and validation, 3,669 for testing.
 
     Args:
-        root: torchvision's download is in it, or goes there.
-        download: let torchvision fetch it (800 MB) if it is not there.
-        val_fraction: of the 3,680 images, always the same ones.
+        root: folder of torchvision's download.
+        download: download the data (800 MB) there if they are missing.
+        val_fraction: of the 3,680 images, with a fixed seed.
         **segmentation: see `SegmentationData`.
 
     Raises:
-        FileNotFoundError: it is not there, or a file of it.
+        FileNotFoundError: root does not hold the data, or a file is missing.
         ValueError: an argument does not fit.
     """
 
@@ -36,11 +36,11 @@ class Pets(SegmentationData):
 
     @property
     def ids(self) -> dict[int, int]:
-        """A trimap counts from 1."""
+        """The classes of a trimap's values, which start at 1."""
         return {1: 0, 2: 1, 3: 2, IGNORED: IGNORED}
 
     def prepare_data(self) -> None:
-        """Downloads, if asked to and not there."""
+        """Downloads the data if `download` is set and they are missing."""
         if self.download and not self.root.is_dir():
             datasets.OxfordIIITPet(self.root.parent, "trainval", "segmentation", download=True)
 

@@ -15,16 +15,16 @@ _VOC = (
 
 
 class VOC(SegmentationData):
-    """Pascal VOC's segmentation: 20 kinds of things and the background; tested on its validation images.
+    """Pascal VOC's segmentation: 20 object classes and the background; tested on its validation images.
 
     Args:
-        root: torchvision's download is in it, or goes there.
-        year: "2007" to "2012"; 2012 has 1,464 images to train on and 1,449 to validate on.
-        download: let torchvision fetch it if it is not there.
+        root: folder of torchvision's download.
+        year: "2007" to "2012"; 2012 has 1,464 training and 1,449 validation images.
+        download: download the data there if they are missing.
         **segmentation: see `SegmentationData`.
 
     Raises:
-        FileNotFoundError: it is not there, or a file of it.
+        FileNotFoundError: root does not hold the data, or a file is missing.
     """
 
     classes = tuple(_VOC.split())
@@ -34,13 +34,13 @@ class VOC(SegmentationData):
         self.root, self.year, self.download = Path(root), year, download
 
     def prepare_data(self) -> None:
-        """Downloads, if asked to and not there."""
+        """Downloads the data if `download` is set and they are missing."""
         if self.download and not (self.root / datasets.voc.DATASET_YEAR_DICT[self.year]["base_dir"]).is_dir():
             datasets.VOCSegmentation(self.root, self.year, "train", download=True)
 
     @cached_property
     def palette(self) -> list[tuple[int, int, int]]:
-        """VOC's own: a class's bits, from the lowest, are the highest of red, green and blue in turn."""
+        """VOC's palette: a class's bits, lowest first, are interleaved into red, green and blue, highest first."""
         return [
             tuple(sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3))  # type: ignore[misc]
             for index in range(self.num_classes)

@@ -110,6 +110,16 @@ def test_norms_and_biases_have_no_decay(tmp_path):
     }
 
 
+def test_decay_all_decays_norms_and_biases_too(tmp_path):
+    """As the published ImageNet recipe, whose framework decays every parameter."""
+    model = Classifier(**SMALL, num_classes=3, weight_decay=0.5, decay_all=True)
+    fitted = trainer(tmp_path, fast_dev_run=True)
+    fitted.fit(model, Blocks())
+    groups = fitted.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.net.parameters()))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_format(channels_last):
     model = Classifier(**SMALL, num_classes=3, channels_last=channels_last)

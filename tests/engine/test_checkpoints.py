@@ -15,7 +15,7 @@ from involution.tasks.classify import Classifier
 
 FIT = [
     *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-    *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
+    *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "3", "--trainer.limit_val_batches", "1"),
     *("--data.batch_size", "4", "--recovery.every_n_train_steps", "2", "--trainer.num_sanity_val_steps", "0"),
 ]
 
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(tmp_pat
     folder = tmp_path / "runs/digits_resnet/version_0/checkpoints"
     assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
     assert torch.load(folder / "last.ckpt")["global_step"] == 2
-    assert run([*FIT, "--ckpt_path", "last"]).trainer.global_step == 4
+    assert run([*FIT, "--ckpt_path", "last"]).trainer.global_step == 6
 
 
 def test_timm_reads_a_classifiers_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

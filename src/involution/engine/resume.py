@@ -17,10 +17,12 @@ class BestCheckpoint(ModelCheckpoint):
     folder or beside the checkpoint that the run resumes from; its score counts only while the file exists.
     """
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes the checkpoint that the run resumes from, before states are restored."""
-        super().setup(trainer, pl_module, stage)
-        self._resumed_from = Path(trainer.ckpt_path) if stage == "fit" and trainer.ckpt_path else None
+    _resumed_from: Path | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Records the checkpoint that training resumes from, before states are restored."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._resumed_from = Path(trainer.ckpt_path) if trainer.training and trainer.ckpt_path else None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores paths and scores of the checkpoints whose files exist."""

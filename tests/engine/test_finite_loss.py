@@ -105,7 +105,7 @@ def test_before_the_first_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def fit(model: Any, folder: Path, **arguments: Any) -> None:
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 3
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3  # small: float16 is slow on CPUs
     loader = DataLoader(list(zip(images, labels, strict=True)), batch_size=4)  # type: ignore[arg-type]
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(

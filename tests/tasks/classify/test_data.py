@@ -241,9 +241,7 @@ def test_image_files_are_checked_before_training(tmp_path):
     """Broken ones raise, or are left out of training; the order of the others stays."""
     write_tree(tmp_path, {split: {"cat": 2, "dog": 2} for split in ("train", "val")})
     damage(tmp_path, "train/dog/0.jpg")
-    with pytest.raises(
-        ValueError, match=r"dog.0\.jpg cannot be read as an image: .*on_error=skip leaves such"
-    ):
+    with pytest.raises(ValueError, match=r"dog.0\.jpg cannot be read as an image: .*on_error=skip leaves such"):
         ImageFolder(str(tmp_path), num_workers=0).setup("fit")
     ImageFolder(str(tmp_path), check_files=False).setup("fit")
     data = ImageFolder(str(tmp_path), num_workers=0, image_size=32, on_error="skip")

@@ -43,6 +43,8 @@ class Run:
 def _call(
     file: str, name: str, arguments: Sequence[Any], folder: Path, output: Path, environment: dict[str, str]
 ) -> None:
+    # Loader workers end with the run they are forked from; those of a fork server would outlive a run that is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(folder)
     os.environ.update(environment)
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

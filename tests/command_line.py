@@ -1,10 +1,9 @@
 """Runs of the command line, and what they have logged, for the tests of several tasks."""
 
 import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+from processes import Run, command, ranks
 
 QUIET = [
     *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
@@ -22,12 +21,10 @@ def validate_alone_and_together(trained: Path, folder: Path, *together: str) -> 
     """Validates a run's last checkpoint in one process, and in two with more options; returns both runs' folders."""
     options = ["validate", "-c", str(trained / "config.yaml"), *QUIET, "--data.batch_size", "2"]
     options += ["--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), "--trainer.default_root_dir", "."]
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     ddp = ["--trainer.devices", "2", "--trainer.strategy", "ddp", *together]
-    for name, launcher, more in (("alone", [], []), ("together", two, ddp)):
+    for name in ("alone", "together"):
         (folder / name).mkdir()
-        command = [sys.executable, *launcher, "-m", "involution.cli", *options, *more]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=folder / name, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+    started = [Run(folder / "alone", command, *options), *ranks(folder / "together", command, *options, *ddp)]
+    for run in started:
+        run.finish()
     return [folder / name / "version_0" for name in ("alone", "together")]

@@ -12,7 +12,7 @@ DEMO = Path(__file__).parents[2] / "examples" / "digits.py"
 SHORT = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2", "--trainer.limit_test_batches", "2"]
 
 
-def test_demo_writes_what_it_promises(tmp_path, monkeypatch, capsys):
+def test_demo_writes_summary_and_pictures(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     demo = runpy.run_path(str(DEMO))
     demo["main"](SHORT)

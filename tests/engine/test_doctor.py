@@ -80,7 +80,7 @@ def test_a_checkpoint_of_every_task(
     assert any(line.startswith("loss in training ") for line in lines)
 
 
-def test_a_name_and_noise_give_the_same_twice(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_with_noise_is_reproducible(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
     outputs = []
     for _ in range(2):
         state = torch.get_rng_state()
@@ -93,7 +93,7 @@ def test_a_name_and_noise_give_the_same_twice(image: Path, capsys: pytest.Captur
     assert capsys.readouterr().out != outputs[0]
 
 
-def test_a_checkpoint_with_weights_that_are_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_with_nan_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = classifier()
     with torch.no_grad():
         model.net.layer2[0].conv3.weight.fill_(torch.nan)
@@ -111,7 +111,7 @@ def test_wrong_arguments(tmp_path: Path, image: Path, capsys: pytest.CaptureFixt
         ),
         (str(tmp_path / "plain.pt"), 1, "model must be a checkpoint of involution fit, got"),
         (str(image), 1, "model must be a checkpoint of involution fit, got"),
-        ("--image=a.png", 2, "--image wants a model"),
+        ("--image=a.png", 2, "--image needs a model"),
     ):
         assert main(["doctor", model]) == code
         assert message in capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_wrong_arguments(tmp_path: Path, image: Path, capsys: pytest.CaptureFixt
     assert "RMS of input" in capsys.readouterr().out
 
 
-def test_diagnosing_a_batch_leaves_the_task_as_it_was() -> None:
+def test_diagnosing_a_batch_does_not_change_the_module() -> None:
     model = classifier().train()
     before = {name: one.clone() for name, one in model.state_dict().items()}
     images, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])

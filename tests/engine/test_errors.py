@@ -1,4 +1,4 @@
-"""What a person reads when a run cannot begin or ends early."""
+"""The messages of runs that cannot start or end early."""
 
 import io
 import pickle
@@ -65,13 +65,13 @@ class Broken(Dataset[Any]):
         raise UnreadableImage("a.jpg cannot be read as an image: it is cut off")
 
 
-def test_an_error_of_a_loading_process_is_shown_as_it_was_raised() -> None:
+def test_an_error_of_a_loader_worker_is_shown_as_raised() -> None:
     with pytest.raises(UnreadableImage, match="DataLoader worker") as caught:
         list(DataLoader(Broken(), num_workers=1))
     assert one_line(caught.value) == "a.jpg cannot be read as an image: it is cut off"
 
 
-def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_the_terminal_cannot_encode_do_not_end_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     content = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(content, "latin-1"))
     assert main(["--help"]) == 0
@@ -81,23 +81,23 @@ def test_names_that_the_terminal_cannot_show_end_no_run(monkeypatch: pytest.Monk
 
 
 def test_a_locale_without_utf_8(tmp_path: Path) -> None:
-    """Class names that it cannot write: to the end of training, and of prediction."""
+    """Training and prediction with class names that the locale cannot encode."""
     for part in ("train", "val"):
         for name in ("Küche", "学习"):
             (tmp_path / part / name).mkdir(parents=True)
             for number in range(2):
                 Image.new("RGB", (40, 40), (number, 0, 0)).save(tmp_path / part / name / f"{number}.png")
-    command = [sys.executable, "-m", "involution.cli"]
+    both = "import sys; from involution.cli import main; [fit, predict] = map(str.split, sys.argv[1:]); "
+    both += "sys.exit(main(fit) or main(predict))"
     quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     options = ["--data.root", str(tmp_path), "--data.image_size", "32", "--data.num_workers", "0"]
     options += ["--data.batch_size", "4", "--model.model_name", "rednet14_cifar", "--trainer.max_epochs", "1"]
     environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
-    kwargs: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "fit", "-c", "imagefolder_rednet50", *options, *quick], **kwargs)
-    assert done.returncode == 0, done.stderr
-    where = ["--data.predict_path", str(tmp_path / "val"), "--output", "out"]
+    fit = ["fit", "-c", "imagefolder_rednet50", *options, *quick]
     last = "runs/imagefolder_rednet50/version_0/checkpoints/last.ckpt"
-    done = subprocess.run([*command, "predict", "--ckpt_path", last, *where, *quick], **kwargs)
+    predict = ["predict", "--ckpt_path", last, "--data.predict_path", str(tmp_path / "val"), "--output", "out", *quick]
+    command = [sys.executable, "-c", both, " ".join(fit), " ".join(predict)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "学习" in (tmp_path / "out" / "predictions.csv").read_text(encoding="utf-8")
 
@@ -115,8 +115,8 @@ def test_no_batch_is_of_one_image(images: int, sizes: list[int], tmp_path: Path)
     assert len(list(data.train_dataloader())) == images
 
 
-def test_loading_processes_get_the_preprocessing_and_nothing_else() -> None:
-    """Python 3.14 pickles what they read: a network has more tensors than a process may open files."""
+def test_loader_workers_receive_only_the_preprocessing() -> None:
+    """Python 3.14 pickles the data set; a network has more tensors than a process may open files."""
     from involution.tasks.classify.preprocessing import Preprocessing
 
     model = Classifier("rednet14_cifar", 3)

@@ -1,4 +1,4 @@
-"""Folders and text files as people's computers leave them."""
+"""Hidden entries of folders, and text files with a byte order mark or other line ends."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Runs whose loss stops being finite end with a diagnosis, and leave the last good checkpoint."""
+"""Runs whose loss is not finite stop with a diagnosis, and keep the last good checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def test_the_step_is_not_made(
     assert main([*FIT, "--ckpt_path", "last"]) == 0
 
 
-def test_in_the_midst_of_accumulated_batches(
+def test_in_the_middle_of_accumulated_batches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spoil(monkeypatch, 3, lambda loss, _: loss * torch.nan)
@@ -83,11 +83,11 @@ def test_in_the_midst_of_accumulated_batches(
     assert last()["global_step"] == 1
 
 
-@pytest.mark.parametrize("at", [3, 5])  # in the midst of an epoch, and with its last batch
-def test_weights_that_a_step_has_spoilt_reach_no_checkpoint(
+@pytest.mark.parametrize("at", [3, 5])  # in the middle of an epoch, and with its last batch
+def test_weights_that_are_not_finite_are_not_saved(
     at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The loss is finite, its gradient is not."""
+    """The loss is finite, but its gradient is not."""
     spoil(monkeypatch, at, lambda loss, self: loss + (self.net.fc.weight * 0).sum().sqrt())
     assert main(FIT) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -97,7 +97,7 @@ def test_weights_that_a_step_has_spoilt_reach_no_checkpoint(
     assert "non-finite parameters: fc.weight" in (FOLDER / "diagnosis.txt").read_text()
 
 
-def test_before_there_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_before_the_first_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     spoil(monkeypatch, 0, lambda loss, _: loss * torch.nan)
     assert main(FIT) == 1
     assert "there is no checkpoint yet" in capsys.readouterr().err
@@ -105,7 +105,7 @@ def test_before_there_is_a_checkpoint(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def fit(model: Any, folder: Path, **arguments: Any) -> None:
-    images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 3
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 3  # small: float16 is slow on CPUs
     loader = DataLoader(list(zip(images, labels, strict=True)), batch_size=4)  # type: ignore[arg-type]
     quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
@@ -114,8 +114,8 @@ def fit(model: Any, folder: Path, **arguments: Any) -> None:
     trainer.fit(model, loader)
 
 
-def test_gradients_that_overflow_in_half_precision_are_the_scalers_business(tmp_path: Path) -> None:
-    """The scaler skips a step whose gradients are infinite, and training goes on."""
+def test_float16_gradient_overflow_is_left_to_the_scaler(tmp_path: Path) -> None:
+    """The scaler skips a step whose gradients are infinite, and training continues."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)  # type: ignore[attr-defined]
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     model = Classifier("resnet14_cifar", 3)
@@ -125,7 +125,7 @@ def test_gradients_that_overflow_in_half_precision_are_the_scalers_business(tmp_
     assert torch.equal(model.net.fc.weight, before)
 
 
-def test_a_module_without_a_diagnosis_says_so(tmp_path: Path) -> None:
+def test_a_failing_diagnosis_is_reported(tmp_path: Path) -> None:
     class Plain(Classifier):
         def diagnose(self, batch: Any) -> Any:
             raise MemoryError("no memory left")

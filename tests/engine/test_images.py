@@ -1,4 +1,4 @@
-"""Image files as they are found: turned, grey, 16 bits deep, broken."""
+"""Image files with EXIF orientation, of other modes, of 16 bits, damaged."""
 
 from pathlib import Path
 
@@ -65,13 +65,14 @@ def tree(root: Path) -> Path:
 
 
 def test_broken_files_raise_or_are_skipped_and_counted(tmp_path: Path) -> None:
-    root = tree(tmp_path)
-    data = ImageFolder(str(root), batch_size=2, num_workers=0, image_size=32)
+    """While reading, where files are not checked first."""
+    root, unchecked = tree(tmp_path), {"batch_size": 2, "image_size": 32, "check_files": False}
+    data = ImageFolder(str(root), num_workers=0, **unchecked)
     data.setup("fit")
     with pytest.raises(ValueError, match=r"cat.1\.png cannot be read"):
         list(data.train_dataloader())
     for workers in (0, 2):
-        data = ImageFolder(str(root), batch_size=2, num_workers=workers, image_size=32, on_error="skip")
+        data = ImageFolder(str(root), num_workers=workers, on_error="skip", **unchecked)
         data.setup("fit")
         with pytest.warns(RuntimeWarning, match=r"skipped: .*1\.png") if workers == 0 else pytest.MonkeyPatch.context():
             labels = torch.cat([batch[1] for batch in data.train_dataloader()])
@@ -85,11 +86,11 @@ def test_on_error_is_checked() -> None:
         ImageFolder("photos", on_error="ignore")
 
 
-def test_numbers_that_are_no_grey_levels_are_refused(tmp_path: Path) -> None:
+def test_values_that_are_no_grey_levels_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)).save(tmp_path / "float.tif")
     Image.fromarray(np.array([[0, 70000]], dtype=np.int32)).save(tmp_path / "deep.tif")
     for name in ("float.tif", "deep.tif"):
-        with pytest.raises(UnreadableImage, match=f"{name} cannot be read as an image: its numbers"):
+        with pytest.raises(UnreadableImage, match=f"{name} cannot be read as an image: its values"):
             read_image(tmp_path / name)
 
 
@@ -110,7 +111,7 @@ def test_skipping_counts_files_and_not_attempts() -> None:
     assert found.broken.tolist() == [0, 0, *[1] * 7, 0]
 
 
-def test_other_errors_are_not_taken_for_broken_files() -> None:
+def test_other_errors_are_raised() -> None:
     class Wrong(Dataset[int]):
         def __len__(self) -> int:
             return 1
@@ -122,7 +123,7 @@ def test_other_errors_are_not_taken_for_broken_files() -> None:
         SkipUnreadable(Wrong())[0]
 
 
-def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_decoder_error_becomes_unreadable_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "odd.png")
 
     def fails(self: Image.Image) -> None:
@@ -133,7 +134,7 @@ def test_whatever_a_decoder_raises_is_an_unreadable_image(tmp_path: Path, monkey
         read_image(tmp_path / "odd.png")
 
 
-def test_only_formats_that_people_train_on_are_tried(tmp_path: Path) -> None:
+def test_only_the_listed_formats_are_tried(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "texture.dds")
     (tmp_path / "texture.dds").rename(tmp_path / "texture.jpg")
     with pytest.raises(UnreadableImage, match=r"texture\.jpg cannot be read as an image: cannot identify"):
@@ -148,7 +149,7 @@ def photograph(file: Path, orientation: int = 1) -> Path:
     return file
 
 
-def test_a_look_finds_sizes_orientations_and_files_that_are_cut_off(tmp_path: Path) -> None:
+def test_inspect_returns_size_and_orientation_and_finds_truncated_files(tmp_path: Path) -> None:
     for kind in ("jpg", "png", "webp"):
         file = photograph(tmp_path / f"whole.{kind}", 6)
         assert inspect(file) == Header((64, 40), 6)
@@ -163,7 +164,7 @@ def test_a_look_finds_sizes_orientations_and_files_that_are_cut_off(tmp_path: Pa
     assert inspect(padded).size == (64, 40)
 
 
-def test_results_are_in_order_and_unreadable_images_among_them() -> None:
+def test_for_each_keeps_the_order_with_errors_as_results() -> None:
     def half(value: int) -> int:
         if value == 3:
             raise UnreadableImage("3 is broken")

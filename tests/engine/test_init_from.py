@@ -1,4 +1,4 @@
-"""`--model.init_from`: training that begins with a classifier's weights, in every task."""
+"""`--model.init_from`: training from a classifier's weights, in every task."""
 
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ FIT = [
 
 @pytest.fixture
 def resnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A file of weights, and what is in it."""
+    """A weight file and its content."""
     monkeypatch.chdir(tmp_path)
     weights = timm.create_model("resnet14_cifar", zero_init_last=False).state_dict()
     torch.save(weights, tmp_path / "resnet14.pt")
     return tmp_path / "resnet14.pt", weights
 
 
-def test_a_run_begins_with_them_and_its_checkpoint_does_without_the_file(
+def test_a_run_starts_from_them_and_its_checkpoint_needs_no_file(
     resnet: tuple[Path, dict[str, torch.Tensor]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, weights = resnet
@@ -51,8 +51,8 @@ def test_a_run_begins_with_them_and_its_checkpoint_does_without_the_file(
     assert "involution fit: init_from: source must be a file of weights or the name of" in capsys.readouterr().err
 
 
-def test_a_checkpoint_makes_them_superfluous(resnet: tuple[Path, dict[str, torch.Tensor]]) -> None:
-    """Also where a network that was loaded trains again, without a ckpt_path."""
+def test_a_checkpoint_replaces_them(resnet: tuple[Path, dict[str, torch.Tensor]]) -> None:
+    """Also if a loaded network trains again without a ckpt_path."""
     model = Classifier("rednet14_cifar", 10, init_from="nowhere.pt")
     model.on_load_checkpoint({"involution": {"classes": model.classes, "preprocessing": None}})
     model.on_fit_start()
@@ -71,7 +71,7 @@ def test_backbones(name: str, tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     with torch.no_grad():
         model.backbone.layer1[0].conv1.weight.zero_()
-    model.on_fit_start()  # a second fit goes on with what there is
+    model.on_fit_start()  # a second fit keeps the weights
     assert not model.backbone.layer1[0].conv1.weight.any()
     with pytest.raises(ValueError, match=r"init_from and backbone_weights exclude each other, got '.*' and 'a\.pt'"):
         task(name, **options, backbone_weights="a.pt")

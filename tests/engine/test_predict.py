@@ -1,23 +1,30 @@
-"""A checkpoint and images are all that predicting takes."""
+"""`involution predict`: a checkpoint and images."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from lightning.pytorch import Trainer
+from PIL import Image, ImageOps
 
 from involution.cli import main
+from involution.engine import predict as predict_module
 from involution.engine.command import run
+from involution.engine.data import TaskData
+from involution.engine.module import TaskModule
+from involution.engine.writer import PredictionWriter
 from involution.tasks.classify import Classifier
+from involution.tasks.classify.preprocessing import Preprocessing
 
 QUIET = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a network trained for two steps on three classes of photographs."""
+    """A network trained for two steps on three classes of photographs."""
     folder = tmp_path_factory.mktemp("trained")
     for split in ("train", "val"):
         for name in ("cat", "cow", "dog"):
@@ -52,7 +59,7 @@ def table(file: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-def test_a_folder_gives_the_likeliest_classes_of_every_image(
+def test_a_folder_gives_the_most_probable_classes_of_every_image(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -88,7 +95,7 @@ def test_a_file_and_a_grid(checkpoint: Path, photographs: Path, tmp_path: Path) 
 
 
 def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -> None:
-    """What a dataset of the same image gives in validation is what prediction reads."""
+    """Prediction reads an image as the validation set does."""
     from involution.tasks.classify import ImageFolder
 
     root = checkpoint.parents[2]
@@ -104,7 +111,12 @@ def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -
         ("no checkpoint", "ckpt_path must be a checkpoint, got"),
         ("an image as checkpoint", "ckpt_path must be a checkpoint of involution fit, got"),
         ("weights as checkpoint", "ckpt_path must be a checkpoint of involution fit, got"),
-        ("another task", "ckpt_path must be of a task among classify, detect, segment, got"),
+        ("no module class", "ckpt_path must name its module class under involution.module, got"),
+        (
+            "an unknown module class",
+            "ckpt_path must name a module class that is installed here, got 'origami.Folder' in",
+        ),
+        ("a class of another kind", "ckpt_path must name a subclass of TaskModule, got 'torch.nn.Linear' in"),
         ("no images", "data.predict_path must be an image or a folder of images, got"),
         ("an empty folder", "data.predict_path must hold images"),
         ("a broken image", r"broken.jpg cannot be read as an image"),
@@ -116,7 +128,12 @@ def test_errors_name_what_is_wrong(
 ) -> None:
     weights, other, empty, broken = (tmp_path / name for name in ("weights.pt", "other.ckpt", "empty", "broken.jpg"))
     torch.save({"weight": torch.zeros(3)}, weights)
-    torch.save({"involution": {"task": "origami"}}, other)
+    contents = {
+        "no module class": {"task": "classify"},
+        "an unknown module class": {"module": "origami.Folder"},
+        "a class of another kind": {"module": "torch.nn.Linear"},
+    }
+    torch.save({"involution": contents.get(what)}, other)
     empty.mkdir()
     broken.write_bytes(b"no image")
     path = {"no images": tmp_path / "nowhere", "an empty folder": empty, "a broken image": broken}.get(
@@ -127,12 +144,76 @@ def test_errors_name_what_is_wrong(
         "no checkpoint": tmp_path / "nowhere.ckpt",
         "an image as checkpoint": photographs / "b.png",
         "weights as checkpoint": weights,
-        "another task": other,
+        **dict.fromkeys(contents, other),
     }.get(what, checkpoint)
     assert predict(file, path, out) == 1
     error = capsys.readouterr().err
     assert message in error
     assert error.startswith("involution predict: ")
+
+
+def test_an_image_is_decoded_once_with_its_picture(
+    checkpoint: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a picture shows it; its cell is the photograph itself."""
+    opened: list[Path] = []
+    original = predict_module.read_image
+
+    def read(file: Path) -> Image.Image:
+        opened.append(file)
+        return original(file)
+
+    monkeypatch.setattr(predict_module, "read_image", read)
+    assert predict(checkpoint, photographs, tmp_path, "--grid", "3", "--grid_columns", "2") == 0
+    assert sorted(opened) == [photographs / name for name in ("a.JPG", "b.png", "more/c.png", "more/d.png")]
+    grid = Image.open(tmp_path / "predictions.png").convert("RGB")
+    assert grid.size == (2 * 192, 2 * (192 + 16 * 3 + 4))
+    cell = ImageOps.contain(Image.open(photographs / "b.png"), (188, 188))
+    left, top = 192 + (192 - cell.width) // 2, (192 - cell.height) // 2
+    assert np.array_equal(grid.crop((left, top, left + cell.width, top + cell.height)), cell)
+
+
+class Sums(Classifier):
+    """A task of one's own: classifies as its base does, and writes sums of pixels."""
+
+    class Writer(PredictionWriter):
+        def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+            super().__init__(folder, files)
+            self.sums: dict[int, int] = {}
+
+        def add(self, index: int, output: torch.Tensor, pixels: torch.Tensor | None) -> None:
+            assert pixels is not None
+            self.sums[index] = int(pixels.sum())
+
+        def close(self) -> None:
+            (self.folder / "sums.txt").write_text(" ".join(str(self.sums[index]) for index in sorted(self.sums)))
+
+    def writer(self, folder: Path, files: Sequence[Path]) -> PredictionWriter:  # type: ignore[override]
+        return self.Writer(folder, files)
+
+
+def test_a_checkpoint_names_its_module_class(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+    """Of a task that is in no table: predict imports it and uses its own writer."""
+    assert torch.load(checkpoint)["involution"]["module"] == "involution.tasks.classify.module.Classifier"
+    model = Sums("rednet14_cifar", 3)
+    model.preprocessing = Preprocessing(32, 36, (0.5,) * 3, (0.5,) * 3)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    assert predict(tmp_path / "mine.ckpt", photographs / "more", tmp_path / "out") == 0
+    want = [int(np.asarray(Image.open(file)).sum()) for file in sorted((photographs / "more").iterdir())]
+    assert (tmp_path / "out" / "sums.txt").read_text() == " ".join(map(str, want))
+
+
+def test_a_task_without_the_contracts_methods_cannot_be_instantiated() -> None:
+    class Unfinished(TaskModule):
+        pass
+
+    missing = r"collate.*diagnose.*predict_step.*unlabelled.*writer"
+    with pytest.raises(TypeError, match=missing):
+        Unfinished(2, True)  # type: ignore[abstract]
+    with pytest.raises(TypeError, match="setup"):
+        type("NoData", (TaskData,), {})(1, 0)
 
 
 def test_a_broken_image_among_others_can_be_skipped(
@@ -147,7 +228,7 @@ def test_a_broken_image_among_others_can_be_skipped(
     assert "skipped 1 of 5 files" in capsys.readouterr().out
 
 
-def test_what_is_done_before_an_error_is_kept(
+def test_results_before_an_error_are_kept(
     checkpoint: Path, photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (photographs / "bad.jpg").write_bytes(b"no image")  # the third of five, each a batch
@@ -176,7 +257,7 @@ def test_options_are_checked_before_anything_runs(
     assert option[0] in capsys.readouterr().err
 
 
-def test_a_recipe_is_not_wanted(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
+def test_a_recipe_is_refused(checkpoint: Path, photographs: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as caught:
         predict(checkpoint, photographs, tmp_path, "-c", "digits_rednet")
     assert caught.value.code == 2

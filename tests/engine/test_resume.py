@@ -1,43 +1,19 @@
-"""Runs that are killed, and go on as if they had not been; checkpoints on a disk that is full."""
+"""Runs that are killed resume as if they had not been interrupted, with this run's options and the best score."""
 
-import io
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command_line import metrics
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
+from processes import Run
 
-from involution.engine.checkpoints import AtomicCheckpointIO, last_checkpoint
-from involution.engine.sampling import RandomStates, ResumableSampler, SampleSeeded
+from involution.engine import command
+from involution.engine.command import run
+from involution.tasks.classify import Classifier
 
-FIT = """
-import os, signal, sys
-import torch
-from lightning.pytorch import Callback
-
-class Killed(Callback):
-    def on_train_batch_start(self, trainer, *_):
-        if trainer.global_step == int(os.environ.get("KILL_AT", -1)):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-import involution.engine.command as command
-states = command.RandomStates
-command.RandomStates = type("Both", (states,), {
-    "on_train_batch_start": lambda self, trainer, *rest: Killed().on_train_batch_start(trainer),
-    "state_key": states.__qualname__,
-})
-torch.set_num_threads(1)
-from involution import zoo
-cli = command.run(sys.argv[1:])
-torch.save({name: value.clone() for name, value in cli.model.state_dict().items()}, os.environ["WEIGHTS"])
-"""
 OPTIONS = [
     *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
     *("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "5", "--trainer.limit_val_batches", "1"),
@@ -48,17 +24,24 @@ OPTIONS = [
 ]
 
 
+def train(kill_at: int, *options: str) -> None:
+    """Trains, and writes the weights at the end; kills its process at a step."""
+
+    class States(command.RandomStates):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    States.__qualname__ = command.RandomStates.__qualname__  # the key of its state
+    command.RandomStates = States  # type: ignore[misc]
+    cli = run([*OPTIONS, *options])
+    torch.save({name: value.clone() for name, value in cli.model.state_dict().items()}, "weights.pt")
+
+
 def fit(folder: Path, *options: str, kill_at: int = -1) -> dict[str, torch.Tensor] | None:
     """Trains in a process of its own; the weights at the end, or None if it was killed."""
-    weights = folder / "weights.pt"
-    environment = {**os.environ, "KILL_AT": str(kill_at), "WEIGHTS": str(weights)}
-    command = [sys.executable, "-c", FIT, *OPTIONS, *options]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    if kill_at >= 0:
-        assert done.returncode == -signal.SIGKILL, done.stderr
-        return None
-    assert done.returncode == 0, done.stderr
-    return torch.load(weights)
+    Run(folder, train, kill_at, *options).finish(-signal.SIGKILL if kill_at >= 0 else 0)
+    return None if kill_at >= 0 else torch.load(folder / "weights.pt")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +53,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int, uninterrupted: dict[str, torch.Tensor]) -> None:
-    """Ten steps: killed in the midst of an epoch, after a checkpoint's step, and in the next epoch."""
+def test_a_killed_run_resumes_bit_exactly(tmp_path: Path, workers: int, uninterrupted: dict[str, torch.Tensor]) -> None:
+    """Ten steps: killed in the middle of an epoch, after a checkpoint's step, and in the next epoch."""
     loading = ["--data.num_workers", str(workers)]
     assert fit(tmp_path, *loading, kill_at=3) is None  # last.ckpt is that of step 2
     assert fit(tmp_path, *loading, "--ckpt_path", "last", kill_at=7) is None  # and of step 6, in the second epoch
@@ -82,145 +65,20 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path: Path, workers: int, uninterru
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
-def test_another_batch_size_in_the_midst_of_an_epoch_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    from involution.engine.command import run
-
+def test_another_order_in_the_middle_of_an_epoch_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
+    """Another batch size, seed or split; at the end of an epoch any batch size is accepted."""
     monkeypatch.chdir(tmp_path)
-    assert fit(tmp_path, kill_at=3) is None
+    short = [*OPTIONS, "--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--data.batch_size", "4"]
+    assert run(short).trainer.global_step == 3
     with pytest.raises(ValueError, match=r"batch_size and processes must be 4 and 1, .* got 8 and 1"):
         run([*OPTIONS, "--ckpt_path", "last", "--data.batch_size", "8"])
+    with pytest.raises(ValueError, match=r"seed_everything must be 0, as in the epoch .* got 3"):
+        run([*OPTIONS, "--ckpt_path", "last", "--seed_everything", "3"])
+    with pytest.raises(ValueError, match=r"number of training images must be 1293, .* got 718"):
+        run([*OPTIONS, "--ckpt_path", "last", "--data.val_fraction", "0.5"])
     run([*OPTIONS, "--trainer.max_epochs", "1", "--trainer.default_root_dir", "whole"])  # its end is an epoch's
     there = ["--trainer.default_root_dir", "whole", "--ckpt_path", "last"]
     assert run([*OPTIONS, *there, "--data.batch_size", "8"]).trainer.global_step == 10
-
-
-def test_last_without_a_run_names_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"ckpt_path last: no version_.* in .*nothing"):
-        last_checkpoint(tmp_path / "nothing")
-
-
-class Indices(Dataset[Any]):
-    """Each sample is its index and a number that it draws."""
-
-    def __len__(self) -> int:
-        return 10
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor]:
-        return index, v2.RandomCrop(2)(torch.arange(36.0).view(1, 6, 6)).sum() + torch.rand(())
-
-
-def read(sampler: ResumableSampler, epoch: int, workers: int = 0) -> list[tuple[int, float]]:
-    sampler.set_epoch(epoch)
-    loader = DataLoader(SampleSeeded(Indices(), 5), batch_size=3, sampler=sampler, num_workers=workers)
-    return [(int(i), float(number)) for indices, numbers in loader for i, number in zip(indices, numbers, strict=True)]
-
-
-def test_samples_depend_on_seed_epoch_and_index_alone() -> None:
-    first, second = (read(ResumableSampler(Indices(), 5), epoch) for epoch in (0, 1))
-    assert sorted(index for index, _ in first) == list(range(10))
-    assert [index for index, _ in first] != [index for index, _ in second]
-    assert not set(first) & set(second)
-    assert read(ResumableSampler(Indices(), 5), 1, workers=2) == second
-    resumed = ResumableSampler(Indices(), 5)
-    resumed.resume(1, 6)
-    assert read(resumed, 1) == second[6:]
-    assert read(resumed, 0) == first
-    state = torch.get_rng_state()
-    want = SampleSeeded(Indices(), 5)[0, 3]
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.set_default_dtype(torch.float64)  # as Lightning does for precision 64-true
-    try:
-        got = SampleSeeded(Indices(), 5)[0, 3]
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert got == want
-
-
-@pytest.mark.parametrize("count", [2, 3, 7])
-def test_processes_cover_every_index_and_repeat_few(count: int) -> None:
-    parts = [[index for _, index in ResumableSampler(Indices(), 5, count, rank)] for rank in range(count)]
-    assert len({len(part) for part in parts}) == 1  # or one would wait for ever
-    seen = [index for part in parts for index in part]
-    assert set(seen) == set(range(10))
-    assert len(seen) - 10 < count
-
-
-def test_processes_cover_every_index_once() -> None:
-    parts = [[index for _, index in ResumableSampler(Indices(), 5, 2, rank)] for rank in (0, 1)]
-    assert sorted(parts[0] + parts[1]) == list(range(10))
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(tmp_path: Path, monkeypatch: Any) -> None:
-    file = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
-
-    def full(checkpoint: Any, stream: Any) -> None:
-        stream.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        AtomicCheckpointIO().save_checkpoint({"step": 2}, file)
-    monkeypatch.undo()
-    assert torch.load(file) == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: Any) -> None:
-    file = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"step": 1}, file)
-    monkeypatch.setattr(Path, "open", lambda self, mode: io.FileIO("/dev/full", "w"))
-    with pytest.raises((OSError, RuntimeError)):
-        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(1 << 20)}, file)
-    monkeypatch.undo()
-    assert torch.load(file) == {"step": 1}
-
-
-def test_a_disk_that_fills_up_ends_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
-    """From the third step on no file may be larger than 200 kB; the checkpoint of the second one leads on."""
-    import resource
-
-    from involution.engine.command import run
-    from involution.tasks.classify import Classifier
-
-    monkeypatch.chdir(tmp_path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    step = Classifier.training_step
-
-    def filling(self: Any, *batch: Any) -> torch.Tensor:
-        if self.trainer.global_step == 2:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
-        return step(self, *batch)
-
-    monkeypatch.setattr(Classifier, "training_step", filling)
-    try:
-        with pytest.raises((OSError, RuntimeError)):  # torch's writer has errors of its own
-            run(OPTIONS)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "runs/digits_resnet/version_0/checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["last.ckpt"]
-    assert torch.load(folder / "last.ckpt")["global_step"] == 2
-    assert run([*OPTIONS, "--ckpt_path", "last"]).trainer.global_step == 10
-
-
-def test_all_generators_go_on_from_the_checkpoint() -> None:
-    import random
-
-    import numpy as np
-
-    callback = RandomStates()
-    saved = callback.state_dict()
-    want = torch.rand(3), np.random.rand(3), random.random()
-    callback.load_state_dict(saved)
-    callback.on_train_start(None, None)  # type: ignore[arg-type]
-    assert torch.equal(torch.rand(3), want[0])
-    assert (np.random.rand(3) == want[1]).all()
-    assert random.random() == want[2]
 
 
 RESUMED = [
@@ -231,8 +89,6 @@ RESUMED = [
 
 
 def test_options_of_the_command_line_are_in_force_after_a_resume(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
-    from involution.engine.command import run
-
     monkeypatch.chdir(tmp_path)
     stop = ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
     run([*RESUMED, *stop, "--trainer.callbacks.patience", "7", "--trainer.max_epochs", "1", "--model.lr", "0.3"])
@@ -254,12 +110,46 @@ def test_options_of_the_command_line_are_in_force_after_a_resume(tmp_path: Path,
     assert "model.lr is 0.002, as in the checkpoint, and not 0.1, as in the config; --model.lr on the" in caplog.text
 
 
-def test_another_seed_in_the_midst_of_an_epoch_is_refused(tmp_path: Path, monkeypatch: Any) -> None:
-    from involution.engine.command import run
+def scores(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next validations log these values as val/given."""
+    left = iter(values)
 
+    def on_validation_epoch_end(self: Any) -> None:
+        self.log("val/given", next(left))
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", on_validation_epoch_end)
+
+
+def test_the_best_score_survives_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: Any
+) -> None:
+    """A worse epoch does not become the best one, a better one does, and the earlier run's file stays."""
     monkeypatch.chdir(tmp_path)
-    assert fit(tmp_path, kill_at=3) is None
-    with pytest.raises(ValueError, match=r"seed_everything must be 0, as in the epoch .* got 3"):
-        run([*OPTIONS, "--ckpt_path", "last", "--seed_everything", "3"])
-    with pytest.raises(ValueError, match=r"number of training images must be 1293, .* got 718"):
-        run([*OPTIONS, "--ckpt_path", "last", "--data.val_fraction", "0.5"])
+    options = [*RESUMED, "--trainer.num_sanity_val_steps", "0", "--checkpoint.monitor", "val/given"]
+    first = tmp_path / "runs/digits_resnet/version_0/checkpoints/best.ckpt"
+    with monkeypatch.context() as patch:
+        scores([0.5, 0.75, 0.25], patch)
+        run([*options, "--trainer.max_epochs", "3"])
+        scores([0.6], patch)
+        cli = run([*options, "--ckpt_path", "last", "--trainer.max_epochs", "4"])
+        best = cli.trainer.checkpoint_callbacks[0]
+        assert (float(best.best_model_score), Path(best.best_model_path)) == (0.75, first.relative_to(tmp_path))
+        assert "best val/given 0.7500: runs/digits_resnet/version_0/checkpoints/best.ckpt" in capsys.readouterr().out
+        assert not list(tmp_path.glob("runs/*/version_1/checkpoints/best*"))
+        scores([0.875], patch)
+        cli = run([*options, "--ckpt_path", "last", "--trainer.max_epochs", "5"])
+        assert float(cli.trainer.checkpoint_callbacks[0].best_model_score) == 0.875
+        assert (tmp_path / "runs/digits_resnet/version_2/checkpoints/best.ckpt").is_file()
+        assert torch.load(first)["epoch"] == 1
+        # Moved elsewhere, the best one is found beside the last one; and where it is gone, its score is, too.
+        (tmp_path / "runs/digits_resnet/version_0").rename(tmp_path / "moved")
+        last = ["--ckpt_path", "moved/checkpoints/last.ckpt", "--trainer.max_epochs", "4"]
+        scores([0.6], patch)
+        best = run([*options, *last]).trainer.checkpoint_callbacks[0]
+        assert (float(best.best_model_score), best.best_model_path) == (0.75, "moved/checkpoints/best.ckpt")
+        (tmp_path / "moved/checkpoints/best.ckpt").unlink()
+        scores([0.6], patch)
+        with caplog.at_level("INFO"):
+            best = run([*options, *last]).trainer.checkpoint_callbacks[0]
+        assert float(best.best_model_score) == pytest.approx(0.6)
+        assert "version_0/checkpoints/best.ckpt does not exist, so its val/given" in caplog.text

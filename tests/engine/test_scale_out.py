@@ -1,7 +1,6 @@
-"""Two processes on one machine, over gloo: what they compute together is what one computes alone."""
+"""Two processes on one machine, over gloo, compute what one process computes alone."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import metrics
+from processes import Run, command, free_port, ranks
 
 OPTIONS = [
     *("fit", "-c", "digits_resnet", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
@@ -20,56 +20,38 @@ OPTIONS = [
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def start(command: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
+def torchrun(folder: Path, script: str, *arguments: str, code: int = 0, **environment: str) -> None:
+    """torch's launcher, which starts two processes of a script."""
+    port = ["--nproc-per-node", "2", "--master-port", str(free_port())]
     everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(
-        command, cwd=folder, env=everything, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    line = [sys.executable, "-m", "torch.distributed.run", *port, script, *arguments]
+    done = subprocess.run(line, cwd=folder, env=everything, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
 
 
-def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> None:
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == code, output
+def with_torchrun(folder: Path, *arguments: str) -> None:
+    """torchrun starts both processes."""
+    torchrun(folder, "-m", "involution.cli", *arguments)
 
 
-def torchrun(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    return [start([*launcher, "--master-port", str(free_port()), *arguments], folder)]
-
-
-def lightning(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def with_lightning(folder: Path, *arguments: str) -> None:
     """Lightning itself starts the second process."""
-    return [start([sys.executable, *arguments], folder)]
+    everything = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *CLI, *arguments], cwd=folder, env=everything, check=True, timeout=300)
 
 
-def slurm(folder: Path, *arguments: str) -> list[subprocess.Popen[str]]:
+def with_slurm(folder: Path, *arguments: str) -> None:
     """Two tasks, as srun starts them."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
-    where = {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
-    port = str(free_port())
-    return [
-        start(
-            [sys.executable, *arguments],
-            folder,
-            **job,
-            **where,
-            SLURM_PROCID=str(rank),
-            SLURM_LOCALID=str(rank),
-            MASTER_PORT=port,
-        )
-        for rank in (0, 1)
-    ]
+    job |= {"SLURM_NODEID": "0", "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
+    job |= {"MASTER_PORT": str(free_port())}
+    tasks = [{**job, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in (0, 1)]
+    for run in [Run(folder, command, *arguments, **task) for task in tasks]:
+        run.finish()
 
 
 CLI = ["-m", "involution.cli"]
+OUT = ["--trainer.default_root_dir", "."]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -78,7 +60,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def untimed(folder: Path) -> list[dict[str, float]]:
-    """What a run has logged, but for its times."""
+    """A run's logged metrics without its times."""
     return [{name: row[name] for name in row if "seconds" not in name} for row in metrics(folder / "version_0")]
 
 
@@ -86,16 +68,14 @@ def untimed(folder: Path) -> list[dict[str, float]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of one process, with batches of eight."""
     folder = tmp_path_factory.mktemp("alone")
-    single = [sys.executable, *CLI, *OPTIONS, "--data.batch_size", "8", "--trainer.default_root_dir", "."]
-    finish([start(single, folder)])
+    Run(folder, command, *OPTIONS, "--data.batch_size", "8", *OUT).finish()
     return folder
 
 
-@pytest.mark.parametrize("launcher", [torchrun, slurm, pytest.param(lightning, marks=pytest.mark.slow)])
-def test_two_processes_train_as_one_does(launcher: Any, alone: Path, tmp_path: Path) -> None:
-    """Two batches of four are one of eight: gradients, the norms' statistics, losses and accuracies."""
-    options = [*OPTIONS, *TWO, "--data.batch_size", "4", "--trainer.default_root_dir", "."]
-    finish(launcher(tmp_path, *CLI, *options))
+@pytest.mark.parametrize("launch", [with_torchrun, with_slurm, pytest.param(with_lightning, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_does(launch: Any, alone: Path, tmp_path: Path) -> None:
+    """Two batches of four equal one of eight: gradients, norm statistics, losses and accuracies."""
+    launch(tmp_path, *OPTIONS, *TWO, "--data.batch_size", "4", *OUT)
     want, got = weights(alone), weights(tmp_path)
     assert want.keys() == got.keys()
     for name in want:
@@ -108,13 +88,13 @@ def test_two_processes_train_as_one_does(launcher: Any, alone: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_without_synchronised_norms_the_statistics_differ(alone: Path, tmp_path: Path) -> None:
-    """Or the test above could not tell."""
-    finish(torchrun(tmp_path, *CLI, *OPTIONS, *TWO[:-1], "false", "--data.batch_size", "4", *OUT))
+    """Shows that the test above is sensitive."""
+    for run in ranks(tmp_path, command, *OPTIONS, *TWO[:-1], "false", "--data.batch_size", "4", *OUT):
+        run.finish()
     means = [weights(folder)["net.bn1.running_mean"] for folder in (alone, tmp_path)]
     assert not torch.allclose(*means, rtol=1e-3)
 
 
-OUT = ["--trainer.default_root_dir", "."]
 KILLED = """
 import os, signal, sys
 from lightning.pytorch import Trainer
@@ -129,100 +109,92 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_run_of_two_processes_goes_on_after_a_kill(tmp_path: Path) -> None:
-    """One of two is killed in the second epoch; the rest follows it; last.ckpt leads to the same weights."""
+def test_a_run_of_two_processes_resumes_after_a_kill(tmp_path: Path) -> None:
+    """One of two is killed in the second epoch, torchrun ends the other, and last.ckpt leads to the same weights."""
     options = [*OPTIONS, *TWO, *OUT, "--trainer.deterministic", "true", "--data.batch_size", "4"]
     # Not 64-true: Lightning loads weights before it makes the network double.
     options += ["--recovery.every_n_train_steps", "2", "--trainer.precision", "32-true"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()
     broken.mkdir()
-    finish(torchrun(whole, *CLI, *options))
+    uninterrupted = ranks(whole, command, *options)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    command = [*launcher, str(free_port()), str(script), *options]
-    finish([start(command, broken, KILL_AT="5")], code=1)
+    torchrun(broken, str(script), *options, code=1, KILL_AT="5")
     assert not list(broken.rglob("*.part"))
-    finish(torchrun(broken, *CLI, *options, "--ckpt_path", "last"))
+    for run in [*uninterrupted, *ranks(broken, command, *options, "--ckpt_path", "last")]:
+        run.finish()
     want = weights(whole)
     got = torch.load(broken / "version_1/checkpoints/last.ckpt")["state_dict"]
     assert [name for name in want if not torch.equal(want[name], got[name])] == []
 
 
-SPOILT = """
-import os, sys
-from involution.cli import main
-from involution.tasks.classify import Classifier
-step = Classifier.training_step
-def training_step(self, batch, batch_idx):
-    loss = step(self, batch, batch_idx)
-    return loss * float("nan") if self.global_step == 4 and os.environ["RANK"] == "1" else loss
-Classifier.training_step = training_step
-sys.exit(main(sys.argv[1:]))
-"""
+def spoilt(*arguments: str) -> int:
+    """The command line, where the second process has a loss that is NaN in step 4."""
+    from involution.tasks.classify import Classifier
+
+    step = Classifier.training_step
+
+    def training_step(self: Any, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = step(self, batch, batch_idx)
+        return loss * float("nan") if self.global_step == 4 and os.environ["RANK"] == "1" else loss
+
+    Classifier.training_step = training_step  # type: ignore[method-assign]
+    return command(*arguments)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path: Path) -> None:
     """Norms share their statistics, so both processes diagnose; the one that found it reports."""
-    script = tmp_path / "spoilt.py"
-    script.write_text(SPOILT)
     options = [*OPTIONS, *TWO, *OUT, "--data.batch_size", "4", "--recovery.every_n_train_steps", "2"]
-    [process] = torchrun(tmp_path, str(script), *options)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1
-    errors = [line for line in output.splitlines() if "involution fit: the loss " in line]  # of the one that ends first
-    assert any("(epoch 1, step 4): see version_0/diagnosis_rank" in line for line in errors)
+    outputs = [run.finish(code=1) for run in ranks(tmp_path, spoilt, *options)]
+    errors = [line for text in outputs for line in text.splitlines() if "involution fit: the loss " in line]
+    assert len(errors) == 2
+    assert all("(epoch 1, step 4): see version_0/diagnosis_rank" in line for line in errors)
     assert all(line.endswith("the last good checkpoint is version_0/checkpoints/last.ckpt (step 4)") for line in errors)
     assert "loss in training" in (tmp_path / "version_0/diagnosis_rank1.txt").read_text()
     assert not (tmp_path / "version_0/diagnosis.txt").exists()
     assert all(one.isfinite().all() for one in weights(tmp_path).values())
 
 
-SHARDED = """
-import timm, torch
-import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-import involution.zoo
+def sharded() -> None:
+    """Trains RedNet whole and with fully_shard, each process on half of the images, and compares the parameters."""
+    import timm
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-torch.manual_seed(0)
-images, labels = torch.randn(8, 3, 32, 32).double(), torch.arange(8) % 10
+    import involution.zoo  # noqa: F401  (registers RedNet with timm)
 
-def net():
-    torch.manual_seed(1)
-    return timm.create_model("rednet14_cifar", num_classes=10, norm_layer="groupnorm1").double()
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32).double(), torch.arange(8) % 10
 
-def step(model, images, labels):
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for _ in range(3):
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(images), labels).backward()
-        optimizer.step()
+    def net() -> Any:
+        torch.manual_seed(1)
+        return timm.create_model("rednet14_cifar", num_classes=10, norm_layer="groupnorm1").double()
 
-alone, sharded = net(), net()
-step(alone, images, labels)
-mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
-for stage in (sharded.layer1, sharded.layer2, sharded.layer3, sharded.layer4):
-    fully_shard(stage, mesh=mesh)
-fully_shard(sharded, mesh=mesh)
-held = sum(p.to_local().numel() for p in sharded.parameters())
-whole = sum(p.numel() for p in alone.parameters())
-assert held < 0.6 * whole, (held, whole)
-step(sharded, images[4 * rank :][:4], labels[4 * rank :][:4])
-for (name, want), got in zip(alone.named_parameters(), sharded.parameters(), strict=True):
-    torch.testing.assert_close(got.full_tensor(), want, rtol=1e-9, atol=1e-9)
-print("agrees", flush=True)
-dist.destroy_process_group()
-"""
+    def train(model: Any, images: torch.Tensor, labels: torch.Tensor) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    alone, parts = net(), net()
+    train(alone, images, labels)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    for module in (parts.layer1, parts.layer2, parts.layer3, parts.layer4, parts):
+        fully_shard(module, mesh=mesh)
+    held = sum(p.to_local().numel() for p in parts.parameters())
+    whole = sum(p.numel() for p in alone.parameters())
+    assert held < 0.6 * whole, (held, whole)
+    train(parts, images[4 * rank :][:4], labels[4 * rank :][:4])
+    for (_, want), got in zip(alone.named_parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(got.full_tensor(), want, rtol=1e-9, atol=1e-9)
+    print("agrees", flush=True)
+    dist.destroy_process_group()
 
 
 def test_sharded_parameters_train_as_whole_ones_do(tmp_path: Path) -> None:
-    """FSDP (fully_shard) over RedNet; Lightning's FSDP strategy itself wants GPUs."""
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED)
-    [process] = torchrun(tmp_path, str(script))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert output.count("agrees") == 2
+    """FSDP (fully_shard) over RedNet; Lightning's FSDP strategy itself needs GPUs."""
+    assert all("agrees" in run.finish() for run in ranks(tmp_path, sharded))

@@ -3,4 +3,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
-    """Every test of this folder."""
+    """One thread for every test of this folder."""

@@ -1,1 +1,1 @@
-"""Training, evaluation and prediction, as far as all tasks share them."""
+"""Training, evaluation and prediction, shared by all tasks."""

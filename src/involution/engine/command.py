@@ -15,7 +15,7 @@ from .checkpoints import AtomicCheckpointIO, last_checkpoint
 from .console import Screen, on_a_terminal, quiet_lightning, result_of
 from .finite_loss import FiniteLoss
 from .recipes import resolve_configs
-from .resume import EpochCounterFix, GivenOptions
+from .resume import BestCheckpoint, EpochCounterFix, GivenOptions
 from .sampling import RandomStates
 from .sync_batch_norm import SyncBatchNorms
 
@@ -23,21 +23,21 @@ from .sync_batch_norm import SyncBatchNorms
 class TaskCLI(LightningCLI):
     """LightningCLI with this project's defaults.
 
-    Beside LightningCLI's own arguments there are `checkpoint`, the ModelCheckpoint that keeps best.ckpt (by
-    `checkpoint.monitor`; without one the latest), and `recovery`, the one that writes last.ckpt every
-    `recovery.every_n_train_steps` steps, besides the end of every epoch. `--ckpt_path last` goes on from the newest
-    last.ckpt of the runs in `trainer.default_root_dir`, with the same data and random numbers. The model's num_classes
-    comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir: config.yaml,
-    metrics.csv, TensorBoard's events, checkpoints.
+    Besides LightningCLI's arguments there are `checkpoint`, the ModelCheckpoint that writes best.ckpt (by
+    `checkpoint.monitor`; without it, the latest), and `recovery`, which writes last.ckpt every
+    `recovery.every_n_train_steps` steps; last.ckpt is also written after every epoch. `--ckpt_path last` resumes from
+    the newest last.ckpt below `trainer.default_root_dir`, with the same data order, random numbers and best score. The
+    model's num_classes comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir:
+    config.yaml, metrics.csv, TensorBoard events, checkpoints.
     """
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As LightningCLI's, without its warning about `args` beside a filled sys.argv: the dispatcher owns that."""
+        """LightningCLI's, without its warning about `args` together with sys.argv: the dispatcher passes both."""
         self.config = parser.parse_args(args)
         self._arguments = list(args or [])
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's hyperparameters stand above a config's, and those of the command line above both."""
+        """Precedence of hyperparameters: the command line, then the checkpoint, then the config."""
         verb = self.config.subcommand
         config = self.config[verb]
         if config.get("ckpt_path") == "last":
@@ -61,7 +61,7 @@ class TaskCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `checkpoint` and `recovery`, and takes the number of classes from the data."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         parser.set_defaults({"checkpoint.filename": "best"})
         parser.add_lightning_class_args(ModelCheckpoint, "recovery")
         recovery = {"filename": "last", "every_n_train_steps": 500, "enable_version_counter": False}
@@ -69,7 +69,7 @@ class TaskCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Logs to CSV and TensorBoard unless `trainer.logger` says otherwise; checkpoints are written whole."""
+        """Logs to CSV and TensorBoard unless `trainer.logger` is given; checkpoints are written atomically."""
         trainer = self.config[self.subcommand]["trainer"]
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -77,7 +77,7 @@ class TaskCLI(LightningCLI):
         if trainer["sync_batchnorm"]:
             on_cpu = trainer["accelerator"] == "cpu" or not torch.accelerator.is_available()
             plugins.append(SyncBatchNorms(on_cpu))
-            kwargs["sync_batchnorm"] = False  # Lightning's own conversion loses the activations of timm's norms
+            kwargs["sync_batchnorm"] = False  # Lightning's conversion loses the activations of timm's norms
         kwargs["plugins"] = plugins
         if trainer["logger"] in (None, True):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
@@ -86,14 +86,14 @@ class TaskCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def after_fit(self) -> None:
-        """Says what has come out, and what to do with it."""
-        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # asks the other processes
+        """Prints the best score, its checkpoint and the next commands."""
+        config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # a collective operation
         if self.trainer.is_global_zero:
             print(*result_of(self.trainer, str(config)), sep="\n")
 
 
 def _options(arguments: list[str], prefix: str) -> list[str]:
-    """Those that begin so, with their values."""
+    """The arguments that start with `prefix`, with their values."""
     found = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         if argument.startswith(prefix):
@@ -102,34 +102,34 @@ def _options(arguments: list[str], prefix: str) -> list[str]:
 
 
 def _is_given(name: str, arguments: list[str]) -> bool:
-    """Whether an option of the model, or a part of it, is among arguments."""
+    """Whether an option of the model, or a part of it, is among the arguments."""
     names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--model.")]
     return any(re.match(rf"--model\.(init_args\.)?{re.escape(name)}(\.|$)", one) for one in names)
 
 
 def _hyperparameters(config: Any) -> dict[str, Any]:
-    """Of the model in a verb's config."""
+    """The model's hyperparameters in a verb's config."""
     arguments = (config.get("model") or {}).get("init_args") or {}
     return {name: value for name, value in dict(arguments).items() if name != "backbone_weights"}
 
 
 def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
-    """Options without --model.backbone_weights, which a resumed run has behind it.
+    """The options without --model.backbone_weights, which a resumed run no longer needs.
 
     Raises:
-        ValueError: the checkpoint's run did not begin with those.
+        ValueError: the checkpoint's run started from other weights.
     """
     kept: list[str] = []
-    begun = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("involution", {})
+    stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("involution", {})
     arguments = iter(given)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         value = value if equals else next(arguments)
         if name in ("--model.backbone_weights", "--model.init_args.backbone_weights"):
-            if value != begun.get("backbone_weights"):
+            if value != stored.get("backbone_weights"):
                 raise ValueError(
-                    f"backbone_weights must be {begun.get('backbone_weights')!r}, with which the run of {checkpoint} "
-                    f"began, or not be given, got {value!r}; weights to begin with want a run without ckpt_path"
+                    f"backbone_weights must be {stored.get('backbone_weights')!r}, with which the run of {checkpoint} "
+                    f"began, or left out, got {value!r}; to start from other weights, leave out ckpt_path"
                 )
         else:
             kept += [name, value]
@@ -137,7 +137,7 @@ def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
 
 
 def _loggers(folder: Path) -> list[Logger]:
-    """Both write into the same `version_N`; left alone, each would count its own."""
+    """CSV and TensorBoard loggers that share one `version_N`; by default each would count its own."""
     csv = CSVLogger(folder, name="", flush_logs_every_n_steps=20)
     return [csv, TensorBoardLogger(folder, name="", version=csv.version, default_hp_metric=False)]
 
@@ -146,15 +146,15 @@ def run(arguments: list[str]) -> TaskCLI:
     """Runs one verb.
 
     Args:
-        arguments: the verb (fit, validate, test), then LightningCLI's arguments. `-c` also takes the name of
-            a packaged recipe, and runs/<that name> is then where the run writes.
+        arguments: the verb (fit, validate, test), then LightningCLI's arguments. `-c` also takes the name of a
+            packaged recipe; the run then writes to runs/<that name>.
 
     Returns:
         The finished LightningCLI, with `.trainer`, `.model` and `.datamodule`.
 
     Raises:
-        ValueError: a config is neither a file nor a recipe; num_classes is given, which the data say.
-        FloatingPointError: the loss or the weights are no longer finite.
+        ValueError: a config is neither a file nor a recipe; num_classes is given, which the data define.
+        FloatingPointError: the loss or a weight is not finite.
         SystemExit: an argument is wrong (jsonargparse's message is on stderr).
     """
     quiet_lightning()
@@ -162,7 +162,7 @@ def run(arguments: list[str]) -> TaskCLI:
     for argument in resolved:
         if argument.partition("=")[0] in ("--model.num_classes", "--model.init_args.num_classes"):
             raise ValueError(f"num_classes comes from the data, got {argument}")
-    # ModelCheckpoint's save_last writes only when it also saves a best one, so the last epoch has a callback to itself.
+    # ModelCheckpoint's save_last writes only together with a best one, so last.ckpt has a callback of its own.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
     callbacks = [last, RandomStates(), EpochCounterFix(), GivenOptions(), FiniteLoss(), Screen()]
     finished = TaskCLI(
@@ -182,7 +182,7 @@ def run(arguments: list[str]) -> TaskCLI:
         args=resolved,
     )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # gloo's threads may still hold Python objects, and one that asks for the GIL of an interpreter that is shutting
-        # down aborts the process. Lightning destroys NCCL's groups only.
+        # gloo's threads may still hold Python objects, and requesting the GIL while the interpreter shuts down aborts
+        # the process. Lightning destroys NCCL's groups only.
         torch.distributed.destroy_process_group()
     return finished

@@ -1,26 +1,31 @@
-"""What a person sees of a run: the network's size, a line an epoch, at the end the best score and the next command."""
+"""The console output of a run: the network's size, one line per epoch, finally the best score and the next commands."""
 
 import logging
 import sys
 import time
 import warnings
+from shlex import quote
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-_ADVICE = ("Tip:", "TPU available", "Loading `train_dataloader` to estimate")  # Lightning's, of what is right here
+_ADVICE = (
+    "Tip:",
+    "TPU available",
+    "Loading `train_dataloader` to estimate",
+)  # Lightning's, about settings that are right here
 _IRRELEVANT = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r".*does not have many workers which may be a bottleneck",  # there are as many as cores
-    r"The number of training batches .* is smaller than the logging interval",  # which `Screen` shortens then
-    r"The dirpath has changed from",  # every run has a folder of its own
-    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips what was seen
+    r".*does not have many workers which may be a bottleneck",  # the default is one per core
+    r"The number of training batches .* is smaller than the logging interval",  # `Screen` shortens it
+    r"The dirpath has changed from",  # every run has its own folder
+    r"You're resuming from a checkpoint that ended before the epoch ended",  # the sampler skips batches done
 )
 
 
 def quiet_lightning() -> None:
-    """Silences what Lightning says of its own parts, and shows warnings in a line."""
+    """Silences Lightning's advice, and shows each warning in one line."""
     for message in _IRRELEVANT:
         warnings.filterwarnings("ignore", message=message)
     warnings.formatwarning = _formatted
@@ -42,13 +47,13 @@ def on_a_terminal() -> bool:
 
 
 class Screen(Callback):
-    """Prints the network's size, and a line an epoch where there is no progress bar."""
+    """Prints the network's size and, without a progress bar, one line per epoch."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the number of parameters, and logs every batch where there are few."""
+        """Prints the number of parameters; shortens the logging interval to the batches of an epoch."""
         settings: Any = trainer
         if settings.num_training_batches < settings.log_every_n_steps:
             settings.log_every_n_steps = max(1, int(trainer.num_training_batches))
@@ -63,7 +68,7 @@ class Screen(Callback):
         self._began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the epoch's line: losses and what checkpoints are chosen by."""
+        """Prints the epoch's line: losses, and the metrics that checkpoints are selected by."""
         if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
@@ -76,7 +81,7 @@ class Screen(Callback):
 
 
 def result_of(trainer: Trainer, recipe: str) -> list[str]:
-    """What to say after training: the best score, its checkpoint, and the next commands."""
+    """The lines printed after training: the best score, its checkpoint, and the next commands."""
     best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor), None)
     kept = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
     if not kept:
@@ -90,6 +95,6 @@ def result_of(trainer: Trainer, recipe: str) -> list[str]:
         lines = [f"checkpoint: {path}"]
     return [
         *lines,
-        f"next: involution test -c {recipe} --ckpt_path {path}",
-        f"      involution predict --ckpt_path {path} --data.predict_path PHOTOGRAPHS --output RESULTS",
+        f"next: involution test -c {quote(recipe)} --ckpt_path {quote(path)}",
+        f"      involution predict --ckpt_path {quote(path)} --data.predict_path PHOTOGRAPHS --output RESULTS",
     ]

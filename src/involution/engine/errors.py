@@ -1,4 +1,4 @@
-"""What a person reads when a run cannot begin or ends early: one line."""
+"""The one-line message of a run that cannot start or ends early."""
 
 import re
 import tempfile
@@ -6,15 +6,15 @@ import traceback
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-# What data, checkpoints and options provoke; torch has RuntimeError for shapes, devices and memory.
+# Errors of data, checkpoints and options; torch raises RuntimeError for shapes, devices and memory.
 EXPECTED = (OSError, ValueError, RuntimeError, MisconfigurationException)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in a line; a RuntimeError's traceback goes to a file, which the line names.
+    """An error's message in one line; a RuntimeError's traceback is written to a file that the line names.
 
-    An error of a loading process is shown as the one that it raised, and an option that jsonargparse refuses by the
-    reason, without its list of everything that was given.
+    For an error in a loader worker it is the worker's own message; for an option that jsonargparse refuses, the reason
+    without the list of all arguments.
     """
     if str(error).startswith("Does not validate against any of the Union subtypes"):
         while error.__cause__ is not None:
@@ -31,7 +31,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _last_paragraph(text: str) -> str:
-    """What follows the last indented line of a traceback."""
+    """The text after the last indented line of a traceback."""
     lines = text.strip().split("\n")
     start = max(index for index, line in enumerate(lines) if line.startswith(" ")) + 1
     return "\n".join(lines[start:]) or lines[-1].strip()

@@ -1,4 +1,4 @@
-"""Folders and text files as people's computers leave them: hidden entries, byte order marks, other line ends."""
+"""Listing folders without hidden entries, and reading text files with a byte order mark or other line ends."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -10,12 +10,12 @@ def is_hidden(path: str | Path) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What is in a folder, sorted by name; hidden entries are skipped."""
+    """The entries of a folder, sorted by name; hidden ones are skipped."""
     return sorted(path for path in folder.iterdir() if not is_hidden(path.name))
 
 
 def files_below(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """All files below a folder that end so (in lower or upper case), sorted; hidden files and folders are skipped."""
+    """All files below a folder with one of the endings (in any case), sorted; hidden files and folders are skipped."""
     for path in entries(folder):
         if path.is_dir():
             yield from files_below(path, endings)
@@ -24,14 +24,14 @@ def files_below(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
 
 
 def decode(content: bytes, name: object) -> str:
-    """UTF-8 with or without a byte order mark; every line end becomes a newline.
+    """Decodes UTF-8 with or without a byte order mark; every line end becomes a newline.
 
     Args:
-        content: of the file.
-        name: what errors call it.
+        content: of a file.
+        name: the file's name in errors.
 
     Raises:
-        ValueError: it is not UTF-8.
+        ValueError: the content is not UTF-8.
     """
     try:
         text = content.decode("utf-8-sig")

@@ -1,4 +1,4 @@
-"""Reading image files as they are found in the wild."""
+"""Reading and checking image files of any orientation, mode and bit depth."""
 
 import multiprocessing
 import os
@@ -18,17 +18,17 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-# Pillow's names of the formats that people train on; it would try dozens of others, whose decoders fail in more ways.
+# Pillow's names of the formats that are tried; its dozens of others raise errors of further kinds.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 class UnreadableImage(ValueError):
-    """A file that is no image, or a broken one; the message names it."""
+    """A file that cannot be decoded as an image; the message names it."""
 
 
 @contextmanager
 def unreadable(name: object, kind: str = "an image") -> Iterator[None]:
-    """Names the file where Pillow cannot decode it: its decoders raise errors of any kind."""
+    """Turns any error of Pillow's decoders into UnreadableImage, which names the file."""
     try:
         yield
     except Exception as error:
@@ -43,18 +43,18 @@ def read_image(source: str | Path | IO[bytes], name: str | None = None, upright:
 
     Args:
         source: the file, or its content.
-        name: what errors call it; None takes the file's.
-        upright: turn it as its EXIF orientation says, or leave the pixels as they are stored.
+        name: its name in errors; None takes the file's.
+        upright: apply the EXIF orientation, or keep the pixels as stored.
 
     Raises:
-        UnreadableImage: it is no image of one of `FORMATS`, a broken one, or one of numbers that are no grey levels of
-            8 or 16 bits.
+        UnreadableImage: the source is no image of one of `FORMATS`, is damaged, or its values are no grey levels of 8
+            or 16 bits.
     """
     with unreadable(name or source), Image.open(source, formats=FORMATS) as file:
         file.load()
         image = ImageOps.exif_transpose(file) if upright else file.copy()
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(np.asarray(image))):
-        raise UnreadableImage(f"{name or source} cannot be read as an image: its numbers are no grey levels of 16 bits")
+        raise UnreadableImage(f"{name or source} cannot be read as an image: its values are no grey levels of 16 bits")
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16; PIL would clip them at 255
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -78,10 +78,10 @@ _ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
 
 def inspect(file: Path) -> Header:
-    """Checks that an image file is there as a whole, without decoding it where its last bytes say so.
+    """Checks that an image file is complete: by its last bytes where the format has an end marker, else by decoding.
 
     Raises:
-        UnreadableImage: it is no image, or one that is cut off.
+        UnreadableImage: the file is no image, or is truncated.
     """
     with unreadable(file), Image.open(file, formats=FORMATS) as image:
         orientation = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
@@ -103,7 +103,7 @@ def for_each(items: Sequence[Item], function: Callable[[Item], Found], what: str
 
     Args:
         items: such as files.
-        function: of an item; an UnreadableImage that it raises takes the place of its result, other errors end it all.
+        function: of one item; an UnreadableImage that it raises becomes its result, any other error is raised.
         what: the progress bar's text.
 
     Returns:
@@ -124,7 +124,7 @@ def for_each(items: Sequence[Item], function: Callable[[Item], Found], what: str
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -133,15 +133,17 @@ def _has_16_bits(pixels: np.ndarray[Any, Any]) -> bool:
 
 
 class SkipUnreadable(Dataset[Any]):
-    """In the place of a sample that cannot be read comes the next one that can.
+    """Replaces a sample that cannot be read by the next one that can.
 
     Args:
-        dataset: raises UnreadableImage for such a sample.
+        dataset: a data set that raises UnreadableImage for such a sample.
     """
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
-        self._broken = multiprocessing.Array("b", len(dataset), lock=False)  # a flag a sample, of all workers
+        self._broken = multiprocessing.Array(
+            "b", len(dataset), lock=False
+        )  # one flag per sample, shared by all workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -159,5 +161,5 @@ class SkipUnreadable(Dataset[Any]):
 
     @property
     def broken(self) -> Tensor:
-        """For every sample, 1 where this process or a worker of it could not read it, else 0: [len(self)] int32."""
+        """[len(self)] int32: 1 for each sample that this process or one of its workers could not read, else 0."""
         return torch.tensor(list(self._broken), dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What the pictures of every task share: names and colours."""
+"""File names and class colours of the pictures that predictions are drawn in."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ Colour = tuple[int, int, int]  # red, green, blue, 0..255
 
 
 def picture_names(files: Sequence[Path]) -> list[str]:
-    """A name for every file's picture: STEM.png, and STEM_2.png and so on where a stem comes again."""
+    """A unique picture name per file: STEM.png, then STEM_2.png and so on for further files of the same stem."""
     names: dict[str, None] = {}
     for file in files:
         name, number = f"{file.stem}.png", 1
@@ -21,7 +21,7 @@ def picture_names(files: Sequence[Path]) -> list[str]:
 
 
 def colour(index: int) -> Colour:
-    """Of a class: far from its neighbours', by hues in the golden ratio."""
+    """The colour of a class: hues in golden-ratio steps, so that consecutive classes differ clearly."""
     hue = round(255 * (index * 0.618034 % 1))
     found: Colour = Image.new("HSV", (1, 1), (hue, 200, 200)).convert("RGB").getpixel((0, 0))  # type: ignore[assignment]
     return found

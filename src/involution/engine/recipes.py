@@ -14,10 +14,10 @@ def recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `-c NAME` means: an existing file of that path, or else the packaged recipe of that name.
+    """The file of `-c NAME`: an existing file of that path, otherwise the packaged recipe of that name.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: neither exists.
     """
     if Path(name).is_file():
         return Path(name)
@@ -28,7 +28,7 @@ def find_recipe(name: str) -> Path:
 
 
 def resolve_configs(arguments: list[str]) -> tuple[list[str], str | None]:
-    """Replaces recipe names after -c or --config by their files.
+    """Replaces recipe names after -c or --config with their files.
 
     Returns:
         The arguments, and the first config's name without its ending (None where no config is given).

@@ -1,17 +1,60 @@
-"""Resuming a run: the options that it was given stay in force, and epochs are counted right."""
+"""Resuming a run: options, best score and epoch counter continue as if the run had not been interrupted."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """ModelCheckpoint that, on resume, still knows the best checkpoints and scores of the run that it continues.
+
+    Lightning drops them where the folder changes, as it does here with every run; the first epoch after a resume would
+    then become the best one, however bad. A best checkpoint of the earlier run stays where it is. It is found in its
+    folder or beside the checkpoint that the run resumes from; its score counts only while the file exists.
+    """
+
+    _resumed_from: Path | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Records the checkpoint that training resumes from, before states are restored."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        self._resumed_from = Path(trainer.ckpt_path) if trainer.training and trainer.ckpt_path else None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores paths and scores of the checkpoints whose files exist."""
+        found = {self._existing(path): score for path, score in state_dict["best_k_models"].items()}
+        missing = [path for path in state_dict["best_k_models"] if self._existing(path) is None]
+        kept = {path: score for path, score in found.items() if path is not None}
+        if missing and self._resumed_from is not None:
+            rank_zero_info(f"{missing[0]} does not exist, so its {self.monitor} is no longer the best one to reach")
+        best, worst = (min, max) if self.mode == "min" else (max, min)
+        best_path = best(kept, key=lambda path: kept[path]) if kept else ""
+        kth_path = worst(kept, key=lambda path: kept[path]) if len(kept) == self.save_top_k else ""
+        restored = {
+            "dirpath": self.dirpath,
+            "best_k_models": kept,
+            "best_model_path": best_path,
+            "best_model_score": kept.get(best_path),
+            "kth_best_model_path": kth_path,
+            "kth_value": kept.get(kth_path, self.kth_value),
+        }
+        super().load_state_dict(state_dict | (restored if self.monitor else {}))
+
+    def _existing(self, path: str) -> str | None:
+        """The path, or that of a file of its name beside the checkpoint that the run resumes from."""
+        beside = [self._resumed_from.with_name(Path(path).name)] if self._resumed_from is not None else []
+        return next((str(file) for file in (Path(path), *beside) if file.is_file()), None)
 
 
 class GivenOptions(Callback):
-    """Keeps options in force that Lightning takes from the checkpoint on resume.
+    """On resume, keeps options of this run that Lightning would overwrite with the checkpoint's.
 
-    These are the learning rate, momentum and weight decay, which are in the optimizer's and the schedule's states, and
-    the patience of early stopping. The step that the schedule is at stays the checkpoint's.
+    These are learning rate, momentum and weight decay, which are part of the optimizer's and the scheduler's states,
+    and the patience of early stopping. The scheduler's step is restored from the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -19,27 +62,27 @@ class GivenOptions(Callback):
         self._groups: list[list[dict[str, Any]]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes the patience, before callbacks are restored."""
+        """Records the patience, before callbacks are restored."""
         stopping: list[Any] = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
         self._patience = [(one, one.patience) for one in stopping]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the optimizers' options, before they are restored."""
+        """Records the optimizers' options, before they are restored."""
         self._groups = [
             [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             for optimizer in trainer.optimizers
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Puts them back."""
+        """Restores this run's options."""
         for stopping, patience in self._patience:
             stopping.patience = patience
         schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         multiples = [one for one in schedules if isinstance(one, torch.optim.lr_scheduler.LambdaLR)]
-        # Another kind of schedule computes rates from those before: they stay the checkpoint's.
+        # Other schedulers compute each rate from the previous one: theirs stay the checkpoint's.
         rates = {"lr", "initial_lr"} if len(multiples) < len(schedules) else set()
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
-            for group, given in zip(optimizer.param_groups, groups, strict=False):  # finetuning callbacks add groups
+            for group, given in zip(optimizer.param_groups, groups, strict=False):  # callbacks may add groups
                 group.update({name: value for name, value in given.items() if name not in rates})
         for schedule in multiples:
             groups = schedule.optimizer.param_groups
@@ -50,14 +93,14 @@ class GivenOptions(Callback):
 
 
 class EpochCounterFix(Callback):
-    """Counts the epochs of runs whose length is a number of steps as if they had not been interrupted.
+    """On resume, counts epochs as the uninterrupted run does; matters where max_steps limits the run.
 
-    Lightning takes an epoch that the checkpoint finished for one to go on with, finds it without batches, and counts it
-    twice; and one that the last step broke off for finished. The images' order would be another one.
+    Lightning counts a finished epoch twice and treats one cut short by max_steps as complete; either changes the
+    shuffling order.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says whether anything is left of the checkpoint's epoch."""
+        """Corrects the counters by whether the checkpoint's epoch has batches left."""
         loop: Any = trainer.fit_loop
         progress = loop.epoch_progress
         if not loop.epoch_loop.batch_progress.is_last_batch:
@@ -70,7 +113,7 @@ class EpochCounterFix(Callback):
 
 
 def place_in_epoch(trainer: Trainer) -> tuple[int, int]:
-    """The epoch that training would go on with now, and how many of its batches it has seen."""
+    """The epoch that a resumed run continues with, and the number of its batches already done."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches = trainer.fit_loop.epoch_loop.batch_progress
     if epochs.ready == 0:

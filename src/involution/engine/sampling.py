@@ -1,8 +1,8 @@
-"""Data order and random numbers that a resume reproduces.
+"""Data order and random numbers that a resumed run reproduces.
 
-What a training step sees depends on (seed, epoch, index) alone: the sampler skips the batches that a checkpoint has
-seen, every sample takes its augmentation from a generator seeded with its own key, and the states of the global
-generators are part of the checkpoint.
+A training sample depends on (seed, epoch, index) alone: the sampler skips the batches done before the checkpoint, each
+sample's augmentation uses generators seeded with its own key, and the checkpoint contains the states of the global
+generators.
 """
 
 import os
@@ -16,30 +16,30 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset, DistributedSampler
 
-Key = int | tuple[int, int]  # of a sample: its index, or its epoch and index
+Key = int | tuple[int, int]  # a sample's index, or its epoch and index
 
 
 def global_seed() -> int:
-    """What seed_everything was given, or 0."""
+    """The argument of seed_everything, or 0."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """Every index once an epoch, in an order that (seed, epoch) decide, as (epoch, index); parts for several processes.
+    """Yields (epoch, index) of every sample once per epoch, shuffled by (seed, epoch) and split between processes.
 
     Args:
-        dataset: what the indices are of.
+        dataset: the data set; only its length is used.
         seed: of the order.
-        replicas: how many processes share an epoch; the last ones may get a few indices twice.
-        rank: which of them this is.
+        replicas: number of processes that share an epoch; if it does not divide evenly, a few indices occur twice.
+        rank: of this process.
     """
 
     def __init__(self, dataset: Dataset[Any], seed: int, replicas: int = 1, rank: int = 0) -> None:
         super().__init__(dataset, num_replicas=replicas, rank=rank, shuffle=True, seed=seed)
-        self._resumed = (0, 0)  # epoch, and how many of its indices have been seen
+        self._resumed = (0, 0)  # epoch, and the number of its indices already done
 
     def resume(self, epoch: int, seen: int) -> None:
-        """Starts in the midst of an epoch, after this process's first `seen` indices; other epochs are whole."""
+        """Makes one epoch start after this process's first `seen` indices; other epochs are complete."""
         self.set_epoch(epoch)
         self._resumed = epoch, seen
 
@@ -54,9 +54,9 @@ class ResumableSampler(DistributedSampler[Any]):
 
 
 class SampleSeeded(Dataset[Any]):
-    """A data set whose sample (epoch, index) draws the same random numbers whenever and in whatever process it is read.
+    """A data set whose sample (epoch, index) uses the same random numbers at any time and in any worker.
 
-    A plain index is a sample of epoch 0.
+    A plain index means epoch 0.
     """
 
     def __init__(self, dataset: Any, seed: int) -> None:
@@ -73,14 +73,14 @@ class SampleSeeded(Dataset[Any]):
 
 @contextmanager
 def _random_numbers_of(*key: int) -> Iterator[None]:
-    """torch, NumPy and Python draw from generators that `key` seeds; afterwards from where they were.
+    """Seeds the generators of torch, NumPy and Python with `key`, and restores their states afterwards.
 
-    torch draws float32: with precision 64-true, Lightning changes the default for some batches and not for others.
+    The default dtype is float32 meanwhile: with precision 64-true, Lightning changes it for some batches only.
     """
     before, dtype = _states(), torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     seeds = np.random.SeedSequence(key).generate_state(3)
-    torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's alone: workers must not touch a GPU
+    torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's only: workers must not initialise a GPU
     np.random.seed(seeds[1])
     random.seed(int(seeds[2]))
     try:
@@ -91,7 +91,7 @@ def _random_numbers_of(*key: int) -> Iterator[None]:
 
 
 def _states() -> dict[str, Any]:
-    name, numbers, *rest = np.random.get_state()  # as a list: a checkpoint loads tensors and plain values only
+    name, numbers, *rest = np.random.get_state()  # as a list: checkpoints load tensors and plain values only
     return {
         "torch": torch.get_rng_state(),
         "numpy": (name, np.asarray(numbers).tolist(), *rest),
@@ -106,22 +106,22 @@ def _restore(states: dict[str, Any]) -> None:
 
 
 class RandomStates(Callback):
-    """Keeps the states of all generators of random numbers in the checkpoint, and goes on from them."""
+    """Stores the states of all random number generators in the checkpoint, and restores them on resume."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Of torch, its GPUs, NumPy and Python."""
+        """States of torch, its GPUs, NumPy and Python."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return _states() | {"cuda": cuda, "seed": global_seed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keeps them until training starts: making models and loaders draws numbers too."""
+        """Keeps the states until training starts: building models and loaders uses random numbers too."""
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restores what the checkpoint holds, unless this run was given another seed."""
+        """Restores the checkpoint's states, unless this run has another seed."""
         if self._loaded is not None and self._loaded.get("seed", global_seed()) == global_seed():
             _restore(self._loaded)
             if len(self._loaded["cuda"]) == torch.cuda.device_count() > 0:

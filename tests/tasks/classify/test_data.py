@@ -98,7 +98,7 @@ def test_digits_batches(digits):
     assert abs(everything.std() - 1) < 0.1
 
 
-def test_only_training_images_are_shifted(digits):
+def test_only_training_images_are_augmented(digits):
     torch.manual_seed(0)
     assert not torch.equal(digits.train_set[0][0], digits.train_set[0][0])
     assert torch.equal(digits.val_set[0][0], digits.val_set[0][0])
@@ -231,6 +231,40 @@ def test_image_folder_names_a_file_that_is_no_image(tmp_path):
     assert len(data.train_set) == 4
 
 
+def damage(root, file: str) -> None:
+    """Cuts off the end of an image file, which its header does not show."""
+    content = (root / file).read_bytes()
+    (root / file).write_bytes(content[: len(content) // 2])
+
+
+def test_image_files_are_checked_before_training(tmp_path):
+    """Broken ones raise, or are left out of training; the order of the others stays."""
+    write_tree(tmp_path, {split: {"cat": 2, "dog": 2} for split in ("train", "val")})
+    damage(tmp_path, "train/dog/0.jpg")
+    with pytest.raises(ValueError, match=r"dog.0\.jpg cannot be read as an image: .*on_error=skip leaves such"):
+        ImageFolder(str(tmp_path), num_workers=0).setup("fit")
+    ImageFolder(str(tmp_path), check_files=False).setup("fit")
+    data = ImageFolder(str(tmp_path), num_workers=0, image_size=32, on_error="skip")
+    with pytest.warns(UserWarning, match=r"left out 1 images, the first: .*dog.0\.jpg"):
+        data.setup("fit")
+    assert [data.train_set[index][1] for index in range(len(data.train_set))] == [0, 0, 1]
+    assert sorted(label for _, labels in data.train_dataloader() for label in labels.tolist()) == [0, 0, 1]
+    damage(tmp_path, "train/dog/1.jpg")
+    with pytest.raises(ValueError, match=r"no image of dog can be read: .*dog.0\.jpg"):
+        ImageFolder(str(tmp_path), on_error="skip").setup("fit")
+
+
+def test_broken_validation_images_are_not_left_out_silently(tmp_path):
+    write_tree(tmp_path, {split: {"cat": 2, "dog": 2} for split in ("train", "val")})
+    damage(tmp_path, "val/cat/1.jpg")
+    with pytest.raises(ValueError, match=r"val.cat.1\.jpg cannot be read"):
+        ImageFolder(str(tmp_path)).setup("fit")
+    data = ImageFolder(str(tmp_path), on_error="skip")
+    with pytest.warns(UserWarning, match=r"1 images of val are replaced by others: .*cat.1\.jpg"):
+        data.setup("fit")
+    assert len(data.val_set) == 4
+
+
 def test_image_folder_with_an_empty_split(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"a folder per class in 'train'"):
@@ -313,7 +347,7 @@ def test_training_transforms(policy, erasing):
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10-mstd0", "original", "v0"])
 def test_policies_at_full_strength(policy):
-    """timm's own posterize keeps no bit there, and Pillow refuses that."""
+    """There timm's posterize keeps no bit, which Pillow refuses."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8))
     transform = random_crops(PLAIN, policy)
     for seed in range(60):

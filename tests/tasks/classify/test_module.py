@@ -14,7 +14,7 @@ SMALL = {"model_name": "rednet14_cifar"}
 
 
 class Blocks(ClassificationData):
-    """Three classes that one look tells apart: a red, green or blue image."""
+    """Three easily separable classes: red, green and blue images."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__(batch_size=8, num_workers=0)
@@ -110,6 +110,16 @@ def test_norms_and_biases_have_no_decay(tmp_path):
     }
 
 
+def test_decay_all_decays_norms_and_biases_too(tmp_path):
+    """As the published ImageNet recipe, whose framework decays every parameter."""
+    model = Classifier(**SMALL, num_classes=3, weight_decay=0.5, decay_all=True)
+    fitted = trainer(tmp_path, fast_dev_run=True)
+    fitted.fit(model, Blocks())
+    groups = fitted.optimizers[0].param_groups
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.net.parameters()))
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_memory_format(channels_last):
     model = Classifier(**SMALL, num_classes=3, channels_last=channels_last)
@@ -155,7 +165,7 @@ def test_mixed_images_and_soft_labels():
     torch.testing.assert_close(model._step((images, labels), "val", model.val_metrics), plain)
 
 
-def test_mixup_and_cutmix_take_turns():
+def test_mixup_and_cutmix_alternate_at_random():
     torch.manual_seed(0)
     model = Classifier(**SMALL, num_classes=2, mixup=1.0, cutmix=1.0)
     images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
@@ -190,13 +200,13 @@ def test_other_numbers_of_classes_are_named(theirs):
         model.on_load_checkpoint({"involution": {"classes": theirs}})
 
 
-def test_a_checkpoint_does_not_ask_for_pretrained_weights_again():
+def test_a_checkpoint_records_no_pretrained_weights():
     model = Classifier("resnet14_cifar", num_classes=3, model_kwargs={"pretrained": False, "drop_rate": 0.5})
     assert model.hparams["model_kwargs"] == {"drop_rate": 0.5}
 
 
-def test_decay_goes_by_name_and_not_by_shape(tmp_path):
-    """FSDP makes every parameter flat before there is an optimizer."""
+def test_decay_is_decided_by_name_not_by_shape(tmp_path):
+    """FSDP flattens parameters before the optimizer is made."""
     model = Classifier(**SMALL, num_classes=3, weight_decay=0.5)
     wanted = {name for name, parameter in model.net.named_parameters() if parameter.ndim > 1}
     names = {id(parameter): name for name, parameter in model.net.named_parameters()}

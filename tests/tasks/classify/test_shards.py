@@ -1,4 +1,4 @@
-"""Tar files of images, as webdataset writes them."""
+"""Tar files of images in webdataset's format."""
 
 import io
 import tarfile
@@ -30,7 +30,7 @@ def write(file: Path, members: Iterable[tuple[str, bytes]]) -> Path:
 
 
 def samples(numbers: Iterable[int]) -> list[tuple[str, bytes]]:
-    """Image i is grey of level i and of class i % 3; beside both there is what other people keep."""
+    """Image i has grey level i and class i % 3; each sample also has a json file."""
     parts = []
     for i in numbers:
         parts += [(f"{i:03}.png", png(i)), (f"{i:03}.cls", str(i % 3).encode()), (f"{i:03}.json", b"{}")]
@@ -94,8 +94,8 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], r"a\.tar holds no sample"),
-        ([("1.txt", b"")], r"a\.tar holds no sample"),
+        ([], r"a\.tar must hold samples, KEY.jpg beside KEY.cls, got none"),
+        ([("1.txt", b"")], r"a\.tar must hold samples, KEY.jpg beside KEY.cls, got none"),
         ([("1.png", png(1)), ("1.jpg", png(1)), ("1.cls", b"1")], r"a\.tar: 1 has two images"),
         ([("1.png", png(1)), ("1.cls", b"1"), ("1.cls", b"1")], r"a\.tar: 1 has two labels"),
         ([("1.png", png(1))], r"a\.tar: 1 has no label \(\.cls\)"),
@@ -105,7 +105,7 @@ def test_class_names_from_a_file(tmp_path: Path) -> None:
         ([("1.png", png(1)), ("1.cls", b"cat")], r"a\.tar: 1: label must be a number from 0 to 2, got b'cat'"),
     ],
 )
-def test_what_is_wrong_is_named_before_training(members: list, message: str, tmp_path: Path) -> None:
+def test_errors_are_named_before_training(members: list, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         TarImages([write(tmp_path / "a.tar", members)], 3, level)
 

@@ -1,4 +1,4 @@
-"""Tiny trees of every format, on real disks."""
+"""Tiny trees of every data format."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 Ids = np.ndarray
-SIZES = ((40, 56), (48, 64), (40, 48), (56, 48))  # height and width of scenes, in turn
+SIZES = ((40, 56), (48, 64), (40, 48), (56, 48))  # height and width of scenes, cyclically
 
 
 def scene(number: int, classes: int = 3) -> tuple[Image.Image, Ids]:
-    """A photograph of bright rectangles, a colour a class, on a dark ground, and its class indices."""
+    """An image of bright rectangles, one colour per class, on dark background, and its class indices."""
     random = np.random.default_rng(number)
     height, width = SIZES[number % len(SIZES)]
     ids = np.zeros((height, width), np.uint8)
@@ -40,7 +40,7 @@ def folders(root: Path, train: int = 4) -> Path:
 
 
 def ignoring(ids: Ids) -> Ids:
-    """The upper left corner is not known."""
+    """Marks the upper left corner as ignored."""
     ids = ids.copy()
     ids[:4, :4] = 255
     return ids
@@ -97,11 +97,11 @@ TREES = {"masks": folders, "camvid": camvid, "cityscapes": cityscapes, "voc": vo
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Callable[[str], Path]:
-    """Makes a tree of a format, and says where."""
+    """Writes a tree of a format and returns its root."""
     return lambda kind: TREES[kind](tmp_path / kind)
 
 
 @pytest.fixture(scope="session")
 def make_masks() -> Callable[..., Path]:
-    """Makes folders of images and masks below a root, with so many to train on."""
+    """Writes folders of images and masks below a root, with a number of training images."""
     return folders

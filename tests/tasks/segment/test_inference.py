@@ -10,7 +10,7 @@ from involution.tasks.segment.inference import Inference, sliding_window
 
 
 def pointwise(x: Tensor) -> Tensor:
-    """A network that looks at one pixel at a time."""
+    """A network whose output at a pixel depends on that pixel only."""
     return torch.stack([x[:, 0] - x[:, 1], x[:, 2], x.square().sum(1)], dim=1)
 
 
@@ -23,8 +23,8 @@ def test_windows_of_a_pointwise_network_are_the_whole(window: Any, stride: Any, 
     torch.testing.assert_close(sliding_window(pointwise, image, window, stride), pointwise(image))
 
 
-def test_inside_of_a_window_a_network_with_a_border_sees_the_whole() -> None:
-    """A 3x3 convolution is wrong in one pixel beside a seam, and nowhere else."""
+def test_a_3x3_convolution_differs_only_beside_the_seam() -> None:
+    """In one pixel on either side of it."""
     network = nn.Conv2d(3, 4, 3, padding=1).double()
     image = torch.randn(1, 3, 12, 24, dtype=torch.float64)
     whole, parts = network(image), sliding_window(network, image, (12, 12), (12, 12))
@@ -33,7 +33,7 @@ def test_inside_of_a_window_a_network_with_a_border_sees_the_whole() -> None:
 
 
 def test_overlaps_are_averaged() -> None:
-    """A network that says which window it was asked about."""
+    """By a network that returns the window's number."""
     asked: list[Tensor] = []
 
     def network(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_scales_and_mirrors_are_averaged() -> None:
     [
         ({"scales": ()}, "scales must be positive factors, got ()"),
         ({"scales": (1.0, 0.0)}, "scales must be positive"),
-        ({"stride": (4, 4)}, "window_stride wants a window, got (4, 4) without one"),
+        ({"stride": (4, 4)}, "window_stride needs a window, got (4, 4) without one"),
         ({"window": (0, 4)}, "window must be at least 1 along each axis, got (0, 4)"),
         ({"window": (8, 8), "stride": (8, 9)}, "window_stride must be from 1 to the window's (8, 8), got (8, 9)"),
         ({"window": (8, 8), "stride": (0, 8)}, "window_stride must be from 1"),

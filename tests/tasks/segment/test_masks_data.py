@@ -1,4 +1,4 @@
-"""The data modules: what they read, and what they say of what cannot be right."""
+"""The data modules: what they read, and their errors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from involution.engine.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
 from involution.tasks.segment.data.base import SegmentationData
-from involution.tasks.segment.preprocessing import RandomCrop
+from involution.tasks.segment.preprocessing import Preprocessing, RandomCrop
 
 Tree = Callable[[str], Path]
 NAMES = ["ground", "red", "green"]
@@ -109,7 +109,7 @@ def test_masks_follow_their_images(tree: Tree) -> None:
 
 
 def test_other_names_and_ids(tmp_path: Path) -> None:
-    """Patterns, suffixes, folders within folders, an id of one's own to ignore."""
+    """Patterns, suffixes, nested folders, another ignored id."""
     for part in ("training", "rest"):
         for name in ("a", "b/c"):
             image, mask = tmp_path / part / "rgb" / f"{name}.jpg", tmp_path / part / "gt" / f"{name}_gt.png"
@@ -127,14 +127,14 @@ def test_other_names_and_ids(tmp_path: Path) -> None:
     assert module.palette == [(1, 2, 3), (4, 5, 6)]
 
 
-def test_names_that_are_not_one_files(tree: Tree) -> None:
+def test_names_of_two_files(tree: Tree) -> None:
     root = tree("masks")
     Image.open(root / "images" / "val" / "1.png").save(root / "images" / "val" / "1.JPG")
-    with pytest.raises(ValueError, match=r"every name must be one file's, got .*1\.(png|JPG) beside .*1\.(png|JPG)"):
+    with pytest.raises(ValueError, match=r"every name must belong to one file, got .*1\.(png|JPG) beside .*1\."):
         data("masks", root).setup("validate")
 
 
-def test_training_batches_are_whole(tree: Tree) -> None:
+def test_training_batches_are_complete(tree: Tree) -> None:
     module = data("masks", tree("masks"), batch_size=3)
     module.setup("fit")
     assert [len(images) for images, _ in module.train_dataloader()] == [3]  # of four
@@ -145,7 +145,7 @@ def test_training_batches_are_whole(tree: Tree) -> None:
 
 
 def damage(root: Path, kind: str) -> tuple[Path, str]:
-    """Spoils a tree of `masks`; returns the file that is to be named and what is to be said."""
+    """Damages a tree of `masks`; returns the file that the error must name, and its message."""
     mask, image = root / "masks" / "val" / "1.png", root / "images" / "val" / "1.png"
     ids = np.zeros((48, 64), np.uint8)
     if kind == "missing mask":
@@ -195,7 +195,7 @@ def test_errors_name_the_file(kind: str, tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
-def test_nothing_there(kind: str, tmp_path: Path) -> None:
+def test_an_empty_root(kind: str, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"root must hold .*, got {tmp_path}"):
         data(kind, tmp_path).setup("fit")
 
@@ -203,17 +203,15 @@ def test_nothing_there(kind: str, tmp_path: Path) -> None:
 def test_a_mask_without_an_image(tree: Tree) -> None:
     root = tree("cityscapes")
     sorted((root / "leftImg8bit" / "val").rglob("*.png"))[0].unlink()
-    with pytest.raises(FileNotFoundError, match=r"every mask wants an image, got .*000000_000019_gtFine"):
+    with pytest.raises(FileNotFoundError, match=r"every mask must have an image, got .*000000_000019_gtFine"):
         data("cityscapes", root).setup("validate")
 
 
 def test_photometric_changes_keep_red_red(tree: Tree) -> None:
-    """Brightness, contrast, saturation and a little of the hue; channels are not exchanged."""
+    """Brightness, contrast, saturation and a small hue rotation; channels are not permuted."""
     module = data("masks", tree("masks"), crop=(48, 48))
     mean, std = (torch.tensor(one)[:, None, None] for one in module.preprocessing[1:])
-    red = torch.zeros(
-        3, 96, 96, dtype=torch.uint8
-    )  # at half of its size still as large as the crop: nothing is filled up
+    red = torch.zeros(3, 96, 96, dtype=torch.uint8)  # at half of its size still as large as the crop: no padding
     red[0] = 200
     seen = []
     for _ in range(40):
@@ -224,19 +222,34 @@ def test_photometric_changes_keep_red_red(tree: Tree) -> None:
     assert torch.stack(seen).std(0)[0] > 0.02
 
 
+def test_padding_is_the_mean_whatever_the_photometric_changes() -> None:
+    """Padded last, as published: exactly 0 after normalisation, and ignored in the mask; every other pixel is known."""
+    torch.manual_seed(0)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = Preprocessing(20, mean, std).training((0.5, 1.0), (32, 40), 1.0, 0.5, photometric=True)
+    for _ in range(20):
+        white = torch.full((3, 24, 24), 255, dtype=torch.uint8)
+        image, mask = transform(tv_tensors.Image(white), tv_tensors.Mask(torch.zeros(24, 24, dtype=torch.uint8)))
+        assert (image.shape, mask.shape) == ((3, 32, 40), (32, 40))
+        padded = mask == 255
+        assert 100 <= (~padded).sum() <= 400
+        assert not image[:, padded].any()
+        assert image[:, ~padded].abs().amin() > 0.1
+
+
 def known_share(mask: torch.Tensor) -> float:
     counts = mask[mask != 255].long().bincount()
     return float(counts.max() / counts.sum())
 
 
-def test_crops_are_drawn_again_where_one_class_takes_too_much() -> None:
+def test_crops_are_resampled_where_one_class_takes_too_much() -> None:
     torch.manual_seed(0)
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[:, 48:] = 1  # a quarter of a crop or more from column 24 on: nine of the 33 places
     image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
     within = []
     for limit in (1.0, 0.75):
-        crop = RandomCrop((32, 32), {tv_tensors.Mask: 255, tv_tensors.Image: 0}, limit)
+        crop = RandomCrop((32, 32), limit)
         shares = [known_share(crop(image, tv_tensors.Mask(mask))[1]) for _ in range(60)]
         within.append(sum(share <= 0.75 for share in shares))
     assert within[0] < 30
@@ -246,7 +259,7 @@ def test_crops_are_drawn_again_where_one_class_takes_too_much() -> None:
 def test_the_share_is_that_of_the_crop() -> None:
     """Also where the image is smaller than the crop along an axis, and pixels are ignored."""
     torch.manual_seed(0)
-    crop = RandomCrop((24, 20), {tv_tensors.Mask: 255}, 0.75)
+    crop = RandomCrop((24, 20), 0.75)
     for size in ((40, 30), (16, 30), (40, 12), (9, 7)):
         mask = tv_tensors.Mask(torch.randint(0, 4, size, dtype=torch.uint8))
         mask[:, ::3] = 255
@@ -259,7 +272,7 @@ def test_a_listed_file_that_is_missing(tree: Tree) -> None:
     root = tree("cityscapes")
     [mask, _] = sorted((root / "gtFine" / "val").rglob("*.png"))
     mask.unlink()
-    with pytest.raises(FileNotFoundError, match=f"every image wants a mask, got .* without {mask}"):
+    with pytest.raises(FileNotFoundError, match=f"every image must have a mask, got .* without {mask}"):
         data("cityscapes", root).setup("validate")
 
 

@@ -1,4 +1,4 @@
-"""Every number that the published segmenters' figures rest on (their framework's defaults, and the paper's recipes)."""
+"""Every number of the published segmenters: the paper's recipes and its framework's defaults."""
 
 import colorsys
 import math
@@ -34,9 +34,10 @@ def test_numbers_of_the_papers_recipes(name: str) -> None:
     assert (trainer["max_steps"], trainer["sync_batchnorm"], trainer.get("gradient_clip_val")) == (80_000, True, None)
     read = Cityscapes(**data)
     assert read.preprocessing.resize == 1024
-    resize, crop, flip, distortion, *_ = read._training.transforms
+    resize, crop, flip, distortion, _, _, padding, _ = read._training.transforms
     assert (resize.min_size, resize.max_size) == (512, 2049)  # 0.5 to 2 of 1024, and torch's ranges are half open
-    assert (crop.size, crop.max_share, crop.fill) == ((512, 1024), 0.75, {Image: [124, 116, 104], Mask: 255})
+    assert (crop.size, crop.max_share) == ((512, 1024), 0.75)
+    assert (padding.size, padding.pad_if_needed, padding.fill) == ((512, 1024), True, {Image: 0.0, Mask: 255})
     assert isinstance(flip, v2.RandomHorizontalFlip)
     assert flip.p == 0.5
     assert isinstance(distortion, PhotometricDistortion)
@@ -72,7 +73,7 @@ def distorted(image: torch.Tensor, **params: Any) -> torch.Tensor:
     return result.as_subclass(torch.Tensor)
 
 
-def test_what_a_distortion_does() -> None:
+def test_distortions_against_colorsys() -> None:
     torch.manual_seed(0)
     image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
     assert torch.equal(distorted(image), image)
@@ -92,7 +93,7 @@ def test_what_a_distortion_does() -> None:
     assert not torch.equal(first, last)
 
 
-def test_how_often_and_how_far_a_distortion_goes() -> None:
+def test_probability_and_range_of_distortions() -> None:
     torch.manual_seed(0)
     draws = [PhotometricDistortion().make_params([]) for _ in range(2000)]
     for name, neutral, low, high in (
@@ -115,7 +116,7 @@ def test_masks_are_not_distorted() -> None:
 
 
 @pytest.mark.parametrize("make", [SemanticFPN, UPerNet])
-def test_how_decoders_begin(make: Any) -> None:
+def test_initialisation_of_decoders(make: Any) -> None:
     torch.manual_seed(0)
     model = make("rednet26")
     classifiers = [model.classify[1]] + ([model.auxiliary[4]] if make is UPerNet else [])

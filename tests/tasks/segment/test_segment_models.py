@@ -76,8 +76,8 @@ def test_encoder_of_segmentation_models_pytorch(decoder: str, options: dict[str,
         assert any(module.dilation != (1, 1) for module in stages)
 
 
-def test_batch_norms_that_stay_plain() -> None:
-    """The paper's rule: all are synchronised but those of kernel generators and the stem's after its involution."""
+def test_batch_norms_that_are_not_synchronised() -> None:
+    """The paper's rule: all but those of kernel generators and the stem's one after its involution are synchronised."""
     from involution.engine.sync_batch_norm import norms_of_involutions, synchronised
 
     model = SemanticFPN("rednet26", neck="involution")

@@ -12,7 +12,6 @@ import yaml
 from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from sklearn.metrics import confusion_matrix
-from torchvision.transforms import v2
 
 from involution.cli import main
 from involution.engine.command import TaskCLI, run
@@ -20,6 +19,7 @@ from involution.engine.recipes import recipes
 from involution.tasks.segment import Cityscapes, Segmenter
 from involution.tasks.segment.evaluation import scores
 from involution.tasks.segment.module import pixel_loss, warmup_poly
+from involution.tasks.segment.preprocessing import RandomCrop
 
 NAMES = ["ground", "red", "green"]
 SMALL = ["--data.num_workers", "0", "--data.resize", "48", "--data.crop", "[48, 64]"]
@@ -33,7 +33,7 @@ def fit(root: Path, *options: str) -> TaskCLI:
 
 @pytest.fixture(scope="module")
 def trained(make_masks: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder of a semantic FPN that has learnt the rectangles."""
+    """The run's folder of a semantic FPN trained on the rectangles."""
     torch.set_num_threads(1)
     root = make_masks(tmp_path_factory.mktemp("trained") / "masks", train=24)
     options = ["--model.lr", "0.05", "--model.lr_batch_size", "null", "--model.warmup_steps", "10"]
@@ -59,7 +59,7 @@ def test_a_run_learns_and_logs(trained: Path) -> None:
 
 
 def test_scores_are_those_of_all_pixels_together(trained: Path) -> None:
-    """Against scikit-learn's confusion matrix of what the module itself says of the validation images."""
+    """Against scikit-learn's confusion matrix of the module's own predictions for the validation images."""
     model = Segmenter.load_from_checkpoint(trained / "checkpoints" / "last.ckpt", map_location="cpu").eval()
     root = trained.parents[1] / "masks"
     predicted, true = [], []
@@ -99,8 +99,8 @@ def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("first", ["3", "4"])
-def test_a_run_goes_on_where_it_ended(first: str, make_masks: Callable[..., Path], tmp_path: Path) -> None:
-    """Eight steps at once, or some and then the others, from the end or the midst of an epoch of three."""
+def test_a_run_resumes_where_it_ended(first: str, make_masks: Callable[..., Path], tmp_path: Path) -> None:
+    """Eight steps at once, or interrupted at the end or in the middle of an epoch of three steps."""
     root = make_masks(tmp_path / "masks", train=6)
     weights = []
     for name, parts in (("whole", ["8"]), ("halves", [first, "8"])):
@@ -154,7 +154,7 @@ def test_predictions_are_drawn_and_written(trained: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     "options", [{"window": (24, 32), "window_stride": (12, 16)}, {"scales": (0.75, 1.0), "flip": True}]
 )
-def test_other_ways_to_look_at_an_image(trained: Path, options: dict[str, Any]) -> None:
+def test_other_inference_settings(trained: Path, options: dict[str, Any]) -> None:
     checkpoint, root = trained / "checkpoints" / "last.ckpt", trained.parents[1] / "masks"
     given = [part for name, value in options.items() for part in (f"--model.{name}", json.dumps(value))]
     cli = run(["validate", "-c", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint), *given, *QUIET[:4],
@@ -169,9 +169,7 @@ def test_other_ways_to_look_at_an_image(trained: Path, options: dict[str, Any]) 
         assert model.predict_step([(image, size)], 0)[0].shape == size
 
 
-def test_prediction_looks_at_images_as_it_is_told(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inference_options_of_predict(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, photograph = trained / "checkpoints" / "last.ckpt", tmp_path / "0.png"
     Image.open(trained.parents[1] / "masks" / "images" / "val" / "0.png").save(photograph)
     command = ["predict", "--ckpt_path", str(checkpoint), *QUIET[:4], "--data.predict_path", str(photograph)]
@@ -248,13 +246,13 @@ def test_photographs_are_not_overwritten(trained: Path, tmp_path: Path, capsys: 
     assert "output must be another folder than the images'" in capsys.readouterr().err
 
 
-def test_upernet_wants_two_images(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_upernet_needs_two_images(tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
     data = ["--data.root", str(tree("cityscapes")), "--data.batch_size", "1", *SMALL]
     assert main(["fit", "-c", "upernet_rednet50_80k", "--model.backbone", "rednet26", *data, *QUIET]) == 1
     assert "batch_size must be at least 2 for upernet" in capsys.readouterr().err
 
 
-def test_loss_is_of_the_pixels_that_are_known() -> None:
+def test_loss_averages_known_pixels() -> None:
     logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     masks[0, :2] = 255
     known = masks != 255
@@ -286,7 +284,7 @@ def test_schedule() -> None:
 
 
 def test_recipes_are_the_papers() -> None:
-    """PUBLISHED.md: 80,000 steps of 8 images, crops of 512x1024, lr 0.01, power 0.9, SyncBN."""
+    """80,000 steps of 8 images, crops of 512x1024, lr 0.01, power 0.9, SyncBN."""
     found = {name: yaml.safe_load(file.read_text()) for name, file in RECIPES.items() if name.endswith("_80k")}
     assert set(found) == {
         "semantic_fpn_rednet50_80k",
@@ -302,7 +300,7 @@ def test_recipes_are_the_papers() -> None:
         assert (model["lr"], model["lr_batch_size"]) == (0.01, 8)
         assert (trainer["max_steps"], trainer["sync_batchnorm"]) == (80_000, True)
         given = {name: value for name, value in recipe["data"]["init_args"].items() if name != "root"}
-        [crop] = [step for step in Cityscapes("root", **given)._training.transforms if isinstance(step, v2.RandomCrop)]
+        [crop] = [step for step in Cityscapes("root", **given)._training.transforms if isinstance(step, RandomCrop)]
         assert (crop.size, crop.max_share) == ((512, 1024), 0.75)  # the share is mmseg's cat_max_ratio
     built = Segmenter("upernet", 19, model_kwargs={"channels": 16})
     assert (built.hparams["power"], built.hparams["auxiliary_weight"], built.hparams["momentum"]) == (0.9, 0.4, 0.9)

@@ -1,4 +1,4 @@
-"""Which class a pixel is of, in every kind of mask that people have; and what training could not learn."""
+"""The class of a pixel in every kind of mask; and warnings about classes that do not occur."""
 
 import warnings
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_a_palettes_indices() -> None:
     assert classes_of(palette_image(), None) == IDS.tolist()
 
 
-def test_numbers_of_ones_own() -> None:
+def test_other_numbers() -> None:
     own = np.array([7, 255, 1000], np.uint16)[IDS]
     assert classes_of(Image.fromarray(own), [7, 255, 1000]) == IDS.tolist()  # 255 is a class then, and not ignored
     assert classes_of(Image.fromarray(own), [7, 255], 2, 1000) == [[0, 1, 255], [255, 1, 0]]
@@ -71,7 +71,7 @@ def test_ignored_values() -> None:
         (["#000000", "#00", "#111111"], "a colour must be three numbers from 0 to 255 or such as '#ff8000', got '#00'"),
         ([(0, 0, 0), (0, 0, 256), (0, 0, 1)], "a colour must be three numbers from 0 to 255"),
         ("binary", "values may be binary for two classes, got 3 classes"),
-        ("grey", "values must be binary, or a list with the value or colour of every class, got 'grey'"),
+        ("grey", "values must be binary, or a list with the value or colour of each class, got 'grey'"),
     ],
 )
 def test_values_that_do_not_fit(values: Any, message: str) -> None:
@@ -88,7 +88,7 @@ def test_other_values_in_a_mask_are_named() -> None:
 
 
 def tree(root: Path, values: tuple[int, ...], place: str = "masks/{part}/{name}.png", image: str = "png") -> Path:
-    """Four images to train on and two to validate on, with a square of every value but the first."""
+    """Four training and two validation images, with a square of each value but the first."""
     for part, count in (("train", 4), ("val", 2)):
         for number in range(count):
             ids = np.full((24, 32), values[0], np.uint8)
@@ -136,7 +136,7 @@ def test_classes_that_never_occur_are_named(tmp_path: Path) -> None:
         data(root, classes=["ground", "object", "sky"], check_files=False)
 
 
-def test_a_large_ignored_share_is_said(tmp_path: Path) -> None:
+def test_a_large_ignored_share_is_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="83% of the pixels in the masks of train are ignored"):
         data(tree(tmp_path, (255, 0, 1)))
 

@@ -1,4 +1,4 @@
-"""Training and evaluating an image classifier."""
+"""Training and evaluation of an image classifier."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def warmup_cosine(step: int, total: int, warmup: int, warmup_ratio: float) -> float:
-    """The learning rate at a step, as a factor of its peak: linear from `warmup_ratio` to 1, then cosine to 0."""
+    """Factor of the peak learning rate at a step: linear from `warmup_ratio` to 1, then cosine to 0."""
     if step < warmup:
         return linear_warmup(step, warmup, warmup_ratio)
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -53,37 +53,36 @@ class Classifier(TaskModule):
     epoch, its validation included, as train/seconds. Label smoothing and mixing act in training only; training accuracy
     under mixing is against the unmixed labels.
 
-    A checkpoint carries the model's arguments, class names and preprocessing, for `involution predict`.
+    A checkpoint stores the model's arguments, class names and preprocessing, for `involution predict`.
 
     Args:
-        model_name: any name that timm.create_model takes, ours included.
-        num_classes: length of the model's output; `involution fit` fills it in from the data.
+        model_name: any name that timm.create_model accepts, ours included.
+        num_classes: length of the model's output; `involution fit` takes it from the data.
         model_kwargs: further arguments of timm.create_model. checkpoint_path may be a checkpoint of `involution fit`, a
-            state dict or .safetensors; its last layer is left out where it is for another number of classes.
+            state dict or .safetensors; its last layer is ignored if its number of classes differs.
         lr: peak learning rate.
-        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
-            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
-            nothing scales.
+        lr_batch_size: images per optimizer step (over all processes and accumulated batches) that `lr` and
+            `warmup_steps` are meant for; with other batches lr scales in proportion, warmup_steps inversely. None
+            scales nothing.
         momentum: of SGD.
-        weight_decay: of weights; norms and biases have none.
+        weight_decay: of weights; norms and biases have none unless `decay_all`.
+        decay_all: weight decay of norms and biases too, as in the paper's ImageNet training.
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         label_smoothing: in [0, 1).
-        mixup: alpha of mixup's Beta distribution; 0 leaves mixup out.
-        cutmix: alpha of CutMix's; with both, every batch takes one of the two by chance.
-        channels_last: the memory format of weights and images; on CPU involution is fastest with it.
-        init_from: weights that training begins with, as far as they fit: a checkpoint of `involution fit`, another file
-            of weights, or a name whose pretrained weights timm downloads, such as resnet50. RedNet takes a ResNet's of
-            its depth, see `zoo.load_resnet`.
+        mixup: alpha of mixup's Beta distribution; 0 disables it.
+        cutmix: alpha of CutMix's; with both, each batch uses one of the two at random.
+        channels_last: memory format of weights and images; involution is fastest with it on CPU.
+        init_from: weights that training starts from, as far as they fit: a checkpoint of `involution fit`, another
+            weight file, or a name whose pretrained weights timm downloads, such as resnet50. RedNet accepts those of a
+            ResNet of its depth, see `zoo.load_resnet`.
 
     Raises:
-        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the data have another number of
-            classes, or init_from does not fit (once the trainer starts).
+        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the number of classes of the data
+            differs, or init_from does not fit (once the trainer starts).
     """
 
-    task = "classify"
     preprocessing_type = Preprocessing
-    collate = staticmethod(torch.stack)  # images that `read` returns, as a batch
 
     def __init__(
         self,
@@ -94,6 +93,7 @@ class Classifier(TaskModule):
         lr_batch_size: int | None = None,
         momentum: float = 0.9,
         weight_decay: float = 1e-4,
+        decay_all: bool = False,
         warmup_steps: int = 0,
         warmup_ratio: float = 0.25,
         label_smoothing: float = 0.0,
@@ -116,11 +116,11 @@ class Classifier(TaskModule):
         net = timm.create_model(model_name, num_classes=num_classes, **options)
         if weights:
             left_out = load_network(net, Path(weights))
-            rank_zero_info(f"checkpoint_path: all of the network's, none missing; left out: {left_out or 'none'}")
+            rank_zero_info(f"checkpoint_path: loaded every tensor of the network; ignored: {left_out or 'none'}")
         self.net: nn.Module = net.to(memory_format=self.memory_format)
         # By name: FSDP flattens parameters before there is an optimizer.
         self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}
-        # What a checkpoint is loaded into has its weights from there.
+        # Loading a checkpoint needs no other weights.
         sources = ("pretrained", "checkpoint_path")
         self.hparams["model_kwargs"] = {k: v for k, v in (model_kwargs or {}).items() if k not in sources}
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
@@ -129,8 +129,13 @@ class Classifier(TaskModule):
         self.train_metrics, self.val_metrics, self.test_metrics = (
             MetricCollection(dict(metrics), prefix=f"{stage}/").clone() for stage in ("train", "val", "test")
         )
-        # As metrics: Lightning's own mean over processes rounds the number of images per process.
+        # Metrics, because Lightning's mean over processes does not weight by the images of each.
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
+
+    @staticmethod
+    def collate(images: list[Tensor]) -> Tensor:
+        """Images [3, H, W] -> [N, 3, H, W]."""
+        return torch.stack(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes]."""
@@ -138,7 +143,7 @@ class Classifier(TaskModule):
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The mean loss over the batch, with label smoothing; of mixed images, if asked for."""
+        """The mean loss over the batch, with label smoothing and, if enabled, mixed images."""
         self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"])
         return self._step(batch, "train", self.train_metrics, self.hparams["label_smoothing"], self._mixing)
 
@@ -175,14 +180,24 @@ class Classifier(TaskModule):
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the network's own weights as "state_dict_ema", which timm.create_model(checkpoint_path=...) reads first.
+
+        The tensors share their storage with "state_dict", so the file does not grow. Sharded ones are left out.
+        """
+        super().on_save_checkpoint(checkpoint)
+        weights = {name: one for name, one in checkpoint["state_dict"].items() if name.startswith("net.")}
+        if all(type(one) is Tensor for one in weights.values()):
+            checkpoint["state_dict_ema"] = {name.removeprefix("net."): one for name, one in weights.items()}
+
     def diagnose(self, batch: Batch) -> Diagnosis:
-        """What the network's involutions do to a training batch; images are not mixed."""
+        """Statistics of the network's involutions on a training batch; images are not mixed."""
         images, labels = batch
         loss = partial(F.cross_entropy, target=labels, label_smoothing=self.hparams["label_smoothing"])
         return diagnose(self.net, images.to(memory_format=self.memory_format), loss)
 
     def unlabelled(self, images: list[Tensor]) -> Batch:
-        """A batch whose labels are all the first class."""
+        """A batch whose labels are all class 0."""
         return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
 
     def writer(
@@ -193,19 +208,19 @@ class Classifier(TaskModule):
         grid: NonNegativeInt = 0,
         grid_columns: PositiveInt = 6,
     ) -> RankingWriter:
-        """Writes predictions.csv, and shows the first images' likeliest classes.
+        """Writes predictions.csv, and shows the most probable classes of the first images.
 
         Args:
-            folder: where the results go.
+            folder: the folder for the results.
             files: the images.
             top_k: classes per image.
-            grid: write predictions.png too, so many of the images with their classes.
+            grid: number of images in predictions.png, a picture of images with their classes; 0 writes none.
             grid_columns: images in a row of it.
         """
         return RankingWriter(folder, files, self.classes, top_k, grid, grid_columns)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD, and the schedule stepped at every batch."""
+        """SGD, with the schedule applied at every step."""
         given = self.hparams
         decayed: list[nn.Parameter] = []
         others: list[nn.Parameter] = []
@@ -215,7 +230,7 @@ class Classifier(TaskModule):
                 kind.append(parameter)
         groups = [
             {"params": decayed, "weight_decay": given["weight_decay"]},
-            {"params": others, "weight_decay": 0.0},
+            {"params": others, "weight_decay": given["weight_decay"] if given["decay_all"] else 0.0},
         ]
         scale = self.lr_scale(given["lr_batch_size"])
         optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)

@@ -1,4 +1,4 @@
-"""How an image becomes what a network reads, in training and outside of it."""
+"""The preprocessing of images, in training and in evaluation."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -10,10 +10,10 @@ from torchvision.transforms import v2
 
 
 class Preprocessing(NamedTuple):
-    """What validation, testing and prediction do to an image; plain values, which a checkpoint carries.
+    """The preprocessing of validation, testing and prediction; plain values, which a checkpoint stores.
 
-    The shorter side becomes `resize` pixels (bilinear, antialiased), the centre of `image_size` x `image_size` is kept,
-    and every channel becomes (x - mean) / std, of x in 0..1.
+    The shorter side is resized to `resize` pixels (bilinear, antialiased), the centre of `image_size` x `image_size` is
+    cropped, and each channel becomes (x - mean) / std of x in 0..1.
     """
 
     image_size: int
@@ -26,7 +26,7 @@ class Preprocessing(NamedTuple):
         return self.after(v2.Resize(self.resize), v2.CenterCrop(self.image_size))
 
     def after(self, *steps: v2.Transform, last: Sequence[v2.Transform] = ()) -> v2.Transform:
-        """Other steps in the place of resizing and cropping, and some after everything."""
+        """The transform with other steps instead of resizing and cropping, and some at the end."""
         to_float = v2.ToDtype(torch.float32, scale=True)
         return v2.Compose([v2.ToImage(), *steps, to_float, v2.Normalize(self.mean, self.std), *last, v2.ToPureTensor()])
 
@@ -34,10 +34,10 @@ class Preprocessing(NamedTuple):
 def random_crops(
     preprocessing: Preprocessing, auto_augment: str | None = None, random_erasing: float = 0.0
 ) -> v2.Transform:
-    """The training transform of photographs: random area (8 % to 100 %), flip, and what is asked for.
+    """The training transform of photographs: random crop (area 8 % to 100 %), flip, optional augmentations.
 
     Args:
-        preprocessing: gives size, mean and standard deviation.
+        preprocessing: defines size, mean and standard deviation.
         auto_augment: a policy in timm's notation, such as rand-m9-mstd0.5-inc1, augmix-m5 or original.
         random_erasing: probability that a rectangle is replaced by noise.
 
@@ -70,7 +70,7 @@ def _policy(name: str, preprocessing: Preprocessing) -> Any:
     if kind not in makers:
         raise ValueError(f"auto_augment must begin with one of {', '.join(makers)}, got {name!r}")
     fill = tuple(round(255 * value) for value in preprocessing.mean)
-    translate = int(0.45 * preprocessing.image_size)  # timm's own choice
+    translate = int(0.45 * preprocessing.image_size)  # as timm does
     try:
         policy: Any = makers[kind](name, {"translate_const": translate, "img_mean": fill})
     except (AssertionError, ValueError, KeyError) as error:
@@ -82,5 +82,5 @@ def _policy(name: str, preprocessing: Preprocessing) -> Any:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's at full strength keeps no bit, which Pillow refuses; one bit is what is left here."""
+    """At full strength timm keeps no bit, which Pillow refuses; here at least one bit is kept."""
     return ImageOps.posterize(image, min(max(bits, 1), 8))

@@ -1,4 +1,4 @@
-"""Intersection over union and accuracies, of a confusion matrix of all pixels of all images."""
+"""Intersection over union and accuracies from the confusion matrix of all pixels of all images."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 def scores(matrix: Tensor, classes: Sequence[str]) -> dict[str, float]:
-    """What a confusion matrix says.
+    """The scores of a confusion matrix.
 
     Args:
-        matrix: [C, C], true classes in rows and predicted ones in columns.
-        classes: their names.
+        matrix: [C, C], true classes in rows, predicted ones in columns.
+        classes: the class names.
 
     Returns:
-        mIoU, mean_accuracy (of the classes), pixel_accuracy, and IoU_NAME of every class. The means are over classes
-        that occur: a class that is neither in the masks nor predicted has an IoU of NaN.
+        mIoU, mean_accuracy (over classes), pixel_accuracy, and IoU_NAME of each class. Means are over the classes that
+        occur: a class that is neither in the masks nor predicted has an IoU of NaN.
     """
     counts = matrix.double()
     right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)

@@ -1,4 +1,4 @@
-"""Class probabilities of a whole image: at once or by a sliding window, at several scales, mirrored too."""
+"""Class probabilities of an image: whole or by a sliding window, at several scales, with mirroring."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -11,10 +11,10 @@ Network = Callable[[Tensor], Tensor]  # [1, 3, h, w] -> logits [1, C, h, w]
 
 
 class Inference(NamedTuple):
-    """How an image is looked at.
+    """Inference settings.
 
-    `window` is height and width of a sliding window, or None for the whole image at once, `stride` its steps; the image
-    is scaled by every one of `scales` and, where `flip`, mirrored too, and probabilities are averaged.
+    `window` is height and width of a sliding window, or None for the whole image at once; `stride` is its step. The
+    probabilities for all `scales` and, with `flip`, for the mirrored image are averaged.
     """
 
     window: tuple[int, int] | None = None
@@ -23,16 +23,16 @@ class Inference(NamedTuple):
     flip: bool = False
 
     def check(self) -> None:
-        """Refuses what does not fit.
+        """Checks the values.
 
         Raises:
-            ValueError: a value is not right.
+            ValueError: a value does not fit.
         """
         if not self.scales or min(self.scales) <= 0:
             raise ValueError(f"scales must be positive factors, got {self.scales!r}")
         if self.window is None:
             if self.stride is not None:
-                raise ValueError(f"window_stride wants a window, got {self.stride!r} without one")
+                raise ValueError(f"window_stride needs a window, got {self.stride!r} without one")
             return
         if min(self.window) < 1:
             raise ValueError(f"window must be at least 1 along each axis, got {self.window!r}")
@@ -43,8 +43,8 @@ class Inference(NamedTuple):
         """[3, h, w] -> [C, *size], in float32.
 
         Args:
-            network: gives logits of the size of its input.
-            image: as the network wants it.
+            network: returns logits of its input's size.
+            image: preprocessed.
             size: height and width of the result.
         """
         total: Tensor | None = None
@@ -72,13 +72,13 @@ class Inference(NamedTuple):
 
 
 def sliding_window(network: Network, image: Tensor, window: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Logits, averaged where windows overlap.
+    """Logits by a sliding window, averaged where windows overlap.
 
     Args:
         network: [1, 3, h, w] -> [1, C, h, w].
-        image: [1, 3, H, W]; along an axis that is shorter than the window there is one window, of that length.
-        window: its height and width.
-        stride: its steps; the last window ends where the image ends.
+        image: [1, 3, H, W]; an axis shorter than the window has one window, of the axis's length.
+        window: height and width.
+        stride: step along each axis; the last window is aligned with the image's end.
 
     Returns:
         [1, C, H, W].

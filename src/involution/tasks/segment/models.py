@@ -1,7 +1,7 @@
-"""Semantic FPN and UPerNet on RedNet and ResNet, as the paper's segmentation has them (section 4.3).
+"""Semantic FPN and UPerNet on RedNet and ResNet, as in the paper's segmentation experiments (section 4.3).
 
-Both return a dictionary, as torchvision's segmentation models do: "out", logits of the image's size, and in training,
-where there is an auxiliary head, "aux".
+Like torchvision's segmentation models, both return a dictionary: "out", logits of the image's size, and in training,
+with an auxiliary head, "aux".
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Logits = dict[str, Tensor]
 
 
 def _resized(x: Tensor, like: Tensor) -> Tensor:
-    """Bilinear, to the height and width of another tensor."""
+    """Resizes bilinearly to the height and width of another tensor."""
     size = like.shape[-2:]
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
@@ -30,17 +30,17 @@ class Classify(nn.Sequential):
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(nn.Dropout2d(dropout), nn.Conv2d(in_channels, num_classes, 1))
-        begin_classifier(self[1])
+        init_classifier(self[1])
 
 
-def begin_classifier(layer: Any) -> None:
-    """The weights that a 1x1 convolution to classes begins with."""
+def init_classifier(layer: Any) -> None:
+    """Initialises a 1x1 convolution to classes."""
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
 
 
-def begin_blocks(decoder: nn.Module) -> None:
-    """The weights that a decoder's convolutions before a norm begin with: He's, of what they put out."""
+def init_blocks(decoder: nn.Module) -> None:
+    """Initialises a decoder's convolutions before norms with He's normal weights (fan_out)."""
     for module in decoder.modules():
         if isinstance(module, Conv2dNormActivation):
             nn.init.kaiming_normal_(module[0].weight, mode="fan_out", nonlinearity="relu")
@@ -49,15 +49,14 @@ def begin_blocks(decoder: nn.Module) -> None:
 class SemanticFPN(nn.Module):
     """Panoptic FPN's branch for semantic segmentation (Kirillov et al., CVPR 2019).
 
-    Every level of the pyramid goes through 3x3 convolutions, each followed by upsampling, until it has stride 4; the
-    four are added.
+    Each pyramid level passes 3x3 convolutions, each followed by upsampling, until its stride is 4; the four are added.
 
     Args:
         backbone: a RedNet or ResNet of timm's registry.
         num_classes: of the logits.
         neck: "convolution" or "involution", of the pyramid.
         channels: of the head.
-        dropout: before the last convolution.
+        dropout: probability before the last convolution.
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
 
     Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}.
@@ -80,7 +79,7 @@ class SemanticFPN(nn.Module):
         self.pyramid = PyramidBackbone(backbone, neck, **(backbone_kwargs or {}))
         width = self.pyramid.out_channels
         self.branches = nn.ModuleList(_branch(level, width, channels) for level in range(4))
-        begin_blocks(self.branches)
+        init_blocks(self.branches)
         self.classify = Classify(channels, num_classes, dropout)
 
     @property
@@ -94,12 +93,12 @@ class SemanticFPN(nn.Module):
         levels = self.pyramid(images).values()
         first, *others = (branch(level) for branch, level in zip(self.branches, levels, strict=True))
         for other in others:
-            first = first + _resized(other, first)  # of other size only where the image's is no multiple of 32
+            first = first + _resized(other, first)  # sizes differ only if the image's is no multiple of 32
         return {"out": _resized(self.classify(first), images)}
 
 
 def _branch(level: int, in_channels: int, channels: int) -> nn.Sequential:
-    """From stride 4 * 2**level to 4."""
+    """The branch of a level, from stride 4 * 2**level to 4."""
     steps: list[nn.Module] = []
     for _ in range(max(1, level)):
         steps.append(Conv2dNormActivation(in_channels, channels, 3))
@@ -110,11 +109,11 @@ def _branch(level: int, in_channels: int, channels: int) -> nn.Sequential:
 
 
 class PyramidPooling(nn.Module):
-    """Averages over a grid of 1, 2, 3 and 6 cells beside the features themselves (PSPNet's), made one by a 3x3.
+    """PSPNet's pyramid pooling: averages over grids of cells, concatenated with the features, then a 3x3 convolution.
 
     Args:
         in_channels: of the features.
-        channels: of every average and of the result.
+        channels: of each average and of the result.
         grids: cells along each axis.
 
     Shapes: [N, in_channels, H, W] -> [N, channels, H, W].
@@ -134,28 +133,28 @@ class PyramidPooling(nn.Module):
 
 
 class Auxiliary(FCNHead):
-    """torchvision's FCN head, which drops whole channels and begins as the published one does."""
+    """torchvision's FCN head, with the published one's channel dropout and initialisation."""
 
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__(in_channels, num_classes)
         self[3] = nn.Dropout2d(dropout)
         nn.init.kaiming_normal_(self[0].weight, mode="fan_out", nonlinearity="relu")
-        begin_classifier(self[4])
+        init_classifier(self[4])
 
 
 class UPerNet(nn.Module):
-    """UPerNet (Xiao et al., ECCV 2018), and in training an auxiliary FCN head on the third stage.
+    """UPerNet (Xiao et al., ECCV 2018), with an auxiliary FCN head on the third stage in training.
 
     Args:
         backbone: a RedNet or ResNet of timm's registry.
         num_classes: of the logits.
         channels: of the decoder.
-        auxiliary: have the auxiliary head.
-        dropout: before the last convolution.
+        auxiliary: add the auxiliary head.
+        dropout: probability before the last convolution.
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
 
     Shapes: [N, 3, H, W] -> {"out": [N, num_classes, H, W]}, in training also "aux" of the same shape. A training batch
-    wants two images, or a single one would be normalised by itself where pooling leaves one pixel of it.
+    needs two images: pooling leaves one pixel per image, and batch norm needs more than one value.
     """
 
     def __init__(
@@ -176,7 +175,7 @@ class UPerNet(nn.Module):
         self.join = Conv2dNormActivation((len(finer) + 1) * channels, channels, 3)
         self.classify = Classify(channels, num_classes, dropout)
         for part in (self.pooling, self.laterals, self.smooth, self.join):
-            begin_blocks(part)
+            init_blocks(part)
         self.auxiliary = Auxiliary(finer[-1], num_classes, dropout) if auxiliary else None
 
     def forward(self, images: Tensor) -> Logits:

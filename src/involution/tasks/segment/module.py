@@ -1,4 +1,4 @@
-"""Training and evaluating a segmenter."""
+"""Training and evaluation of a segmenter."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from ...engine.images import read_image
 from ...engine.module import Reader, TaskModule, linear_warmup
 from ...engine.pictures import Colour, colour
 from ...engine.sync_batch_norm import SyncBatchNorm, norms_of_involutions
@@ -30,9 +30,9 @@ Batch = tuple[list[Tensor], list[Tensor]]
 
 
 def warmup_poly(step: int, total: int, warmup: int, warmup_ratio: float, power: float, floor: float = 0.0) -> float:
-    """The learning rate at a step, as a factor of its peak: (1 - step / total)**power, and a linear warm-up.
+    """Factor of the peak learning rate at a step: linear warm-up times (1 - step / total)**power.
 
-    With a floor it falls to that instead of to 0.
+    With a floor, the decay ends there instead of at 0.
     """
     decay = (1 - min(1.0, step / max(1, total))) ** power
     return linear_warmup(step, warmup, warmup_ratio) * (floor + (1 - floor) * decay)
@@ -43,75 +43,74 @@ def _pair(size: tuple[int, int] | int | None) -> tuple[int, int] | None:
 
 
 def pixel_loss(logits: Tensor, masks: Tensor, over: str = "known") -> Tensor:
-    """Mean cross entropy of pixels, in float32; zero where all are ignored.
+    """Mean cross entropy of pixels, in float32; 0 if all are ignored.
 
     Args:
         logits: [N, C, H, W].
         masks: [N, H, W] int64, of classes or `IGNORED`.
-        over: "known" is the mean over the pixels that are not ignored, "all" over all, ignored ones counting as zero.
+        over: "known" averages over pixels that are not ignored, "all" over all pixels, with 0 for ignored ones.
     """
     total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORED, reduction="sum")
     return total / (masks.numel() if over == "all" else (masks != IGNORED).sum().clamp(min=1))
 
 
-class SizedReader(Reader):
-    """Reads image files, preprocesses them, and tells their own size: tensor, and (height, width)."""
+SizedImage = tuple[Tensor, tuple[int, int]]  # the network's input, and height and width of the file's image
 
-    def __call__(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
+
+class SizedReader(Reader):
+    """A `Reader` that also returns the image's own height and width."""
+
+    def prepare(self, image: Image.Image) -> SizedImage:
         """See `Reader`."""
-        image = read_image(file)
         return self.transform(image), (image.height, image.width)
 
 
 class Segmenter(TaskModule):
     """Semantic FPN or UPerNet, trained with SGD and polynomial decay (the paper's recipe).
 
-    Batches are (images, masks) as `SegmentationData` gives them. Logs train/loss and the learning rate as lr, and under
-    val/ and test/ the mIoU, mean_accuracy (of classes), pixel_accuracy and IoU_NAME of every class (fractions of 1), of
-    all pixels of all images together; train/seconds is the wall time of an epoch.
+    Batches are `SegmentationData`'s (images, masks). Logs train/loss and the learning rate as lr, and under val/ and
+    test/ mIoU, mean_accuracy (over classes), pixel_accuracy and IoU_NAME of each class (fractions of 1), from all
+    pixels of all images together; train/seconds is the wall time of an epoch.
 
-    A checkpoint carries the model's arguments, class names, palette and preprocessing, for `involution predict`.
+    A checkpoint stores the model's arguments, class names, palette and preprocessing, for `involution predict`.
 
     Args:
         model_name: semantic_fpn or upernet.
-        num_classes: `involution fit` fills it in from the data.
+        num_classes: `involution fit` takes it from the data.
         backbone: a RedNet or ResNet of timm's registry.
-        neck: "convolution" or "involution", of semantic FPN's pyramid; UPerNet has convolutions.
-        backbone_weights: a checkpoint of a classifier that `involution fit` trained, or a file of weights. None starts
-            from scratch.
+        neck: "convolution" or "involution", in semantic FPN's pyramid; UPerNet has convolutions.
+        backbone_weights: a classifier's checkpoint from `involution fit`, or a weight file. None starts from scratch.
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
         model_kwargs: further arguments of the model, such as channels.
         auxiliary_weight: of the loss of UPerNet's auxiliary head.
-        loss_over: the loss is a mean over the "known" pixels, or over "all", ignored ones counting as zero: as
-            published, a crop that is mostly ignored then counts less.
+        loss_over: the loss averages over the "known" pixels, or over "all" with 0 for ignored ones: then, as
+            published, a mostly ignored crop counts less.
         lr: peak learning rate.
-        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
-            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
-            nothing scales.
+        lr_batch_size: images per optimizer step (over all processes and accumulated batches) that `lr` and
+            `warmup_steps` are meant for; with other batches lr scales in proportion, warmup_steps inversely. None
+            scales nothing.
         momentum: of SGD.
-        weight_decay: of everything that is trained.
+        weight_decay: of all trained parameters, norms and biases included, as in the published systems.
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
         power: of the polynomial decay.
-        min_lr: what the learning rate falls to, where its peak is `lr`; it scales with it.
-        window: height and width of the sliding window, or one number for a square, in evaluation and, as it was in
-            training, prediction; None takes the whole image at once.
-        window_stride: its steps; None is `window`.
+        min_lr: the final learning rate for a peak of `lr`; scaled with it.
+        window: height and width of the sliding window of evaluation and prediction, or one number for a square; None
+            runs the network on the whole image.
+        window_stride: its step; None is `window`.
         scales: of the image in evaluation and prediction; probabilities are averaged.
-        flip: look at the mirrored image too.
-        channels_last: the memory format of weights and images; on CPU involution is fastest with it.
-        init_from: weights that the backbone begins training with, as far as they fit: a
-            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
-            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
+        flip: also average over the mirrored image.
+        channels_last: memory format of weights and images; involution is fastest with it on CPU.
+        init_from: weights that the backbone starts training from, as far as they fit: a classifier's checkpoint,
+            another weight file, or a name whose pretrained weights timm downloads, such as resnet50. RedNet accepts
+            those of a ResNet of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
-        ValueError: an argument does not fit; the data have another number of classes (once the trainer starts).
+        ValueError: an argument does not fit; the number of classes of the data differs (once the trainer starts).
     """
 
-    task = "segment"
     preprocessing_type = Preprocessing
-    collate = list  # images that `read` returns, as a batch
 
     def __init__(
         self,
@@ -169,11 +168,11 @@ class Segmenter(TaskModule):
             self.load_backbone(net.body, Path(backbone_weights))
         self.palette: list[Colour] = [colour(index) for index in range(1, num_classes + 1)]
         self.train_loss = MeanMetric()
-        # Checking every pixel's class would take longer than counting them: masks are checked as they are read.
+        # Without validation, which takes longer than counting: masks are checked when they are read.
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
 
     def plain_norms(self) -> list[nn.Module]:
-        """Those of involutions, as published."""
+        """The norms of involutions, as published."""
         return norms_of_involutions(self.net)
 
     @property
@@ -189,7 +188,7 @@ class Segmenter(TaskModule):
         self.palette = list(getattr(data, "palette", self.palette))
 
     def on_train_start(self) -> None:
-        """Refuses batches that UPerNet cannot normalise."""
+        """Refuses single-image batches, which UPerNet cannot normalise."""
         super().on_train_start()
         shared = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in self.modules())
         images = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 2)
@@ -197,15 +196,20 @@ class Segmenter(TaskModule):
             raise ValueError("batch_size must be at least 2 for upernet, which pools images to a pixel each, got 1")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the palette to what every task's checkpoints carry."""
+        """Adds the palette to what every task stores."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["involution"]["palette"] = self.palette
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes it from there, unless there are data, which have one."""
+        """Restores the palette, unless a data module defines one."""
         super().on_load_checkpoint(checkpoint)
         if self._data_classes is None and "involution" in checkpoint:
             self.palette = checkpoint["involution"]["palette"]
+
+    @staticmethod
+    def collate(images: list[SizedImage]) -> list[SizedImage]:
+        """A list: sizes differ."""
+        return images
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes, H, W]."""
@@ -229,12 +233,12 @@ class Segmenter(TaskModule):
         return loss
 
     def diagnose(self, batch: Batch) -> Diagnosis:
-        """What the network's involutions do to a training batch."""
+        """Statistics of the network's involutions on a training batch."""
         images, masks = torch.stack(batch[0]), torch.stack(batch[1]).long()
         return diagnose(self.net, images.to(memory_format=self.memory_format), partial(self._loss, masks=masks))
 
     def unlabelled(self, images: list[Tensor]) -> Batch:
-        """A batch whose pixels are all of the first class."""
+        """A batch whose pixels are all of class 0."""
         return images, [torch.zeros(image.shape[1:], dtype=torch.uint8) for image in images]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -253,23 +257,23 @@ class Segmenter(TaskModule):
         self._evaluate("test")
 
     def _evaluate(self, part: str) -> None:
-        numbers = scores(self.confusion.compute(), self.classes)
+        found = scores(self.confusion.compute(), self.classes)
         self.confusion.reset()
         if not self.trainer.sanity_checking:
-            rank_zero_info(f"{part}, percent:\n{table(numbers)}")
-        self.log_dict({f"{part}/{name}": value for name, value in numbers.items()})
+            rank_zero_info(f"{part}, percent:\n{table(found)}")
+        self.log_dict({f"{part}/{name}": value for name, value in found.items()})
 
     def _classes(self, image: Tensor, size: tuple[int, int]) -> Tensor:
-        """[3, h, w] -> the likeliest class of each of an image's own pixels, [*size] int64; one image at a time."""
+        """[3, h, w] -> the most probable class of each pixel of the file's image, [*size] int64."""
         return self.inference.probabilities(self, image, size).argmax(0)
 
     @property
     def read(self) -> Reader:
-        """Reads an image file as the network wants it, [3, h, w], and its own height and width."""
+        """Turns an image file into the network's input, [3, h, w], and returns the file's height and width."""
         return SizedReader(self.evaluation)
 
-    def predict_step(self, images: list[tuple[Tensor, tuple[int, int]]], batch_idx: int) -> list[Tensor]:
-        """Of every image, the classes of its pixels: [H, W] uint8."""
+    def predict_step(self, images: list[SizedImage], batch_idx: int) -> list[Tensor]:
+        """The classes of each image's pixels: [H, W] uint8."""
         return [self._classes(image, size).byte().cpu() for image, size in images]
 
     def configure_inference(
@@ -279,13 +283,13 @@ class Segmenter(TaskModule):
         scales: tuple[float, ...] | None = None,
         flip: bool | None = None,
     ) -> None:
-        """Sets how images are looked at in prediction.
+        """Sets the inference settings of prediction.
 
         Args:
-            window: height and width of the sliding window; None is as in training, with its steps.
-            window_stride: the window's steps; None is as in training or, with another window, `window`.
-            scales: of the image; probabilities are averaged. None is as in training.
-            flip: look at the mirrored image too; None is as in training.
+            window: height and width of the sliding window; None keeps training's, with its stride.
+            window_stride: the window's step; None keeps training's or, with another window, is `window`.
+            scales: of the image; probabilities are averaged. None keeps training's.
+            flip: also average over the mirrored image; None keeps training's.
 
         Raises:
             ValueError: a value does not fit.
@@ -300,17 +304,17 @@ class Segmenter(TaskModule):
         self.inference.check()
 
     def writer(self, folder: Path, files: Sequence[Path], alpha: float = 0.5) -> MaskWriter:
-        """Writes of every image STEM.png, its classes' colours over it and a legend, and ids/STEM.png, class indices.
+        """Writes per image STEM.png, the image with its classes' colours and a legend, and ids/STEM.png, class indices.
 
         Args:
-            folder: where the results go.
+            folder: the folder for the results.
             files: the images.
             alpha: opacity of the colours.
         """
         return MaskWriter(folder, files, self.classes, self.palette, alpha)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD, and the schedule stepped at every batch."""
+        """SGD, with the schedule applied at every step."""
         given = self.hparams
         scale = self.lr_scale(given["lr_batch_size"])
         factor = partial(

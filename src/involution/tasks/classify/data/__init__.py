@@ -1,1 +1,1 @@
-"""The data sets of image classification, a file each."""
+"""The data sets of image classification."""

@@ -1,4 +1,4 @@
-"""What the classification data modules share: a data set in memory, and a split that keeps class shares."""
+"""The base of the classification data modules: a data set in memory, and a stratified split."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ....engine.data import TaskData
+from involution.engine.data import TaskData
+
 from ..preprocessing import Preprocessing
 
 Sample = tuple[Tensor, int]
@@ -29,20 +30,17 @@ class TensorImages(Dataset[Sample]):
 
 
 class ClassificationData(TaskData):
-    """What has `classes`, the names of the classes, and `preprocessing`, what evaluation does to an image.
-
-    Loaders give (images [N, 3, H, W] float32, labels [N] int64). Checkpoints carry classes and preprocessing.
-    """
+    """A data module whose loaders yield (images [N, 3, H, W] float32, labels [N] int64)."""
 
     preprocessing: Preprocessing
 
 
 def stratified_split(labels: Tensor, held_out: int | float) -> tuple[Tensor, Tensor]:
-    """Splits indices at random, always the same way, so that classes keep their shares.
+    """Splits indices at random, with a fixed seed, so that both parts have the same class shares.
 
     Args:
         labels: [N].
-        held_out: size of the second part, a count or a fraction of N.
+        held_out: size of the second part, a number or a fraction of N.
 
     Returns:
         Indices of the first and the second part, int64.

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from ....engine.images import read_image
+from involution.engine.images import read_image
+
 from ..preprocessing import Preprocessing
 from .base import ClassificationData, TensorImages, stratified_split
 
@@ -42,10 +43,10 @@ class CIFAR10(ClassificationData):
 
     Args:
         root: folder of the files.
-        download: let torchvision fetch the original (170 MB) into `root` if it is not there.
+        download: download torchvision's original (170 MB) into `root` if it is missing.
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
-        val_size: images held out for validation, by class shares.
+        num_workers: loader workers per loader; None shares the machine's cores among its training processes.
+        val_size: images held out for validation, stratified by class.
 
     Raises:
         FileNotFoundError: `root` holds neither form (at setup).
@@ -68,12 +69,12 @@ class CIFAR10(ClassificationData):
         self.root, self.download, self.val_size = Path(root), download, val_size
 
     def prepare_data(self) -> None:
-        """Downloads, if asked to."""
+        """Downloads the data if `download` is set."""
         if self.download:
             self.dataset(self.root, download=True)
 
     def setup(self, stage: str) -> None:
-        """Reads what the stage needs: training and validation, or test."""
+        """Reads the images of the stage: training and validation, or test."""
         plain = self.preprocessing.evaluation()
         if stage in ("fit", "validate"):
             images, labels = self._read("train")
@@ -120,7 +121,7 @@ def read_npz(file: Path) -> tuple[Tensor, Tensor]:
         Images [N, 3, H, W] uint8 and labels [N] int64.
 
     Raises:
-        ValueError: it has not these arrays, or an image cannot be read.
+        ValueError: the file lacks one of these arrays, or an image cannot be read.
     """
     with np.load(file) as arrays:
         missing = sorted({"header", "data", "offsets", "labels"} - set(arrays))

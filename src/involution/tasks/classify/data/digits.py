@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: 1,797 real scans that come with the package."""
+"""scikit-learn's handwritten digits: 1,797 real scans, part of the package."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -11,19 +11,19 @@ from .base import ClassificationData, TensorImages, stratified_split
 
 
 class Digits(ClassificationData):
-    """1,797 handwritten digits of 8x8, shown at 32x32 in three equal channels.
+    """1,797 handwritten digits of 8x8 pixels, as 32x32 images with three equal channels.
 
-    A scan is upscaled to 24x24 (bilinear) in a margin of 4 pixels of background. Three channels, so that the models
-    are those for CIFAR-10, unchanged. The test set is the fifth that train_test_split(test_size=0.2, stratify=y,
-    random_state=0) holds out (360 images); a further `val_fraction` of the other 1,437 is the validation set.
-    Training images are shifted, rotated, and scaled by up to a tenth.
+    A scan is upscaled to 24x24 (bilinear) inside a background margin of 4 pixels. Three channels allow the models for
+    CIFAR-10, unchanged. The test set is the fifth that train_test_split(test_size=0.2, stratify=y, random_state=0)
+    holds out (360 images); `val_fraction` of the other 1,437 is the validation set. Training images are shifted,
+    rotated, and scaled by up to a tenth.
 
     Args:
         batch_size: images per batch.
-        num_workers: loading processes; the images are in memory, so none is fastest.
-        val_fraction: of the 1,437 images that are not tested on.
-        shift: at most so many pixels at 32x32, where 3 are one pixel of the scan.
-        rotation: at most so many degrees.
+        num_workers: loader workers; the images are in memory, so 0 is fastest.
+        val_fraction: fraction of the 1,437 images outside the test set.
+        shift: largest shift in pixels at 32x32; 3 are one pixel of the scan.
+        rotation: largest rotation in degrees.
     """
 
     classes = tuple("0123456789")
@@ -41,7 +41,7 @@ class Digits(ClassificationData):
         self.val_fraction, self.shift, self.rotation = val_fraction, shift, rotation
 
     def setup(self, stage: str) -> None:
-        """Makes the three sets."""
+        """Builds the three sets."""
         images, labels = load_scans()
         rest, test = stratified_split(labels, 0.2)
         train, val = (rest[part] for part in stratified_split(labels[rest], self.val_fraction))
@@ -59,7 +59,7 @@ def load_scans() -> tuple[Tensor, Tensor]:
     """All scans: images [1797, 3, 32, 32] float32 in 0..1 and labels [1797] int64."""
     bunch = load_digits()
     scans = torch.from_numpy(bunch.images).float()[:, None] / 16  # grey levels 0..16
-    # A pixel of background first: digits fill their scans to the border and would end there as if cut.
+    # A background pixel first: digits touch the border of their scans and would look cut off.
     images = F.interpolate(F.pad(scans, (1, 1, 1, 1)), (30, 30), mode="bilinear", align_corners=False)
     images = F.pad(images, (1, 1, 1, 1))
     return images.expand(-1, 3, -1, -1), torch.from_numpy(bunch.target).long()

@@ -1,4 +1,4 @@
-"""ImageNet and Imagenette as torchvision keeps them."""
+"""ImageNet and Imagenette in torchvision's folders."""
 
 from functools import cached_property
 from pathlib import Path
@@ -12,22 +12,26 @@ _IMAGENETTE = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imag
 
 
 class ImageNet(ImageFolder):
-    """ImageNet-1k (ILSVRC 2012) as torchvision's `datasets.ImageNet` keeps it; tested on its validation images.
+    """ImageNet-1k (ILSVRC 2012) in the folders of torchvision's `datasets.ImageNet`; tested on its validation images.
 
-    `root` holds the archives that the ImageNet site gives to those who sign its terms, among them
-    ILSVRC2012_devkit_t12.tar.gz; they are unpacked once, to root/{train,val}/WNID. The classes have their English
-    names. A tree without the devkit is an `ImageFolder`.
+    `root` holds the archives that the ImageNet site offers after registration, including ILSVRC2012_devkit_t12.tar.gz;
+    they are unpacked once, to root/{train,val}/WNID. Class names are English. For a tree without the devkit use
+    `ImageFolder`.
 
     Args:
-        root: folder of the archives, or of what became of them.
+        root: folder of the archives, or of the unpacked images.
+        check_files: see `ImageFolder`; off, because torchvision compares the archives' checksums.
         **photographs: see `Photographs`.
 
     Raises:
-        FileNotFoundError: neither archives nor folders are there.
+        FileNotFoundError: root holds neither archives nor folders.
     """
 
+    def __init__(self, root: str, check_files: bool = False, **photographs: Any) -> None:
+        super().__init__(root, check_files, **photographs)
+
     def prepare_data(self) -> None:
-        """Unpacks the archives where that has not been done."""
+        """Unpacks the archives unless that has been done."""
         for split in ("train", "val"):
             try:
                 datasets.ImageNet(self.root, split)
@@ -40,7 +44,7 @@ class ImageNet(ImageFolder):
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
         found = datasets.ImageNet(self.root, "val")
-        names = [names[0] for names in found.classes]  # of which two stand for two classes each
+        names = [names[0] for names in found.classes]  # two names occur twice
         pairs = zip(names, found.wnids, strict=True)
         return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in pairs]
 
@@ -49,16 +53,16 @@ class ImageNet(ImageFolder):
 
 
 class Imagenette(ImageFolder):
-    """Imagenette: ten classes of ImageNet that are easy to tell apart; tested on its validation images.
+    """Imagenette: ten easily distinguished classes of ImageNet; tested on its validation images.
 
     Args:
-        root: torchvision's download is in it, or goes there.
-        download: let torchvision fetch it (1.5 GB at full size, 100 MB at 160px) if it is not there.
+        root: folder of torchvision's download.
+        download: download it there if it is missing (1.5 GB at full size, 100 MB at 160px).
         size: "full", "320px" or "160px", of the shorter side.
         **photographs: see `Photographs`.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: root does not hold it.
         ValueError: size is none of the three.
     """
 
@@ -77,7 +81,7 @@ class Imagenette(ImageFolder):
     num_classes = 10  # known before the download, which one process does
 
     def prepare_data(self) -> None:
-        """Downloads, if asked to and not there."""
+        """Downloads the data if `download` is set and they are missing."""
         if self.download and not self._folder("train").is_dir():
             datasets.Imagenette(self.root, "train", self.size, download=True)
 

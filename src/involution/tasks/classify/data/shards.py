@@ -1,4 +1,4 @@
-"""Shards: tar files of images and labels, as webdataset writes them, for file systems that dislike small files."""
+"""Shards: tar files of images and labels in webdataset's format, for file systems that are slow with small files."""
 
 import io
 import tarfile
@@ -12,25 +12,26 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
-from ....engine.files import decode, is_hidden, read_lines
-from ....engine.images import read_image
+from involution.engine.files import decode, is_hidden, read_lines
+from involution.engine.images import read_image
+
 from .image_folder import Photographs
 
 
 class TarImages(Dataset[Any]):
-    """The samples of some tar files, read at random: KEY.jpg (or another image) beside KEY.cls, a class as a number.
+    """Random access to the samples of tar files: KEY.jpg (or another image) beside KEY.cls, a class index as text.
 
-    Making it reads all headers and all labels once; after that a sample is one read at a known place, so any order of
-    samples is as good as another, and a sampler decides it.
+    The constructor reads all headers and labels once; a sample is then one read at a known offset, so any order is
+    equally fast.
 
     Args:
         files: the tar files, uncompressed.
-        num_classes: labels must be below it.
-        transform: called with every image.
+        num_classes: labels must be smaller.
+        transform: of each image.
 
     Raises:
         ValueError: a file is no tar file or holds no sample; a sample lacks its image or its label; a label is no
-            number from 0 to num_classes - 1.
+            integer from 0 to num_classes - 1.
     """
 
     def __init__(self, files: list[Path], num_classes: int, transform: Callable[[Any], Any]) -> None:
@@ -43,11 +44,11 @@ class TarImages(Dataset[Any]):
             except (tarfile.TarError, OSError) as error:
                 raise ValueError(f"{file} cannot be read as a tar file: {error}") from error
             if not found:
-                raise ValueError(f"{file} holds no sample: it wants KEY.jpg beside KEY.cls")
+                raise ValueError(f"{file} must hold samples, KEY.jpg beside KEY.cls, got none")
             for key, parts in found.items():
                 places.append((number, *_checked(f"{file}: {key}", parts, num_classes)))
                 names.append(key)
-        # Arrays, because workers would copy lists as they read them.
+        # Arrays, because reading lists makes forked workers copy them (reference counts).
         self.places, self.names = np.array(places, dtype=np.int64), np.array(names)
 
     def __len__(self) -> int:
@@ -56,7 +57,7 @@ class TarImages(Dataset[Any]):
     def __getitem__(self, index: int) -> tuple[Any, int]:
         number, offset, size, label = map(int, self.places[index])
         file = self.files[number]
-        with file.open("rb") as stream:  # opened anew: a stream shared by forked workers would share its place
+        with file.open("rb") as stream:  # opened per read: forked workers would share a stream's position
             stream.seek(offset)
             content = stream.read(size)
         image = read_image(io.BytesIO(content), f"{file}: {self.names[index]}")
@@ -64,7 +65,7 @@ class TarImages(Dataset[Any]):
 
 
 def _samples(file: Path) -> dict[str, dict[str, Any]]:
-    """Key -> the image's place and the label's text, for all keys of a tar file."""
+    """Key -> offset and size of the image, and text of the label, for all keys of a tar file."""
     found: dict[str, dict[str, Any]] = {}
     with file.open("rb") as stream:
         stream.seek(max(0, file.stat().st_size - 1024))
@@ -104,20 +105,20 @@ def _checked(name: str, parts: dict[str, Any], num_classes: int) -> tuple[int, i
 
 
 class Shards(Photographs):
-    """Images in shards: tar files as webdataset writes them, on a file system that this machine sees.
+    """Images in shards: tar files in webdataset's format, on a mounted file system.
 
-    They are read at random, in the order that (seed, epoch) decide, and not as streams: so an epoch is every image
-    once, over any number of processes, and a resumed run goes on where it was.
+    Samples are read at random offsets, in an order that depends on (seed, epoch), not as streams: an epoch holds every
+    image once, over any number of processes, and a resumed run continues at its position.
 
     Args:
-        train: a glob pattern of the training shards, such as /data/imagenet1k-train-*.tar.
-        val: of the validation shards.
-        classes: how many classes there are, or a text file with a class name in every line.
-        test: of the test shards; None takes those of `val`.
+        train: glob pattern of the training shards, such as /data/imagenet1k-train-*.tar.
+        val: glob pattern of the validation shards.
+        classes: the number of classes, or a text file with one class name per line.
+        test: glob pattern of the test shards; None uses those of `val`.
         **photographs: see `Photographs`.
 
     Raises:
-        FileNotFoundError: a pattern matches no file, or `classes` names none.
+        FileNotFoundError: a pattern matches no file, or the file of `classes` does not exist.
         ValueError: shards or labels do not fit, see `TarImages`; another argument does not fit.
     """
 
@@ -135,7 +136,7 @@ class Shards(Photographs):
 
     def _read(self, split: str, transform: v2.Transform) -> TarImages:
         pattern = self.patterns[split]
-        files = [Path(file) for file in sorted(glob(pattern))]  # noqa: PTH207 (pathlib's wants a folder apart)
+        files = [Path(file) for file in sorted(glob(pattern))]  # noqa: PTH207 (pathlib's needs a separate folder)
         if not files:
             raise FileNotFoundError(
                 f"{split} must be a pattern of tar files, such as shards/{split}-*.tar, got {pattern!r}, which matches "
@@ -152,10 +153,10 @@ def _class_names(classes: int | str) -> list[str]:
         return [str(number) for number in range(count)]
     file = Path(classes)
     if not file.is_file():
-        raise FileNotFoundError(f"classes must be a number or a file with a name in every line, got {classes!r}")
+        raise FileNotFoundError(f"classes must be a number or a file with one name per line, got {classes!r}")
     names = read_lines(file)
     if len(names) != len(set(names)):
-        raise ValueError(f"classes must be different names, got {classes!r}, where some stand twice")
+        raise ValueError(f"classes must be different names, got {classes!r}, where some occur twice")
     if not names:
-        raise ValueError(f"classes must be a file with a name in every line, got {classes!r}, which is empty")
+        raise ValueError(f"classes must be a file with one name per line, got {classes!r}, which is empty")
     return names

@@ -1,4 +1,4 @@
-"""What the segmentation data modules share: pairs of images and masks, checked as they are read."""
+"""The base of the segmentation data modules: pairs of images and masks, checked when they are read."""
 
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -13,28 +13,29 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from ....engine.data import IMAGENET_MEAN, IMAGENET_STD, TaskData
-from ....engine.images import FORMATS, UnreadableImage, for_each, inspect, read_image, unreadable
-from ....engine.pictures import Colour, colour
+from involution.engine.data import IMAGENET_MEAN, IMAGENET_STD, TaskData
+from involution.engine.images import FORMATS, UnreadableImage, for_each, inspect, read_image, unreadable
+from involution.engine.pictures import Colour, colour
+
 from ..preprocessing import IGNORED, Preprocessing, height_and_width
 from .values import PixelValues
 
 Pair = tuple[Path, Path]  # an image and its mask
 Sample = tuple[Tensor, Tensor]
-MUCH_IGNORED = 0.5  # of all pixels: more is said before training
+MUCH_IGNORED = 0.5  # fraction of pixels; above it, a warning precedes training
 
 
 def read_mask(file: Path, size: tuple[int, int], values: PixelValues) -> Tensor:
-    """A mask's classes, [H, W] uint8.
+    """The classes of a mask file, [H, W] uint8.
 
     Args:
         file: an image whose pixels are ids or colours.
-        size: width and height that it must have.
-        values: the class of every id or colour that may occur.
+        size: its required width and height.
+        values: the class of each id or colour that may occur.
 
     Raises:
-        UnreadableImage: it cannot be read.
-        ValueError: it has another size, several channels where pixels are ids, or another id or colour.
+        UnreadableImage: the file cannot be read.
+        ValueError: its size differs, it has several channels where ids are expected, or an unknown id or colour.
     """
     with unreadable(file, "a mask"), Image.open(file, formats=FORMATS) as image:
         image.load()
@@ -45,7 +46,7 @@ def read_mask(file: Path, size: tuple[int, int], values: PixelValues) -> Tensor:
 
 
 class TrainingPairs(Dataset[Sample]):
-    """Images [3, h, w] with masks [h, w], cut and changed by chance.
+    """Images [3, h, w] with masks [h, w], randomly cropped and augmented.
 
     Args:
         pairs: the files.
@@ -67,7 +68,7 @@ class TrainingPairs(Dataset[Sample]):
 
 
 class EvaluationPairs(TrainingPairs):
-    """Images [3, h, w] as the network wants them, with masks [H, W] as large as the files."""
+    """Preprocessed images [3, h, w] with masks [H, W] of the files' size."""
 
     def __getitem__(self, index: int) -> Sample:
         image = read_image(self.pairs[index][0])
@@ -75,36 +76,36 @@ class EvaluationPairs(TrainingPairs):
 
 
 def batch(samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
-    """Images and masks, each as a list: in evaluation sizes differ."""
+    """Images and masks as lists: in evaluation, sizes differ."""
     return [image for image, _ in samples], [mask for _, mask in samples]
 
 
 class SegmentationData(TaskData):
-    """Pairs of images and masks; a subclass says which, and has `classes`.
+    """Pairs of images and masks; a subclass defines them in `pairs`, and has `classes`.
 
-    Batches are (images, masks), lists of [3, h, w] float32 and [H, W] uint8, of class indices or 255 for pixels that
-    are ignored. In training all are of the size of `crop`, and every batch is whole; otherwise an image's shorter side
-    is `resize`, and its mask is as large as its file. Checkpoints carry classes, palette and preprocessing.
+    Batches are (images, masks), lists of [3, h, w] float32 and [H, W] uint8 with class indices or 255 for ignored
+    pixels. In training all have the size of `crop` and every batch is complete; in evaluation an image's shorter side
+    is `resize`, and a mask has its file's size. Checkpoints store classes, palette and preprocessing.
 
     Args:
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
+        num_workers: loader workers per loader; None shares the machine's cores among its training processes.
         resize: pixels of an image's shorter side, in training before `scale`.
         scale: range of the factor that scales training images.
-        crop: height and width of a training image, in pixels; one number for a square.
-        max_share: of a crop's known pixels that one class may take; else another crop is tried, ten in all.
-        flip: probability of a flip from left to right.
-        photometric: change brightness, contrast, saturation and hue of training images by chance.
-        check_files: look into all images and masks before training: files that cannot be read, sizes and values that do
-            not fit, and classes that never occur are found then.
+        crop: height and width of a training image, in pixels; one number means a square.
+        max_share: largest share of a single class among a crop's known pixels; at most ten crops are tried.
+        flip: probability of a horizontal flip.
+        photometric: random brightness, contrast, saturation and hue of training images.
+        check_files: before training, read all masks and all images' headers, to find unreadable files, sizes and values
+            that do not fit, and classes that never occur.
 
     Raises:
         ValueError: an argument does not fit.
     """
 
     collate = staticmethod(batch)
-    _remedy = ""  # what to do where masks have other values
-    drop_last = True  # one image alone has no statistics where UPerNet pools it to a pixel
+    _remedy = ""  # the end of errors about unexpected mask values
+    drop_last = True  # a single image has no statistics where UPerNet pools it to one pixel
 
     def __init__(
         self,
@@ -134,17 +135,17 @@ class SegmentationData(TaskData):
 
     @cached_property
     def palette(self) -> list[Colour]:
-        """Every class's colour."""
+        """The colour of each class."""
         return [colour(index) for index in range(1, self.num_classes + 1)]
 
     @property
     def ids(self) -> dict[int, int]:
-        """The class of every id that may occur in a mask file; `IGNORED` is none."""
+        """The class of each id that may occur in a mask file; `IGNORED` means none."""
         return {**{index: index for index in range(self.num_classes)}, IGNORED: IGNORED}
 
     @property
     def values(self) -> PixelValues:
-        """The class of every id or colour that may occur in a mask file."""
+        """The class of each id or colour that may occur in a mask file."""
         return PixelValues(self.ids)
 
     def pairs(self, part: str) -> list[Pair]:
@@ -156,7 +157,7 @@ class SegmentationData(TaskData):
         raise NotImplementedError
 
     def setup(self, stage: str) -> None:
-        """Lists what the stage needs."""
+        """Lists the pairs of the stage."""
         evaluation = self.preprocessing.evaluation()
         if stage == "fit" and self.check_files:
             self._check()
@@ -168,10 +169,10 @@ class SegmentationData(TaskData):
             self.test_set = EvaluationPairs(self.pairs("test"), self.values, evaluation)
 
     def _check(self) -> None:
-        """Looks into all files to train and validate on, and says what training could not learn from them.
+        """Checks all files of training and validation, and warns of missing classes and many ignored pixels.
 
         Raises:
-            ValueError: a file cannot be read, an image and its mask do not fit, or one class is left to train on.
+            ValueError: a file cannot be read, an image and its mask do not fit, or only one class occurs in training.
         """
         for part in ("train", "val"):
             counts = self._by_first(partial(self._pixels, part))
@@ -192,7 +193,7 @@ class SegmentationData(TaskData):
                 rank_zero_warn(f"{ignored:.0%} of the pixels in the masks of {part} are ignored{self._remedy}")
 
     def _pixels(self, part: str) -> np.ndarray:
-        """How many pixels of a part are of every class, [256]; the last one counts those that are ignored."""
+        """Pixel counts of a part per class, [256]; the last one counts ignored pixels."""
         total = np.zeros(256, np.int64)
         for found in for_each(self.pairs(part), self._pixels_of, f"files of {part}"):
             if isinstance(found, UnreadableImage):
@@ -207,16 +208,16 @@ class SegmentationData(TaskData):
 
 
 def existing(pairs: Sequence[Pair]) -> list[Pair]:
-    """The same pairs.
+    """The same pairs, after checking that their files exist.
 
     Raises:
         FileNotFoundError: a file is missing, or there is no pair.
     """
     if not pairs:
-        raise FileNotFoundError("root must hold images and masks of every part, got a list without any")
+        raise FileNotFoundError("root must hold images and masks of every part, got an empty list")
     for image, mask in pairs:
         if not image.is_file():
-            raise FileNotFoundError(f"every mask wants an image, got {mask} without {image}")
+            raise FileNotFoundError(f"every mask must have an image, got {mask} without {image}")
         if not mask.is_file():
-            raise FileNotFoundError(f"every image wants a mask, got {image} without {mask}")
+            raise FileNotFoundError(f"every image must have a mask, got {image} without {mask}")
     return list(pairs)

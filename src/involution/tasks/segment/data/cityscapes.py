@@ -1,11 +1,12 @@
-"""Cityscapes in the folders that its site publishes."""
+"""Cityscapes in the folders of its official download."""
 
 from pathlib import Path
 from typing import Any
 
 from torchvision import datasets
 
-from ....engine.files import is_hidden
+from involution.engine.files import is_hidden
+
 from ..preprocessing import IGNORED
 from .base import Pair, SegmentationData, existing
 
@@ -17,16 +18,16 @@ class Cityscapes(SegmentationData):
     """Cityscapes, fine annotations: 2,975 images to train on, 500 to validate and test on, 19 classes.
 
     root/leftImg8bit/{train,val}/CITY/*_leftImg8bit.png and root/gtFine/{train,val}/CITY/*_gtFine_labelIds.png, as
-    unpacked. Its own test images have no public labels.
+    unpacked. The official test images have no public labels.
 
     Args:
         root: the tree.
-        resize: pixels of an image's shorter side, in training before it is scaled; 1024 is its own.
-        crop: height and width of a training image, in pixels; one number for a square.
+        resize: pixels of an image's shorter side, in training before `scale`; 1024 is the original size.
+        crop: height and width of a training image, in pixels; one number means a square.
         **segmentation: see `SegmentationData`.
 
     Raises:
-        FileNotFoundError: a folder is missing, or an image's mask.
+        FileNotFoundError: a folder or an image's mask is missing.
     """
 
     classes = tuple(entry.name for entry in _TRAINED)
@@ -41,7 +42,7 @@ class Cityscapes(SegmentationData):
 
     @property
     def ids(self) -> dict[int, int]:
-        """The published ids; those that are not evaluated are ignored."""
+        """The official ids; those outside the evaluation are ignored."""
         trained = {entry.id: entry.train_id for entry in _TRAINED}
         return {entry.id: trained.get(entry.id, IGNORED) for entry in _TABLE if entry.id >= 0} | {IGNORED: IGNORED}
 
@@ -59,7 +60,7 @@ class Cityscapes(SegmentationData):
             raise FileNotFoundError(f"root must hold images in {images}/CITY, got none")
         alone = sorted(set(_visible(masks, "*/*_gtFine_labelIds.png")) - {mask for _, mask in found})
         if alone:
-            raise FileNotFoundError(f"every mask wants an image, got {alone[0]} without one in {images}")
+            raise FileNotFoundError(f"every mask must have an image, got {alone[0]} without one in {images}")
         return existing(found)
 
 

@@ -1,4 +1,4 @@
-"""Folders of images and of masks with the same names, and CamVid, which is kept so."""
+"""Folders of images and of masks with the same names."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,43 +6,44 @@ from typing import Any
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ....engine.files import files_below
-from ....engine.pictures import Colour
+from involution.engine.files import files_below
+from involution.engine.pictures import Colour
+
 from ..preprocessing import IGNORED
 from .base import Pair, SegmentationData
 from .values import PixelValues, colour_of, pixel_values
 
-MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # formats that keep every pixel's value
+MASK_ENDINGS = (".png", ".tif", ".tiff", ".bmp", ".gif")  # lossless formats
 
 
 class Folders(SegmentationData):
     """Images in one folder, masks in another: root/images/train/a.jpg belongs to root/masks/train/a.png.
 
-    Masks are PNG, TIFF, BMP or GIF files. Their pixels are class indices from 0 on, or what `values` says, or
-    `ignore_index`. A palette's colours do not matter: its indices do, unless `values` are colours. Images and masks may
-    be in one folder, as a.jpg beside a.png or, with a `mask_suffix`, a.png beside a_mask.png.
+    Masks are PNG, TIFF, BMP or GIF files. Their pixels are class indices from 0, or the `values`, or `ignore_index`. Of
+    palette images the indices count, unless `values` are colours. Images and masks may share a folder, as a.jpg beside
+    a.png or, with a `mask_suffix`, a.png beside a_mask.png.
 
     Args:
         root: the tree.
-        classes: their names, in the order of ids.
+        classes: class names, in the order of ids.
         images: the image folder below root, {split} being the part's name.
         masks: the mask folder, likewise.
-        mask_suffix: what a mask's stem has after its image's.
-        train: name of the part to train on.
-        val: of the part to validate on.
-        test: of the part to test on; None takes that of `val`.
-        values: the value of every class in masks, in the order of `classes`: numbers as [0, 255], or colours as
-            ["#000000", "#ff8000"] or [[0, 0, 0], [255, 128, 0]], for which an alpha channel does not matter. "binary"
-            is for two classes: 0 is the first, 1 or 255 the second. None takes class indices.
-        ignore_index: value of pixels that are ignored, a number or a colour; None ignores none. It stands above a class
-            index, and below `values`.
-        palette: every class's colour in pictures, three numbers of 0..255; None takes those of `values`, or makes some.
+        mask_suffix: the end of a mask's stem after its image's stem.
+        train: name of the training part.
+        val: name of the validation part.
+        test: name of the test part; None uses `val`.
+        values: the value of each class in masks, in the order of `classes`: numbers such as [0, 255], or colours such
+            as ["#000000", "#ff8000"] or [[0, 0, 0], [255, 128, 0]]; an alpha channel is ignored. "binary" is for two
+            classes: 0 is the first, 1 or 255 the second. None means class indices.
+        ignore_index: value of ignored pixels, a number or a colour; None ignores none. It takes precedence over a class
+            index, but not over `values`.
+        palette: each class's colour in pictures, three numbers of 0..255; None uses those of `values`, or made ones.
         **segmentation: see `SegmentationData`.
 
     Raises:
         FileNotFoundError: a folder is missing; an image has no mask, or a mask no image.
-        ValueError: an argument does not fit; two files have one name and differ in its ending alone; a mask has another
-            size, several channels or an id of no class (when it is needed).
+        ValueError: an argument does not fit; two files differ only in their ending; a mask has another size than its
+            image, several channels or an unknown id (when it is read).
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Folders(SegmentationData):
         self._remedy = "; data.values gives the value of every class, and is binary for masks of 0 and 255"
         if len(classes) == 1:
             raise ValueError(
-                f"classes must be two at least, got {classes!r}, of which every pixel would be; name the background "
+                f"classes must be two at least, got {classes!r}, which every pixel would be; name the background "
                 f"too, as ['background', {classes[0]!r}]"
             )
         if not 2 <= len(classes) <= IGNORED or len(set(classes)) < len(classes):
@@ -86,7 +87,7 @@ class Folders(SegmentationData):
 
     @property
     def values(self) -> PixelValues:
-        """Of the options `values` and `ignore_index`."""
+        """The table of the options `values` and `ignore_index`."""
         return self._values
 
     def pairs(self, part: str) -> list[Pair]:
@@ -109,7 +110,7 @@ class Folders(SegmentationData):
         return [(images[name], masks[name]) for name in sorted(images)]
 
     def _images(self, folder: Path, masks: Path) -> dict[str, Path]:
-        """Images by name; in one folder with the masks, a suffix or else the ending tells them apart."""
+        """Images by name; in a folder shared with the masks, suffix or ending distinguish them."""
         if folder.resolve() != masks.resolve():
             return _by_name(folder, IMG_EXTENSIONS, "", masks)
         if not self._suffix:
@@ -119,9 +120,9 @@ class Folders(SegmentationData):
 
 
 def _by_name(folder: Path, endings: Sequence[str], suffix: str, without: Path | None = None) -> dict[str, Path]:
-    """Files by their place below a folder, without ending and suffix; others are left out.
+    """Files by path below a folder, without ending and suffix; other files are ignored.
 
-    Where the other folder `without` is below it, that one's files are, too.
+    So are those of the folder `without`, if it is below this one.
     """
     found: dict[str, Path] = {}
     inside = without is not None and without != folder and without.is_relative_to(folder)
@@ -129,48 +130,6 @@ def _by_name(folder: Path, endings: Sequence[str], suffix: str, without: Path | 
         if file.stem.endswith(suffix) and not (inside and file.is_relative_to(without or "")):
             name = str(file.relative_to(folder).with_name(file.stem.removesuffix(suffix)))
             if name in found:
-                raise ValueError(f"every name must be one file's, got {file} beside {found[name]}")
+                raise ValueError(f"every name must belong to one file, got {file} beside {found[name]}")
             found[name] = file
     return found
-
-
-class CamVid(Folders):
-    """CamVid as SegNet's authors keep it: 367, 101 and 233 road scenes of 480x360, eleven classes.
-
-    root/{train,val,test}/images and root/{train,val,test}/labels; id 11 (unlabelled) is ignored.
-
-    Args:
-        root: the tree.
-        **segmentation: see `SegmentationData`.
-    """
-
-    def __init__(
-        self, root: str, resize: int = 360, crop: tuple[int, int] | int = (360, 480), **segmentation: Any
-    ) -> None:
-        super().__init__(
-            root,
-            list(_CAMVID),
-            images="{split}/images",
-            masks="{split}/labels",
-            test="test",
-            ignore_index=len(_CAMVID),
-            palette=list(_CAMVID.values()),
-            resize=resize,
-            crop=crop,
-            **segmentation,
-        )
-
-
-_CAMVID = {
-    "Sky": (128, 128, 128),
-    "Building": (128, 0, 0),
-    "Pole": (192, 192, 128),
-    "Road": (128, 64, 128),
-    "Pavement": (60, 40, 222),
-    "Tree": (128, 128, 0),
-    "SignSymbol": (192, 128, 128),
-    "Fence": (64, 64, 128),
-    "Car": (64, 0, 128),
-    "Pedestrian": (64, 64, 0),
-    "Bicyclist": (0, 128, 192),
-}

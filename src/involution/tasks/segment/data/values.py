@@ -1,4 +1,4 @@
-"""Which class a mask's pixel is of: by an index, a value of one's own, or a colour."""
+"""The class of a mask's pixel: by class index, other value, or colour."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -6,16 +6,17 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ....engine.pictures import Colour
+from involution.engine.pictures import Colour
+
 from ..preprocessing import IGNORED
 
 Value = int | tuple[int, int, int] | str  # of a pixel: a number, or a colour as three numbers or "#ff8000"
 
 
 class PixelValues(NamedTuple):
-    """The class of every value that a mask's pixels may have; `IGNORED` is none.
+    """The class of each value that a mask's pixels may have; `IGNORED` means none.
 
-    Values are numbers of one channel (grey levels, or a palette's indices) or, where `colours`, 65536 R + 256 G + B.
+    Values are those of one channel (grey levels or palette indices) or, if `colours`, 65536 R + 256 G + B.
     """
 
     classes: Mapping[int, int]
@@ -25,11 +26,11 @@ class PixelValues(NamedTuple):
         """A mask's classes, [H, W] uint8.
 
         Args:
-            image: decoded.
-            file: what errors call it.
+            image: the decoded file.
+            file: its name in errors.
 
         Raises:
-            ValueError: it has several channels where values are numbers, or a value that is not in the table.
+            ValueError: the image has several channels where values are numbers, or a value that is not in the table.
         """
         pixels = _packed(image.convert("RGB")) if self.colours else _numbers(image, file)
         few = pixels.dtype in (np.uint8, np.uint16)
@@ -68,13 +69,13 @@ def _numbers(image: Image.Image, file: object) -> np.ndarray:
 
 
 def pixel_values(values: Sequence[Value] | str | None, count: int, ignored: Value | None) -> PixelValues:
-    """The table of a data set.
+    """The table for a data set's options.
 
     Args:
-        values: of every class, in their order; "binary" for two classes, of which the first is 0 and the second 1 or
-            255; None for the class indices.
-        count: of classes.
-        ignored: the value of pixels of no class, or None. It stands above a class index, and below `values`.
+        values: of each class, in order; "binary" for two classes, the first 0, the second 1 or 255; None for class
+            indices.
+        count: number of classes.
+        ignored: the value of ignored pixels, or None. It takes precedence over a class index, but not over `values`.
 
     Raises:
         ValueError: values do not fit the classes, or each other.
@@ -84,7 +85,7 @@ def pixel_values(values: Sequence[Value] | str | None, count: int, ignored: Valu
             raise ValueError(f"values may be binary for two classes, got {count} classes")
         return PixelValues({0: 0, 1: 1, 255: 1})
     if isinstance(values, str):
-        raise ValueError(f"values must be binary, or a list with the value or colour of every class, got {values!r}")
+        raise ValueError(f"values must be binary, or a list with the value or colour of each class, got {values!r}")
     given = list(range(count)) if values is None else list(values)
     if len(given) != count:
         raise ValueError(f"values must be one for each of {count} classes, got {len(given)}: {given!r}")
@@ -104,7 +105,7 @@ def colour_of(value: Value) -> Colour:
     """Red, green and blue.
 
     Raises:
-        ValueError: it is no colour.
+        ValueError: the value is no colour.
     """
     if isinstance(value, str):
         digits = value.removeprefix("#")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from involution.tasks.detect.data.annotations import AnnotationError, read_annotations
+from involution.tasks.detect.annotations import AnnotationError, read_annotations
 
 GOOD: dict[str, Any] = {
     "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],

@@ -14,8 +14,8 @@ from PIL import Image
 
 from involution.engine.images import UnreadableImage
 from involution.tasks.detect import COCO
-from involution.tasks.detect.data.annotations import AnnotationError
-from involution.tasks.detect.data.coco import GroupedSampler
+from involution.tasks.detect.annotations import AnnotationError
+from involution.tasks.detect.data.sampling import GroupedSampler
 
 
 def data(root: Path, **options: Any) -> COCO:

@@ -13,8 +13,8 @@ from pycocotools import mask as tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from involution.tasks.detect.data.annotations import Annotations, read_annotations
-from involution.tasks.detect.data.coco import runs_of
+from involution.tasks.detect.annotations import Annotations, read_annotations
+from involution.tasks.detect.annotations.run_lengths import runs_of
 from involution.tasks.detect.evaluation import KINDS, NUMBERS, average_precision, detections, ground_truth
 
 

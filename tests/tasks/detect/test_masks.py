@@ -13,8 +13,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
 from involution.tasks.detect import masks as module
-from involution.tasks.detect.data.annotations import Annotations, read_annotations
-from involution.tasks.detect.data.coco import mask_of
+from involution.tasks.detect.annotations import Annotations, read_annotations
+from involution.tasks.detect.annotations.run_lengths import mask_of
 from involution.tasks.detect.evaluation import as_results, average_precision, detections, ground_truth
 from involution.tasks.detect.masks import mask_targets, paste_masks
 

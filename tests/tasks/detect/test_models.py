@@ -8,7 +8,7 @@ from torch import nn
 
 from involution.nn import Involution2d
 from involution.tasks.detect import faster_rcnn, mask_rcnn, retinanet
-from involution.tasks.detect.models import BoxPredictor, MaskPredictor
+from involution.tasks.detect.rcnn import BoxPredictor, MaskPredictor
 
 SMALL: dict[str, Any] = {
     "backbone": "rednet26",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from involution.tasks.detect import COCO
-from involution.tasks.detect.data.annotations import Annotations, ObjectEntry, read_annotations
-from involution.tasks.detect.data.packed import PackedObjects
+from involution.tasks.detect.annotations import Annotations, ObjectEntry, read_annotations
+from involution.tasks.detect.annotations.packed import PackedObjects
 
 POLYGONS = [[0.1, 2.25, 3.0, 7.5, 1e-3, 640.0], [1.0, 2.0, 3.5, 4.0, 5.0, 6.0]]
 OBJECTS = {

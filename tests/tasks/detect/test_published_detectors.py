@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from involution.tasks.detect import faster_rcnn, mask_rcnn, retinanet
-from involution.tasks.detect.anchors import Anchors, Matcher
-from involution.tasks.detect.models import CHANNELS, RATIOS, RETINA_SCALES, RetinaHead
+from involution.tasks.detect.anchors import RATIOS, Anchors, Matcher
+from involution.tasks.detect.models import CHANNELS
 from involution.tasks.detect.regions import ProposalNetwork, RegionAlign
+from involution.tasks.detect.retina import SCALES, RetinaHead
 
 TINY: dict[str, Any] = {"backbone": "rednet26", "num_classes": 3, "backbone_kwargs": {"norm_layer": "groupnorm1"}}
 
@@ -145,7 +146,7 @@ def test_anchors_are_at_the_levels_strides_and_not_rounded(dtype: torch.dtype) -
             x, y = 64 * column, 64 * row
             want = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
             assert last[row, column, index].tolist() == pytest.approx(want, abs=1e-3)
-    octaves = Anchors((8,), RETINA_SCALES, RATIOS).cell_anchors[0]
+    octaves = Anchors((8,), SCALES, RATIOS).cell_anchors[0]
     sides = octaves[:, 2:] - octaves[:, :2]
     assert sides.prod(1).sqrt().tolist() == pytest.approx([32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)] * 3)
     assert (sides[:, 1] / sides[:, 0]).tolist() == pytest.approx([0.5] * 3 + [1] * 3 + [2] * 3)

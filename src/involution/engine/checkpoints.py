@@ -1,5 +1,6 @@
-"""Checkpoint files: written atomically, and the newest one found."""
+"""Checkpoint files: written atomically, the newest one found, the task's module class that one names."""
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,18 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from .module import TaskModule
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place and moves them there when they are on disk: never half of one.
+    """Writes a checkpoint to a temporary file beside its target and renames it, so no partial file is ever visible.
 
-    A write that fails raises its error and leaves what was there before.
+    A failed write raises its error and leaves the previous file unchanged.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes, flushes to the disk, renames."""
-        if "://" in str(path):  # not a file of this machine: as Lightning does it
+        """Writes, flushes to disk, renames."""
+        if "://" in str(path):  # a remote file: left to Lightning
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +34,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             part.unlink(missing_ok=True)
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the rename too
+            os.fsync(folder)  # makes the rename durable
         finally:
             os.close(folder)
         return None
@@ -48,3 +51,36 @@ def last_checkpoint(folder: Path) -> Path:
     if not found:
         raise FileNotFoundError(f"ckpt_path last: no version_*/checkpoints/last.ckpt in {folder}")
     return found[-1]
+
+
+def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModule]:
+    """The Lightning module's class that a checkpoint names.
+
+    Args:
+        checkpoint: of `involution fit`.
+        argument: the option's name in errors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint of `involution fit`, or the class that it names cannot be imported.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{argument} must be a checkpoint, got {checkpoint}, which is no file")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        name = content["involution"]["module"]
+    except Exception as error:  # torch raises errors of many kinds for other files
+        raise ValueError(
+            f"{argument} must be a checkpoint of involution fit, which names its module class, got {checkpoint}: "
+            f"{error!r}"
+        ) from error
+    package, _, kind = str(name).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(package), kind)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{argument} must name a module class that is installed here, got {name!r} in {checkpoint}: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, TaskModule)):
+        raise ValueError(f"{argument} must name a subclass of TaskModule, got {name!r} in {checkpoint}")
+    return found

@@ -1,7 +1,8 @@
-"""What the data modules of every task share: loaders that resume, and parts for several processes."""
+"""The base class of every task's data module: loaders that resume, and shares of the data for several processes."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -17,71 +18,87 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class TaskData(LightningDataModule):
-    """Loaders over `train_set`, `val_set` and `test_set`, which a subclass makes in `setup`; only training is shuffled.
+class Preprocessing(Protocol):
+    """The preprocessing of evaluation: a NamedTuple of plain values, which a checkpoint stores."""
+
+    def evaluation(self) -> Callable[[Any], Any]:
+        """The transform of one decoded image (PIL) to the network's input."""
+
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+class TaskData(LightningDataModule, ABC):
+    """Loaders over `train_set`, `val_set` and `test_set`, which a subclass builds in `setup`; training is shuffled.
+
+    A subclass also has `classes`, the class names, and `preprocessing`; both are stored in checkpoints.
 
     Args:
         batch_size: images per batch (per process).
-        num_workers: loading processes per loader; None shares this machine's cores among its training processes.
+        num_workers: loader workers per loader; None shares the machine's cores among its training processes.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a value is too small.
     """
 
-    classes: Sequence[str]  # their names
+    classes: Sequence[str]
+    preprocessing: Preprocessing
     train_set: Dataset[Any]
     val_set: Dataset[Any]
     test_set: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None = None  # makes a batch of samples; None is torch's
-    drop_last = False  # leave out the images of an epoch that make no whole batch
-    drop_single = True  # leave out an epoch's last image where it would be a batch alone: batch norms want more values
+    drop_last = False  # drop the incomplete last batch of an epoch
+    drop_single = True  # drop a last batch of one image: batch norm needs more values
 
     def __init__(self, batch_size: int, num_workers: int | None) -> None:
         super().__init__()
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        for name, value, minimum in (("batch_size", batch_size, 1), ("num_workers", num_workers or 0, 0)):
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self._place = 0, 0  # epoch and batch that training begins with
+        self._place = 0, 0  # epoch and batch that training starts at
+
+    @abstractmethod
+    def setup(self, stage: str) -> None:
+        """Builds the data sets of a stage: "fit" (train_set, val_set), "validate" or "test"."""
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are."""
+        """The number of classes."""
         return len(self.classes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in which epoch a checkpoint is made; Lightning's own record is read too late for the first loader."""
+        """The position in the epoch; Lightning's own record is restored too late for the first loader."""
         epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
         shape = {"batch_size": self.batch_size, "processes": self._processes()[0]}
         return {"epoch": epoch, "batch": batch, **shape, **self._order()}
 
     def _order(self) -> dict[str, Any]:
-        """What decides the order of an epoch's images, besides the number of processes, by option."""
+        """The options that decide the order of an epoch's images, besides the number of processes."""
         train = vars(self).get("train_set")
         return {"seed_everything": global_seed(), "number of training images": None if train is None else len(train)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Has the next training loader begin there.
+        """Makes the next training loader start at the checkpoint's position.
 
         Raises:
-            ValueError: it is in the midst of an epoch that was dealt out in other batches.
+            ValueError: the position is inside an epoch that other options split into batches.
         """
         self._place = state_dict["epoch"], state_dict["batch"]
         then, now = (state_dict["batch_size"], state_dict["processes"]), (self.batch_size, self._processes()[0])
         if self._place[1] and then != now:
             raise ValueError(
                 f"batch_size and processes must be {then[0]} and {then[1]}, as in the epoch that the checkpoint is in "
-                f"the midst of, got {now[0]} and {now[1]}; a checkpoint of an epoch's end takes any"
+                f"the middle of, got {now[0]} and {now[1]}; a checkpoint from the end of an epoch accepts any"
             )
         for name, value in self._order().items():
             if self._place[1] and name in state_dict and state_dict[name] != value:
                 raise ValueError(
-                    f"{name} must be {state_dict[name]!r}, as in the epoch that the checkpoint is in the midst of, got "
-                    f"{value!r}; a checkpoint of an epoch's end takes any"
+                    f"{name} must be {state_dict[name]!r}, as in the epoch that the checkpoint is in the middle of, "
+                    f"got {value!r}; a checkpoint from the end of an epoch accepts any"
                 )
 
     def _by_first(self, function: Callable[[], Any]) -> Any:
-        """What a function returns or raises that the first process alone calls: files are then read once."""
+        """The result (or error) of a function that only the first process runs, so that files are read once."""
         count, rank = self._processes()
         if count == 1:
             return function()
@@ -96,7 +113,7 @@ class TaskData(LightningDataModule):
         return found
 
     def _processes(self) -> tuple[int, int]:
-        """How many there are, and which of them this is."""
+        """The number of training processes, and the rank of this one."""
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _sampler(self, seed: int) -> ResumableSampler:
@@ -104,38 +121,40 @@ class TaskData(LightningDataModule):
         return ResumableSampler(self.train_set, seed, *self._processes())
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training set, of this process's part; after a resume, those that are left."""
+        """Shuffled batches of this process's share of the training set; after a resume, the remaining ones."""
         seed = global_seed()
         sampler = self._sampler(seed)
         if self.drop_last and len(sampler) < self.batch_size:
             raise ValueError(f"batch_size must be at most {len(sampler)}, a process's images, got {self.batch_size}")
-        alone = self.drop_single and self.batch_size > 1 and len(sampler) % self.batch_size == 1
-        if alone and len(sampler) == 1:
-            raise ValueError("the training set must hold two images at least for every process, got one")
-        if alone and not self.drop_last:
+        single = self.drop_single and self.batch_size > 1 and len(sampler) % self.batch_size == 1
+        if single and len(sampler) == 1:
+            raise ValueError("the training set must hold at least two images per process, got one")
+        if single and not self.drop_last:
             rank_zero_info(
-                f"{len(sampler)} images in batches of {self.batch_size}: the last one of every epoch, another each "
-                "time, is left out, for a batch of one image has no statistics"
+                f"{len(sampler)} images in batches of {self.batch_size}: each epoch drops its last image, a different "
+                "one each time, because a batch of one image has no statistics"
             )
         sampler.resume(self._place[0], self._place[1] * self.batch_size)
         self._place = 0, 0
-        return self._loader(SampleSeeded(self.train_set, seed), sampler, self.drop_last or alone)
+        return self._loader(SampleSeeded(self.train_set, seed), sampler, self.drop_last or single)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of the validation set, of this process's part."""
+        """Batches of this process's share of the validation set."""
         return self._loader(self.val_set, self._share(self.val_set))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test set, of this process's part."""
+        """Batches of this process's share of the test set."""
         return self._loader(self.test_set, self._share(self.test_set))
 
     def _share(self, dataset: Any) -> UnrepeatedDistributedSampler | None:
-        """Every image once in all processes together; Lightning's own sampler would repeat some of them."""
+        """Distributes every image exactly once; Lightning's default sampler repeats some."""
         world, rank = self._processes()
         if world == 1:
             return None
         if len(dataset) < world:
-            raise ValueError(f"every process wants an image to evaluate on, got {len(dataset)} for {world} processes")
+            raise ValueError(
+                f"the evaluation set must hold at least one image per process, got {len(dataset)} for {world} processes"
+            )
         return UnrepeatedDistributedSampler(dataset, world, rank, shuffle=False)
 
     def _loader(
@@ -150,7 +169,7 @@ class TaskData(LightningDataModule):
             sampler=sampler,
             drop_last=drop_last,
             collate_fn=self.collate,
-            generator=torch.Generator(),  # or making an iterator would draw from the global one
+            generator=torch.Generator(),  # otherwise making an iterator advances the global generator
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -1,11 +1,10 @@
-"""`involution doctor MODEL`: what a network's involutions do to an image and its gradient, layer by layer."""
+"""`involution doctor MODEL`: statistics of a network's involutions on an image, forward and backward, per layer."""
 
 import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import timm
@@ -15,18 +14,18 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .. import zoo  # noqa: F401  (registers our models with timm)
 from ..nn import Diagnosis, diagnose
+from .checkpoints import module_class
 from .images import read_image
-from .predict import task_of
 
 
 def main(arguments: list[str]) -> None:
     """Prints a network's diagnosis.
 
     Args:
-        arguments: of the verb.
+        arguments: after the verb.
 
     Raises:
-        FileNotFoundError: the image is not there.
+        FileNotFoundError: the image does not exist.
         ValueError: the model is neither a checkpoint nor a name, or the image cannot be read.
         SystemExit: an argument is wrong (the message is on stderr).
     """
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> None:
         "every involution, in training and in evaluation, and what is wrong, if anything.",
     )
     parser.add_argument("model", nargs="?", help="a checkpoint of involution fit, or a timm name (untrained)")
-    parser.add_argument("--image", type=Path, help="sent through it with its mirror image; else noise")
+    parser.add_argument("--image", type=Path, help="its input, with its mirror image; noise by default")
     given = parser.parse_args(arguments)
     if given.model is None:
         parser.error("--image wants a model")
@@ -47,11 +46,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _of_checkpoint(checkpoint: Path, file: Path) -> Diagnosis:
-    module: Any = task_of(checkpoint, "model").load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
-    read = module.read(file)
-    image = read[0] if isinstance(read, tuple) else read  # a segmenter's comes with its size
-    found: Diagnosis = module.diagnose(module.unlabelled([image, image.flip(-1)]))
-    return found
+    task = module_class(checkpoint, "model")
+    module = task.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    image = module.evaluation(read_image(file))
+    return module.diagnose(module.unlabelled([image, image.flip(-1)]))
 
 
 def _of_name(name: str, file: Path) -> Diagnosis:
@@ -64,7 +62,7 @@ def _of_name(name: str, file: Path) -> Diagnosis:
 
 @contextmanager
 def _image(file: Path | None) -> Iterator[Path]:
-    """The file, or one of noise that every reader takes."""
+    """The file, or a temporary one of noise."""
     if file is not None:
         yield file
         return

@@ -1,6 +1,7 @@
-"""What the Lightning modules of every task share: class names and preprocessing that travel along, an epoch's time."""
+"""The base class of every task's Lightning module: what training, `involution predict` and `doctor` need of it."""
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,17 +12,20 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from ..nn import Diagnosis
 from ..zoo.checkpoints import load_backbone
 from ..zoo.warm_start import load_resnet
 from .data import TaskData
+from .finite_loss import FiniteLoss
 from .images import read_image
+from .writer import PredictionWriter
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    """Says how a checkpoint's classes are not the data's."""
+    """The error for a checkpoint whose classes are not those of the data."""
     for index, (one, other) in enumerate(zip(theirs, ours, strict=False)):
         if one != other:
             return f"the checkpoint's classes must be the data's, but class {index} is {one!r} there and {other!r} here"
@@ -30,50 +34,99 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads image files, and preprocesses them."""
+    """Turns image files into network inputs. Loader workers receive it alone, without the network.
+
+    Args:
+        transform: the preprocessing of one image.
+    """
 
     transform: Callable[[Any], Any]
 
     def __call__(self, file: Path) -> Any:
-        """What the transform makes of an image file.
+        """The network's input for an image file.
 
         Raises:
-            UnreadableImage: it cannot be read.
+            UnreadableImage: the file cannot be decoded.
         """
-        return self.transform(read_image(file))
+        return self.prepare(read_image(file))
+
+    def prepare(self, image: Image.Image) -> Any:
+        """The network's input for a decoded image."""
+        return self.transform(image)
 
 
 def linear_warmup(step: int, warmup: int, ratio: float) -> float:
-    """A factor of the learning rate that grows from `ratio` to 1 in `warmup` steps."""
+    """Factor of the learning rate: grows linearly from `ratio` to 1 over `warmup` steps."""
     return ratio + (1 - ratio) * step / warmup if step < warmup else 1.0
 
 
-class TaskModule(LightningModule):
-    """Takes class names and preprocessing from the data module, and carries them in checkpoints.
+class TaskModule(LightningModule, ABC):
+    """A task: its network, losses and scores, and what `involution predict` and `involution doctor` need.
 
-    A subclass has `net`, the network, `task`, the room that it is of, and `preprocessing_type`, a NamedTuple of plain
-    values. An epoch's wall time, its validation included, is logged as train/seconds.
+    A subclass sets `net`, the network, and `preprocessing_type`, and implements the abstract methods below. Class names
+    and preprocessing come from the data module and are stored in checkpoints, beside the name of the subclass. The wall
+    time of an epoch, including its validation, is logged as train/seconds.
 
     Args:
-        num_classes: that the network is made for.
-        channels_last: the memory format of weights and images.
-        init_from: a file of weights or a name of timm's that training from the start begins with, see
-            `zoo.load_resnet`. Checkpoints carry it as a record: what they are loaded into does without it.
+        num_classes: the number of classes that the network is built for.
+        channels_last: memory format of weights and images.
+        init_from: a weight file or a timm name that training from scratch starts from, see `zoo.load_resnet`. A
+            checkpoint records it, but loading the checkpoint does not need it.
     """
 
-    task: ClassVar[str]
-    preprocessing_type: ClassVar[Any]
+    preprocessing_type: ClassVar[Any]  # a NamedTuple of plain values, see `data.Preprocessing`
     net: Any
 
     def __init__(self, num_classes: int, channels_last: bool, init_from: str | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self._init_from = init_from  # until it has been done, or a checkpoint has made it superfluous
+        self._init_from = init_from  # None once it is loaded, or once a checkpoint replaces it
         self.classes = [str(index) for index in range(num_classes)]
-        self.preprocessing: Any = None
+        self.preprocessing: Any = None  # of `preprocessing_type`, once data or a checkpoint define it
         self._data_classes: list[str] | None = None
-        self._begun_with: str | None = None  # the file of backbone_weights
+        self._backbone_file: str | None = None  # that backbone_weights named
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    @staticmethod
+    @abstractmethod
+    def collate(images: list[Any]) -> Any:
+        """A batch for `predict_step` of what `read` returned for several files."""
+
+    @abstractmethod
+    def predict_step(self, images: Any, batch_idx: int) -> Any:
+        """One output per image of the batch, in its order."""
+
+    @abstractmethod
+    def writer(self, folder: Path, files: Sequence[Path]) -> PredictionWriter:
+        """The object that writes predictions to `folder`; further arguments become options of `involution predict`."""
+
+    @abstractmethod
+    def diagnose(self, batch: Any) -> Diagnosis:
+        """Statistics of the network's involutions on a training batch, see `nn.diagnose`; nothing is changed."""
+
+    @abstractmethod
+    def unlabelled(self, images: list[Tensor]) -> Any:
+        """A training batch of preprocessed images [3, H, W] of equal size, with placeholder labels."""
+
+    def configure_inference(self) -> None:
+        """Sets how `predict_step` runs the network; arguments of a subclass become options of `involution predict`."""
+
+    @property
+    def read(self) -> Reader:
+        """Turns an image file into the network's input."""
+        return Reader(self.evaluation)
+
+    @cached_property
+    def evaluation(self) -> Callable[[Any], Any]:
+        """The preprocessing of images that are not trained on.
+
+        Raises:
+            ValueError: neither data nor checkpoint define it.
+        """
+        if self.preprocessing is None:
+            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that define it")
+        transform: Callable[[Any], Any] = self.preprocessing.evaluation()
+        return transform
 
     @property
     def backbone(self) -> nn.Module:
@@ -81,11 +134,15 @@ class TaskModule(LightningModule):
         net: nn.Module = self.net
         return net
 
+    def plain_norms(self) -> list[nn.Module]:
+        """The batch norms that `--trainer.sync_batchnorm true` leaves unchanged."""
+        return []
+
     def setup(self, stage: str) -> None:
         """Takes class names and preprocessing from the data, and refuses data that do not fit the network.
 
         Raises:
-            ValueError: the number of classes is another, or in_chans is not 3.
+            ValueError: the number of classes differs, or in_chans is not 3.
         """
         data = getattr(self.trainer, "datamodule", None)
         if data is not None and hasattr(data, "classes"):
@@ -103,7 +160,7 @@ class TaskModule(LightningModule):
             raise ValueError(f"num_classes of the model is {self.num_classes}, but the data have {found} classes")
 
     def on_fit_start(self) -> None:
-        """Fills the backbone from `init_from`: only here it is certain that no checkpoint has been loaded."""
+        """Loads `init_from`: only here it is certain that no checkpoint was loaded."""
         if self._init_from is None:
             return
         try:
@@ -114,35 +171,37 @@ class TaskModule(LightningModule):
         self._init_from = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what `involution predict` needs besides the weights: task, class names and preprocessing."""
-        preprocessing = self.preprocessing._asdict() if self.preprocessing else None
+        """Adds what `involution predict` needs besides the weights: module class, class names and preprocessing."""
+        if "callbacks" not in checkpoint:  # save_weights_only: Lightning skips the callbacks' own hook
+            for callback in (one for one in self.trainer.callbacks if isinstance(one, FiniteLoss)):  # type: ignore[attr-defined]
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
         checkpoint["involution"] = {
-            "task": self.task,
+            "module": f"{type(self).__module__}.{type(self).__qualname__}",
             "classes": self.classes,
-            "preprocessing": preprocessing,
-            "backbone_weights": self._begun_with,
+            "preprocessing": self.preprocessing._asdict() if self.preprocessing else None,
+            "backbone_weights": self._backbone_file,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes them from there, unless the data have named theirs, which must then be the same classes."""
-        self._init_from = None
-        carried = checkpoint.get("involution")
-        if carried is None:
-            return
-        self._begun_with = carried.get("backbone_weights")
-        if self._data_classes is None:
-            self.classes = carried["classes"]
-            values = carried["preprocessing"]
-            self.preprocessing = self.preprocessing_type(**values) if values else None
-        elif self._data_classes != carried["classes"]:
-            raise ValueError(_difference(carried["classes"], self._data_classes))
+        """Restores them, unless a data module defines its own.
 
-    def plain_norms(self) -> list[nn.Module]:
-        """The batch norms that `--trainer.sync_batchnorm true` leaves alone."""
-        return []
+        Raises:
+            ValueError: the data module's classes are not the checkpoint's.
+        """
+        self._init_from = None
+        stored = checkpoint.get("involution")
+        if stored is None:
+            return
+        self._backbone_file = stored.get("backbone_weights")
+        if self._data_classes is None:
+            self.classes = stored["classes"]
+            values = stored["preprocessing"]
+            self.preprocessing = self.preprocessing_type(**values) if values else None
+        elif self._data_classes != stored["classes"]:
+            raise ValueError(_difference(stored["classes"], self._data_classes))
 
     def on_train_start(self) -> None:
-        """Starts the clock of an epoch in whose midst a resumed run begins: of it, only the rest is timed."""
+        """Starts the clock: an epoch that a run resumes in the middle of is timed from here."""
         self._started = time.perf_counter()
 
     def on_train_epoch_start(self) -> None:
@@ -153,42 +212,15 @@ class TaskModule(LightningModule):
         """Logs train/seconds."""
         self.log("train/seconds", time.perf_counter() - self._started)
 
-    @cached_property
-    def evaluation(self) -> Any:
-        """The transform of an image that is no training image.
-
-        Raises:
-            ValueError: neither data nor checkpoint have named it.
-        """
-        if self.preprocessing is None:
-            raise ValueError("preprocessing is missing in the checkpoint: it was not trained on data that name it")
-        return self.preprocessing.evaluation()
-
-    def diagnose(self, batch: Any) -> Diagnosis:
-        """What the network's involutions do to a training batch, see `nn.diagnose`; nothing is logged or changed."""
-        raise NotImplementedError
-
-    def unlabelled(self, images: list[Tensor]) -> Any:
-        """A training batch of images that nothing is known of, as `read` returns them: [3, H, W], all of a size."""
-        raise NotImplementedError
-
-    @property
-    def read(self) -> Reader:
-        """Reads an image file as the network wants it; loading processes get it without the network."""
-        return Reader(self.evaluation)
-
-    def configure_inference(self) -> None:
-        """Sets how images are looked at in prediction: there is one way."""
-
     def load_backbone(self, body: nn.Module, file: Path) -> None:
         """Fills a backbone with a classifier's weights: see `zoo.checkpoints.load_backbone`."""
         left_out = load_backbone(body, file)
-        rank_zero_info(f"backbone_weights: all of the backbone's, none missing; left out: {left_out or 'none'}")
-        self._begun_with = str(file)
-        self.hparams["backbone_weights"] = None  # what a checkpoint is loaded into has its weights from there
+        rank_zero_info(f"backbone_weights: loaded every tensor of the backbone; ignored: {left_out or 'none'}")
+        self._backbone_file = str(file)
+        self.hparams["backbone_weights"] = None  # loading a checkpoint needs no such file
 
     def sgd(self, lr_scale: float) -> torch.optim.SGD:
-        """Of all that is trained, with the lr, momentum and weight_decay of the hyperparameters."""
+        """SGD over all trainable parameters, with lr, momentum and weight_decay from the hyperparameters."""
         given = self.hparams
         trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
         return torch.optim.SGD(
@@ -196,15 +228,15 @@ class TaskModule(LightningModule):
         )
 
     def scheduled(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> OptimizerLRSchedulerConfig:
-        """What configure_optimizers returns: the learning rate times `factor` of the step, set at every batch."""
+        """The result of configure_optimizers: at every step the learning rate is multiplied by `factor(step)`."""
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_steps(self) -> int:
-        """How many steps the optimizer makes in all; makes the loaders, which know the batches.
+        """The number of optimizer steps of the whole run; builds the loaders to count batches.
 
         Raises:
-            ValueError: nobody knows.
+            ValueError: neither max_epochs nor max_steps is given.
         """
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
@@ -212,15 +244,15 @@ class TaskModule(LightningModule):
         return int(steps)
 
     def lr_scale(self, lr_batch_size: int | None) -> float:
-        """How many times as many images as `lr_batch_size` an optimizer step sees; 1 without it.
+        """The images of an optimizer step divided by `lr_batch_size`; 1 without it.
 
         Raises:
-            ValueError: there is no data module that knows its batch size.
+            ValueError: the data module has no batch_size.
         """
         if not lr_batch_size:
             return 1.0
         trainer: Any = self.trainer
         if not hasattr(trainer.datamodule, "batch_size"):
-            raise ValueError("lr_batch_size wants a data module with a batch_size, and there is none")
+            raise ValueError("lr_batch_size must come with a data module that has a batch_size, got one without")
         images = trainer.datamodule.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         return float(images / lr_batch_size)

@@ -81,9 +81,7 @@ class Classifier(TaskModule):
             classes, or init_from does not fit (once the trainer starts).
     """
 
-    task = "classify"
     preprocessing_type = Preprocessing
-    collate = staticmethod(torch.stack)  # images that `read` returns, as a batch
 
     def __init__(
         self,
@@ -132,6 +130,11 @@ class Classifier(TaskModule):
         # As metrics: Lightning's own mean over processes rounds the number of images per process.
         self.train_loss, self.val_loss, self.test_loss = MeanMetric(), MeanMetric(), MeanMetric()
 
+    @staticmethod
+    def collate(images: list[Tensor]) -> Tensor:
+        """Images [3, H, W] -> [N, 3, H, W]."""
+        return torch.stack(images)
+
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes]."""
         logits: Tensor = self.net(images.to(memory_format=self.memory_format))
@@ -175,14 +178,24 @@ class Classifier(TaskModule):
         self.log_dict(metrics, prog_bar=stage == "val", **when)
         return loss
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the network's own weights as "state_dict_ema", which timm.create_model(checkpoint_path=...) reads first.
+
+        The tensors share their storage with "state_dict", so the file does not grow. Sharded ones are left out.
+        """
+        super().on_save_checkpoint(checkpoint)
+        weights = {name: one for name, one in checkpoint["state_dict"].items() if name.startswith("net.")}
+        if all(type(one) is Tensor for one in weights.values()):
+            checkpoint["state_dict_ema"] = {name.removeprefix("net."): one for name, one in weights.items()}
+
     def diagnose(self, batch: Batch) -> Diagnosis:
-        """What the network's involutions do to a training batch; images are not mixed."""
+        """Statistics of the network's involutions on a training batch; images are not mixed."""
         images, labels = batch
         loss = partial(F.cross_entropy, target=labels, label_smoothing=self.hparams["label_smoothing"])
         return diagnose(self.net, images.to(memory_format=self.memory_format), loss)
 
     def unlabelled(self, images: list[Tensor]) -> Batch:
-        """A batch whose labels are all the first class."""
+        """A batch whose labels are all class 0."""
         return torch.stack(images), torch.zeros(len(images), dtype=torch.long)
 
     def writer(
@@ -193,13 +206,13 @@ class Classifier(TaskModule):
         grid: NonNegativeInt = 0,
         grid_columns: PositiveInt = 6,
     ) -> RankingWriter:
-        """Writes predictions.csv, and shows the first images' likeliest classes.
+        """Writes predictions.csv, and shows the most probable classes of the first images.
 
         Args:
-            folder: where the results go.
+            folder: the folder for the results.
             files: the images.
             top_k: classes per image.
-            grid: write predictions.png too, so many of the images with their classes.
+            grid: number of images in predictions.png, a picture of images with their classes; 0 writes none.
             grid_columns: images in a row of it.
         """
         return RankingWriter(folder, files, self.classes, top_k, grid, grid_columns)

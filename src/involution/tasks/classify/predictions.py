@@ -1,4 +1,4 @@
-"""Writing down what a classifier says about images."""
+"""Writing a classifier's predictions: a CSV file, a table on the screen, a grid of pictures."""
 
 import csv
 from collections.abc import Sequence
@@ -9,55 +9,60 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
-from ...engine.images import read_image
+from ...engine.writer import PredictionWriter
 
 _SHOWN = 20  # images in the table on the screen
 _CELL, _LINE = 192, 16  # pixels: a picture's side in the grid, and a line of text under it
 
 
-Ranking = list[tuple[str, float]]  # the likeliest classes of an image and their probabilities, the likeliest first
+Ranking = list[tuple[str, float]]  # the most probable classes of an image with their probabilities, in falling order
 
 
-class RankingWriter:
-    """Writes predictions.csv, and shows the first images' likeliest classes.
+class RankingWriter(PredictionWriter):
+    """Writes predictions.csv, and shows the most probable classes of the first images.
 
     Args:
-        folder: where the results go.
+        folder: the folder for the results.
         files: the images.
-        classes: their names.
-        top_k: classes per image; fewer if there are not so many.
-        grid: write predictions.png too, so many of the images with their classes.
+        classes: the class names.
+        top_k: classes per image, at most all of them.
+        grid: images in predictions.png; 0 writes none.
         grid_columns: images in a row of it.
     """
 
     def __init__(
         self, folder: Path, files: Sequence[Path], classes: Sequence[str], top_k: int, grid: int, grid_columns: int
     ) -> None:
-        self.folder, self.files, self.classes, self.top_k = folder, files, classes, min(top_k, len(classes))
-        self.grid, self.grid_columns = grid, grid_columns
+        super().__init__(folder, files)
+        self.classes, self.top_k = classes, min(top_k, len(classes))
+        self.pictures, self.grid_columns = grid, grid_columns
         self._rankings: dict[int, Ranking] = {}
+        self._cells: dict[int, Image.Image] = {}
 
-    def add(self, index: int, probabilities: Tensor) -> None:
-        """Keeps the likeliest classes of files[index]; probabilities are [num_classes]."""
-        values, classes = probabilities.float().topk(self.top_k)
+    def add(self, index: int, output: Tensor, pixels: Tensor | None) -> None:
+        """Keeps the most probable classes of files[index]; `output` is probabilities [num_classes]."""
+        values, classes = output.float().topk(self.top_k)
         self._rankings[index] = [(self.classes[i], p) for i, p in zip(classes.tolist(), values.tolist(), strict=True)]
+        if pixels is not None:
+            self._cells[index] = ImageOps.contain(to_pil_image(pixels), (_CELL - 4, _CELL - 4))
 
     def close(self) -> None:
-        """Writes and shows them, in the files' order."""
+        """Writes and shows the rankings, in the files' order."""
         kept = sorted(self._rankings)
-        files, rows = [self.files[index] for index in kept], [self._rankings[index] for index in kept]
-        names = [str(file) for file in files]
+        names, rows = [str(self.files[index]) for index in kept], [self._rankings[index] for index in kept]
         write_csv(self.folder / "predictions.csv", names, rows)
         print_table(names, rows)
         print(f"wrote {self.folder / 'predictions.csv'}")
-        if self.grid:
-            write_grid(self.folder / "predictions.png", files[: self.grid], rows[: self.grid], self.grid_columns)
+        if self._cells:
+            cells = [(self._cells[index], self._rankings[index]) for index in sorted(self._cells)]
+            write_grid(self.folder / "predictions.png", cells, self.grid_columns)
             print(f"wrote {self.folder / 'predictions.png'}")
 
 
 def write_csv(file: Path, names: Sequence[str], rows: Sequence[Ranking]) -> None:
-    """Writes a line for every image and rank: image, rank (from 1), class, probability."""
+    """Writes one line per image and rank: image, rank (from 1), class, probability."""
     with file.open("w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
         writer = csv.writer(stream)
         writer.writerow(["image", "rank", "class", "probability"])
@@ -77,16 +82,15 @@ def print_table(names: Sequence[str], rows: Sequence[Ranking]) -> None:
         console.print(f"... and {len(names) - _SHOWN} more")
 
 
-def write_grid(file: Path, images: Sequence[Path], rows: Sequence[Ranking], columns: int) -> None:
-    """Writes a picture of all images in a grid, the likeliest classes under each."""
-    lines = len(rows[0])
+def write_grid(file: Path, cells: Sequence[tuple[Image.Image, Ranking]], columns: int) -> None:
+    """Writes a grid of small images, with the most probable classes below each."""
+    lines = len(cells[0][1])
     height = _CELL + _LINE * lines + 4
-    used = min(columns, len(images))
-    sheet = Image.new("RGB", (used * _CELL, -(-len(images) // columns) * height), "white")
+    used = min(columns, len(cells))
+    sheet = Image.new("RGB", (used * _CELL, -(-len(cells) // columns) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LINE - 4)
-    for index, (path, row) in enumerate(zip(images, rows, strict=True)):
+    for index, (image, row) in enumerate(cells):
         left, top = index % columns * _CELL, index // columns * height
-        image = ImageOps.contain(read_image(path), (_CELL - 4, _CELL - 4))
         sheet.paste(image, (left + (_CELL - image.width) // 2, top + (_CELL - image.height) // 2))
         for line, (label, probability) in enumerate(row):
             text = f"{probability:.0%} {label}"

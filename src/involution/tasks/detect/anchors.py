@@ -8,7 +8,6 @@ from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-
 RATIOS = (0.5, 1.0, 2.0)  # of all detectors' anchors: height over width
 
 
@@ -69,7 +68,7 @@ class Matcher(TorchvisionMatcher):
         self.min_quality = min_quality
 
     def __call__(self, match_quality_matrix: Tensor) -> Tensor:
-        """IoU [boxes, predictions] -> index of the box of each prediction, [predictions] int64; -1 negative, -2 neither."""
+        """IoU [boxes, predictions] -> box index of each prediction, [predictions] int64; -1 negative, -2 neither."""
         if match_quality_matrix.shape[1] == 0:
             return match_quality_matrix.new_empty(0, dtype=torch.int64)
         matches: Tensor = super().__call__(match_quality_matrix)

@@ -18,7 +18,7 @@ from ...nn import Diagnosis, diagnose
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
 from .predictions import DetectionWriter
-from .preprocessing import Preprocessing, to_tensor
+from .preprocessing import Preprocessing
 from .targets import Targets
 
 MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
@@ -75,9 +75,7 @@ class Detector(TaskModule):
             no masks.
     """
 
-    task = "detect"
     preprocessing_type = Preprocessing
-    collate = list  # a batch is a list of the images that `read` returns
 
     def __init__(
         self,
@@ -139,6 +137,11 @@ class Detector(TaskModule):
         data = getattr(self.trainer, "datamodule", None)
         if "mask" in self.kinds and not getattr(data, "masks", True):
             raise ValueError("masks must be true in the data of a model that predicts masks, got false")
+
+    @staticmethod
+    def collate(images: Images) -> Images:
+        """A list: sizes differ."""
+        return images
 
     def forward(self, images: Images) -> list[dict[str, Tensor]]:
         """Images [3, H, W] in 0..1 -> for each, boxes [n, 4] in its pixels, labels [n] from 1, scores [n] and masks."""
@@ -218,11 +221,6 @@ class Detector(TaskModule):
             nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
             targets.append({**nothing, "masks": torch.zeros(0, *image.shape[1:], dtype=torch.uint8)})
         return images, targets
-
-    @property
-    def evaluation(self) -> Any:
-        """The transform of an image in evaluation: to a tensor in 0..1; the detector resizes and normalises."""
-        return to_tensor()
 
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
         """The detections of every image, with masks as run lengths, which take little memory."""

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from ...engine.images import read_image
 from ...engine.pictures import colour, picture_names
+from ...engine.writer import PredictionWriter
 from .annotations.run_lengths import area, decode
 from .evaluation import Detection
 
 
-class DetectionWriter:
+class DetectionWriter(PredictionWriter):
     """Draws detections into images, and writes them in COCO's format.
 
     Args:
@@ -32,16 +32,17 @@ class DetectionWriter:
     def __init__(self, folder: Path, files: Sequence[Path], classes: Sequence[str], score_threshold: float) -> None:
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be in 0..1, got {score_threshold!r}")
-        self.folder, self.files, self.names = folder, files, picture_names(files)
+        super().__init__(folder, files)
+        self.names = picture_names(files)
         self.classes, self.score_threshold = classes, score_threshold
         self._found: dict[int, tuple[tuple[int, int], list[Detection]]] = {}  # width, height; detections
 
-    def add(self, index: int, found: list[Detection]) -> None:
+    def add(self, index: int, output: list[Detection], pixels: Tensor | None) -> None:
         """Writes STEM.png: files[index] with boxes, masks, labels and scores."""
-        image = read_image(self.files[index])
-        shown = [one for one in found if one["score"] >= self.score_threshold]
-        drawn(pil_to_tensor(image), shown, self.classes).save(self.folder / self.names[index])
-        self._found[index] = image.size, found
+        assert pixels is not None  # `pictures` is all files
+        shown = [one for one in output if one["score"] >= self.score_threshold]
+        drawn(pixels, shown, self.classes).save(self.folder / self.names[index])
+        self._found[index] = (pixels.shape[2], pixels.shape[1]), output
 
     def close(self) -> None:
         """Writes predictions.json: images, categories and annotations with scores; ids count from 1."""

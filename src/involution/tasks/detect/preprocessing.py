@@ -22,6 +22,10 @@ class Preprocessing(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def evaluation(self) -> v2.Transform:
+        """The transform: PIL image -> [3, H, W] float32 in 0..1; the detector resizes and normalises."""
+        return to_tensor()
+
 
 def to_tensor() -> v2.Transform:
     """PIL image -> [3, H, W] float32 in 0..1."""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
-from ...engine.images import read_image
 from ...engine.module import Reader, TaskModule, linear_warmup
 from ...engine.pictures import Colour, colour
 from ...engine.sync_batch_norm import SyncBatchNorm, norms_of_involutions
@@ -54,12 +54,14 @@ def pixel_loss(logits: Tensor, masks: Tensor, over: str = "known") -> Tensor:
     return total / (masks.numel() if over == "all" else (masks != IGNORED).sum().clamp(min=1))
 
 
-class SizedReader(Reader):
-    """Reads image files, preprocesses them, and tells their own size: tensor, and (height, width)."""
+SizedImage = tuple[Tensor, tuple[int, int]]  # the network's input, and height and width of the file's image
 
-    def __call__(self, file: Path) -> tuple[Tensor, tuple[int, int]]:
+
+class SizedReader(Reader):
+    """A `Reader` that also returns the image's own height and width."""
+
+    def prepare(self, image: Image.Image) -> SizedImage:
         """See `Reader`."""
-        image = read_image(file)
         return self.transform(image), (image.height, image.width)
 
 
@@ -109,9 +111,7 @@ class Segmenter(TaskModule):
         ValueError: an argument does not fit; the data have another number of classes (once the trainer starts).
     """
 
-    task = "segment"
     preprocessing_type = Preprocessing
-    collate = list  # images that `read` returns, as a batch
 
     def __init__(
         self,
@@ -207,6 +207,11 @@ class Segmenter(TaskModule):
         if self._data_classes is None and "involution" in checkpoint:
             self.palette = checkpoint["involution"]["palette"]
 
+    @staticmethod
+    def collate(images: list[SizedImage]) -> list[SizedImage]:
+        """A list: sizes differ."""
+        return images
+
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] -> logits [N, num_classes, H, W]."""
         logits: Tensor = self.net(images.to(memory_format=self.memory_format))["out"]
@@ -268,7 +273,7 @@ class Segmenter(TaskModule):
         """Reads an image file as the network wants it, [3, h, w], and its own height and width."""
         return SizedReader(self.evaluation)
 
-    def predict_step(self, images: list[tuple[Tensor, tuple[int, int]]], batch_idx: int) -> list[Tensor]:
+    def predict_step(self, images: list[SizedImage], batch_idx: int) -> list[Tensor]:
         """Of every image, the classes of its pixels: [H, W] uint8."""
         return [self._classes(image, size).byte().cpu() for image, size in images]
 

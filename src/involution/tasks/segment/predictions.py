@@ -1,4 +1,4 @@
-"""Drawing and writing down the classes of an image's pixels."""
+"""Writing a segmenter's predictions: class indices, and pictures with the classes' colours."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,20 +6,20 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
-from ...engine.images import read_image
 from ...engine.pictures import Colour, picture_names
+from ...engine.writer import PredictionWriter
 
 
-class MaskWriter:
-    """Writes of every image STEM.png, its classes' colours over it and a legend, and ids/STEM.png, class indices.
+class MaskWriter(PredictionWriter):
+    """Writes per image STEM.png, the image with its classes' colours and a legend, and ids/STEM.png, class indices.
 
     Args:
-        folder: where they go.
+        folder: the folder for the results.
         files: the images.
-        classes: their names.
-        palette: their colours.
+        classes: the class names.
+        palette: the classes' colours.
         alpha: opacity of the colours.
 
     Raises:
@@ -31,36 +31,37 @@ class MaskWriter:
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha!r}")
-        self.folder, self.files, self.names = folder, files, picture_names(files)
+        super().__init__(folder, files)
+        self.names = picture_names(files)
         self.classes, self.palette, self.alpha = classes, palette, alpha
         self.written = 0
 
-    def add(self, index: int, mask: Tensor) -> None:
-        """Writes both pictures of files[index]; the mask is [H, W] uint8."""
+    def add(self, index: int, output: Tensor, pixels: Tensor | None) -> None:
+        """Writes both pictures of files[index]; `output` is its mask, [H, W] uint8."""
+        assert pixels is not None  # `pictures` is all files
         (self.folder / "ids").mkdir(exist_ok=True)
-        picture = overlay(read_image(self.files[index]), mask, self.classes, self.palette, self.alpha)
-        picture.save(self.folder / self.names[index])
-        Image.fromarray(mask.numpy()).save(self.folder / "ids" / self.names[index])
+        overlay(pixels, output, self.classes, self.palette, self.alpha).save(self.folder / self.names[index])
+        Image.fromarray(output.numpy()).save(self.folder / "ids" / self.names[index])
         self.written += 1
 
     def close(self) -> None:
-        """Says how many there are."""
+        """Prints the number of pictures."""
         print(f"wrote {self.written} pictures to {self.folder}, and class indices to {self.folder / 'ids'}")
 
 
 def overlay(
-    image: Image.Image, mask: Tensor, classes: Sequence[str], palette: Sequence[Colour], alpha: float
+    pixels: Tensor, mask: Tensor, classes: Sequence[str], palette: Sequence[Colour], alpha: float
 ) -> Image.Image:
-    """An image with the colours of a mask [H, W] over it, and below it a legend of the classes that occur."""
+    """An image [3, H, W] blended with the colours of a mask [H, W], above a legend of the classes that occur."""
     colours = torch.tensor(palette, dtype=torch.float32)[mask.long()].permute(2, 0, 1)
-    mixed = to_pil_image(torch.lerp(pil_to_tensor(image).float(), colours, alpha).round().byte())
+    mixed = to_pil_image(torch.lerp(pixels.float(), colours, alpha).round().byte())
     return with_legend(mixed, mask.unique().tolist(), classes, palette)
 
 
 def with_legend(
     image: Image.Image, shown: Sequence[int], classes: Sequence[str], palette: Sequence[Colour]
 ) -> Image.Image:
-    """An image, and below it a legend of the classes shown."""
+    """An image above a legend of the classes shown."""
     below = legend(shown, classes, palette, image.width)
     picture = Image.new("RGB", (image.width, image.height + below.height))
     picture.paste(image, (0, 0))
@@ -69,7 +70,7 @@ def with_legend(
 
 
 def legend(shown: Sequence[int], classes: Sequence[str], palette: Sequence[Colour], width: int) -> Image.Image:
-    """A square of colour and a name for every class shown, in as many lines as they need."""
+    """A coloured square and a name per class shown, wrapped to the width."""
     size = 14
     font = ImageFont.load_default(size=size - 2)
     places, x, y = [], 4, 4

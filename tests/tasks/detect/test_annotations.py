@@ -235,12 +235,12 @@ def test_the_truth_of_evaluation_is_never_changed(tmp_path: Path) -> None:
         content["annotations"].append({**content["annotations"][0], "id": 1, "bbox": box, "area": number})
     content["annotations"].append({**content["annotations"][0], "image_id": 99})  # of no image: counts nowhere
     file = write(tmp_path, content)
-    with pytest.warns(RuntimeWarning, match="evaluated as they are 4 objects, the first"):
+    with pytest.warns(RuntimeWarning, match="evaluated 4 objects as they are, the first"):
         found = read_annotations(file, tmp_path, on_error="skip", evaluation=True)
     assert [list(one.box) for one in found.objects[10]] == [[1, 2, 10.5, 20], [0, 0, 40, 30], *boxes]
     assert [one.area for one in found.objects[10][2:]] == [0, 1, 2]
     content["annotations"][0]["bbox"] = None
-    with pytest.raises(AnnotationError, match=r"bbox must be four finite numbers, for evaluation leaves no object out"):
+    with pytest.raises(AnnotationError, match=r"bbox must be four finite numbers, because evaluation skips no object"):
         read_annotations(write(tmp_path, content), tmp_path, on_error="skip", evaluation=True)
 
 
@@ -249,7 +249,7 @@ def test_a_file_of_boxes_alone_is_not_for_masks(tmp_path: Path) -> None:
     for one in content["annotations"]:
         one["segmentation"] = []
     for on_error in ("raise", "skip"):
-        with pytest.raises(AnnotationError, match="got 2 boxes alone; faster_rcnn_rednet50_fpn_1x is a recipe"):
+        with pytest.raises(AnnotationError, match="got 2 boxes without; faster_rcnn_rednetv2_50_fpn is a recipe"):
             read_annotations(write(tmp_path, content), tmp_path, masks=True, on_error=on_error)
 
 

@@ -249,7 +249,7 @@ def test_skipping_is_for_training_alone(coco_folder: Path, tmp_path: Path) -> No
 
     for part in ("train2017", "val2017"):
         change(root, part, damage)
-    with pytest.warns(RuntimeWarning, match="clipped 1 boxes|left out 1 objects|evaluated as they are 2"):
+    with pytest.warns(RuntimeWarning, match="clipped 1 boxes|left out 1 objects|evaluated 2 objects as they are"):
         made = data(root, on_error="skip")
     assert made.train_set[0][1]["boxes"].tolist() == [[0, 4, 22, 22]]
     assert len(made.train_set[1][1]["boxes"]) == 1

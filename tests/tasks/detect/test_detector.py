@@ -272,8 +272,8 @@ def test_boxes_alone_want_another_recipe(
     command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, "--model.backbone", "rednet26"]
     assert main(command) == 1
     message = capsys.readouterr().err
-    assert "an object must have a segmentation, for masks are asked for, got 10 boxes alone" in message
-    assert "faster_rcnn_rednet50_fpn_1x is a recipe for boxes" in message
+    assert "an object must have a segmentation, because data.masks is true, got 10 boxes without" in message
+    assert "faster_rcnn_rednetv2_50_fpn is a recipe for boxes" in message
 
 
 def test_schedule() -> None:

@@ -156,7 +156,7 @@ def results_of(content: dict[str, Any], missed: int) -> list[dict[str, Any]]:
 def test_the_numbers_are_pycocotools_of_the_users_own_file(missed: int, tmp_path: Path) -> None:
     """Whatever is in it; but that pycocotools takes an object of the id 0 for none."""
     content = small()
-    with pytest.warns(RuntimeWarning, match="evaluated as they are 3 objects"):
+    with pytest.warns(RuntimeWarning, match="evaluated 3 objects as they are"):
         found = read_annotations(written(content, tmp_path), tmp_path, on_error="skip", evaluation=True)
     results = results_of(content, missed)
     ours, _ = average_precision(ground_truth(found), results, "box", [1, 2, 3])
@@ -181,7 +181,7 @@ def test_objects_without_masks_count_as_boxes_and_not_against_masks(tmp_path: Pa
     content["annotations"] = [content["annotations"][number] for number in (1, 4)]
     content["annotations"][1]["category_id"] = 1
     content["annotations"][0]["segmentation"] = []
-    with pytest.warns(RuntimeWarning, match=r"evaluated as they are 1 objects.*segmentation must be there"):
+    with pytest.warns(RuntimeWarning, match=r"evaluated 1 objects as they are.*segmentation must be there"):
         found = read_annotations(written(content, tmp_path), tmp_path, True, "skip", evaluation=True)
     truth = ground_truth(found)
     assert average_precision(truth, results_of(content, -1), "box", [1, 2, 3])[0]["AP"] == 1

@@ -123,7 +123,10 @@ def test_frozen_stages_and_norms() -> None:
         ({"neck": "attention"}, "layer must be convolution or involution, got 'attention'"),
         ({"head": "attention"}, "head must be convolution or involution, got 'attention'"),
         ({"frozen_stages": 5}, "frozen_stages must be from 0 to 4, got 5"),
-        ({"box_detections": 5}, "arguments of the detector, got 'box_detections'; box_detections_per_img is one"),
+        (
+            {"box_detections": 5, "x": 1},
+            r"arguments of mask_rcnn, got 'box_detections' \(box_detections_per_img is one\), 'x'$",
+        ),
     ],
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:

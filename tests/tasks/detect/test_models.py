@@ -1,4 +1,4 @@
-"""The detectors: torchvision's, with RedNet and involution where the paper has them."""
+"""Faster R-CNN, Mask R-CNN and RetinaNet with RedNet, and involution in neck and head."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {
     "num_classes": 3,
     "min_size": 64,
     "max_size": 96,
-    "backbone_kwargs": {"norm_layer": "groupnorm1"},  # running statistics of two images say nothing
+    "backbone_kwargs": {"norm_layer": "groupnorm1"},  # running statistics of two images are meaningless
 }
 FAMILIES = [faster_rcnn, mask_rcnn, retinanet]
 
@@ -28,7 +28,7 @@ def targets(masks: bool) -> list[dict[str, torch.Tensor]]:
         for shape, (left, top, right, bottom) in zip(shapes, boxes.int().tolist(), strict=True):
             shape[top:bottom, left:right] = 1
         target["masks"] = shapes
-    return [target, {name: value[:0] for name, value in target.items()}]  # the second image holds nothing
+    return [target, {name: value[:0] for name, value in target.items()}]  # the second image has no objects
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,9 +41,9 @@ def test_training_reaches_every_parameter(family: Any, layer: str) -> None:
     losses = model(images, targets(family is mask_rcnn))
     assert all(loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
-    # The last norm of a block starts at zero, and what stands before it gets no gradient in the first step.
-    silent = {name for name, p in model.named_parameters() if p.grad is None}
-    assert silent == set()
+    # A gradient may be zero: the last norm of a block starts at zero, and so does the gradient before it.
+    unreached = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unreached == set()
     replaced = [name for name, module in model.named_modules() if isinstance(module, Involution2d)]
     in_pyramid = [name for name in replaced if "fpn" in name]
     assert len(in_pyramid) == (0 if layer == "convolution" else 3 if family is retinanet else 4)
@@ -67,8 +67,8 @@ def test_detections_have_labels_from_one(family: Any) -> None:
         assert found["masks"].shape[1:] == (1, 64, 80)
 
 
-def test_retinanet_learns_the_label_that_it_is_given() -> None:
-    """Its classes count from 0 inside: the target of label 3 is the last of three scores."""
+def test_retinanets_labels_count_from_one() -> None:
+    """Inside they count from 0: label 3 is the last of three scores."""
     model = retinanet(**SMALL).train()
     seen = {}
     original = model.compute_loss
@@ -81,7 +81,7 @@ def test_retinanet_learns_the_label_that_it_is_given() -> None:
     given = targets(False)
     model([torch.rand(3, 64, 80), torch.rand(3, 70, 64)], given)
     assert seen["labels"] == [[0, 2], []]
-    assert given[0]["labels"].tolist() == [1, 3]  # the caller's are left alone
+    assert given[0]["labels"].tolist() == [1, 3]  # the caller's targets stay unchanged
 
 
 def test_group_norms_in_retinanets_head() -> None:
@@ -134,9 +134,19 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
         mask_rcnn(**SMALL, **options)
 
 
+def test_retinanet_refuses_arguments_of_an_rpn() -> None:
+    """They would have no effect; where RetinaNet has a counterpart, the error names it."""
+    wanted = (
+        r"model_kwargs must be arguments of retinanet, got 'box_detections_per_img' \(detections_per_img is one\), "
+        "'rpn_pre_nms_top_n_test'"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        retinanet(**SMALL, rpn_pre_nms_top_n_test=200, box_detections_per_img=10)
+
+
 @pytest.mark.parametrize("backbone", ["rednet26", "rednetv2_26"])
 def test_involutions_of_necks_and_heads_begin_as_the_identity(backbone: str) -> None:
-    """Also four in a row, as in Mask R-CNN's head."""
+    """Also the four in a row of Mask R-CNN's head."""
     torch.manual_seed(0)
     heads = mask_rcnn(backbone, neck="involution", head="involution", num_classes=2).roi_heads.mask_head
     x = torch.randn(2, 256, 14, 14)

@@ -1,4 +1,4 @@
-"""Packed annotations say what they were made of, in little memory, which processes go on sharing."""
+"""Packed annotations equal the ones they are made of, in little memory, which forked processes keep sharing."""
 
 import json
 import os
@@ -25,24 +25,23 @@ OBJECTS = {
 }
 
 
-def test_objects_come_back() -> None:
+def test_packed_objects_equal_the_given_ones() -> None:
     found = PackedObjects(OBJECTS, segmentations=True)
     assert list(found.items()) == list(OBJECTS.items())
     assert len(found) == 3
     assert 4 not in found
     assert 10 not in found
-    again = pickle.loads(pickle.dumps(found))
-    assert again == OBJECTS
+    assert pickle.loads(pickle.dumps(found)) == OBJECTS
     without = PackedObjects(OBJECTS, segmentations=False)
-    for image, found_there in OBJECTS.items():
-        assert without[image] == [one._replace(segmentation=None) for one in found_there]
+    for image, objects in OBJECTS.items():
+        assert without[image] == [one._replace(segmentation=None) for one in objects]
     assert PackedObjects({}, segmentations=True) == {}
     kept = Annotations([], {2: "a", 4: "b"}, found).only(["b"]).objects
     assert kept == {5: [], 3: [], 9: OBJECTS[9][:1]}
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_data_are_packed(masks: bool, coco_folder: Path) -> None:
+def test_the_data_module_packs(masks: bool, coco_folder: Path) -> None:
     data = COCO(str(coco_folder), num_workers=0, masks=masks)
     file, images = coco_folder / "annotations" / "instances_train2017.json", coco_folder / "train2017"
     objects = data.split("train").annotations.objects
@@ -55,7 +54,7 @@ def test_data_are_packed(masks: bool, coco_folder: Path) -> None:
     assert all(shape is not None for shape in shapes) == masks
 
 
-def test_an_object_takes_65_bytes_and_its_segmentation() -> None:
+def test_an_object_takes_at_most_70_bytes_and_its_segmentation() -> None:
     many = {image: [OBJECTS[5][0]] * 10 for image in range(1000)}
     assert PackedObjects(many, segmentations=False).nbytes < 70 * 10_000
     text = len(json.dumps(POLYGONS, separators=(",", ":")))

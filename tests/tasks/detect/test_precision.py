@@ -29,7 +29,7 @@ FEW = {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 50, "rpn_post_
 
 
 def in_precision(model: nn.Module, precision: str, images: list[torch.Tensor], *targets: Any) -> Any:
-    """What a model says where Lightning runs it so."""
+    """A model's outputs in one of Lightning's precisions."""
     model = model.to(DTYPES.get(precision, torch.float32))
     images = [image.to(DTYPES.get(precision, torch.float32)) for image in images]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -39,7 +39,7 @@ def in_precision(model: nn.Module, precision: str, images: list[torch.Tensor], *
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detections_are_float32(family: Any, precision: str) -> None:
-    """Also what torchvision's NMS and RoIAlign get, which have no kernel for bfloat16 on every device."""
+    """So are the inputs of torchvision's NMS and RoIAlign, which lack bfloat16 kernels on some devices."""
     torch.manual_seed(0)
     all_of_them = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0, **FEW}
     model = family(**TINY, **all_of_them)
@@ -56,7 +56,7 @@ def test_detections_are_float32(family: Any, precision: str) -> None:
     [(family, precision) for family in FAMILIES for precision in ("bf16-mixed", "bf16-true")]
     + [(mask_rcnn, "16-true"), (retinanet, "64-true")],
 )
-def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_their_inputs_are_float32(family: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     few = {} if family is retinanet else FEW
     model = family(**TINY, **few, _skip_resize=True).train()
@@ -86,7 +86,7 @@ def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, mo
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_scores_do_not_tie(precision: str) -> None:
-    """bfloat16 has 128 values in an octave; some are equal in float32 too, for all logits begin close to each other."""
+    """bfloat16 has 128 values per octave. Some logits tie in float32 too, because all start close to each other."""
     torch.manual_seed(0)
     retina, model = retinanet(**TINY).head, mask_rcnn(**TINY)
     level = torch.randn(1, 256, 40, 40)
@@ -105,7 +105,7 @@ def test_scores_do_not_tie(precision: str) -> None:
 
 
 def test_bfloat16_does_not_change_boxes() -> None:
-    """Decoding zero deltas gives the anchors themselves, at 1001 too; their scores do not tie."""
+    """Decoding zero deltas returns the anchors themselves, also at coordinates such as 1001."""
     model = faster_rcnn(**TINY).bfloat16()
     levels = [torch.zeros(1, 256, 40, 264, dtype=torch.bfloat16)]
     model.rpn.anchor_generator.strides = (4,)
@@ -130,7 +130,7 @@ def test_lightning_does_not_round_true_boxes(precision: Any) -> None:
         assert (len(moved), moved[0]["labels"].tolist()) == (1, [2])
 
 
-def test_a_loader_brings_targets(coco_folder: Path) -> None:
+def test_loaders_return_targets(coco_folder: Path) -> None:
     data = COCO(str(coco_folder), num_workers=0, min_size=48, max_size=64)
     data.setup("fit")
     for loader, name in ((data.train_dataloader(), "boxes"), (data.val_dataloader(), "image_id")):

@@ -1,4 +1,4 @@
-"""Every number that the published detectors' figures rest on (their framework's defaults, and the paper's recipes)."""
+"""Every number of the published detectors: their framework's defaults, and the paper's recipes."""
 
 import math
 from typing import Any
@@ -87,7 +87,7 @@ def normal(layer: nn.Module, std: float) -> None:
     assert abs(float(weight.mean())) < 0.1 * std
 
 
-def test_how_heads_begin() -> None:
+def test_initialisation_of_the_heads() -> None:
     torch.manual_seed(0)
     model = mask_rcnn("rednet26", num_classes=80)
     heads, rpn = model.roi_heads, model.rpn.head
@@ -108,7 +108,7 @@ def test_how_heads_begin() -> None:
         assert float(block[0].weight.abs().max()) == pytest.approx(math.sqrt(6 / fans), rel=0.01)
 
 
-def test_how_retinanets_head_begins(retina: Any) -> None:
+def test_initialisation_of_retinanets_head(retina: Any) -> None:
     head = retina.head
     for part, last in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
         for layer in [*(block[0] for block in part.conv), getattr(part, last)]:
@@ -132,8 +132,8 @@ class Images:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_anchors_are_at_the_levels_strides_and_not_rounded(dtype: torch.dtype) -> None:
-    """800 x 1344: the level of stride 64 has 13 rows, for 12.5; torchvision's stride is then 61."""
+def test_anchors_have_the_levels_strides_and_are_not_rounded(dtype: torch.dtype) -> None:
+    """800 x 1344: the level of stride 64 has 13 rows (12.5 rounded up); torchvision's stride would be 61."""
     anchors = Anchors((4, 8, 16, 32, 64), (8.0,), RATIOS)
     levels = [torch.zeros(1, 1, -(-800 // s), 1344 // s, dtype=dtype) for s in anchors.strides]
     first, second = anchors(Images((800, 1344), (790, 1300)), levels)
@@ -168,7 +168,7 @@ def test_low_quality_matches() -> None:
 
 
 def test_true_boxes_do_not_take_part_in_low_quality_matches() -> None:
-    """The proposal overlaps most with the first object, but is the second one's best: with masks it is the second's."""
+    """A proposal overlaps most with the first object, and is the second one's best: Mask R-CNN assigns the second."""
     first, second = [0.0, 0.0, 100.0, 100.0], [0.0, 0.0, 60.0, 100.0]
     proposal = torch.tensor([[0.0, 0.0, 85.0, 100.0], [0.0, 0.0, 98.0, 100.0]])
     true, labels = torch.tensor([first, second]), torch.tensor([1, 2])
@@ -184,7 +184,7 @@ def test_true_boxes_do_not_take_part_in_low_quality_matches() -> None:
         assert found.tolist() == [0, 0]
 
 
-def test_losses_of_the_rpn_are_l1() -> None:
+def test_the_rpns_box_loss_is_l1() -> None:
     network = ProposalNetwork.__new__(ProposalNetwork)
     nn.Module.__init__(network)
     network.fg_bg_sampler = lambda labels: (
@@ -199,7 +199,7 @@ def test_losses_of_the_rpn_are_l1() -> None:
     torch.testing.assert_close(objectness, of_sampled)
 
 
-def test_losses_of_the_regions_are_l1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_regions_box_loss_is_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     heads = faster_rcnn(**TINY).roi_heads.train()
     boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [30.0, 20.0, 60.0, 60.0], [0.0, 0.0, 8.0, 8.0]])
@@ -215,8 +215,8 @@ def test_losses_of_the_regions_are_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(losses["loss_classifier"], F.cross_entropy(scores, labels))
 
 
-def test_regions_are_aligned_and_sampled_as_densely_as_they_are_large() -> None:
-    """Features that are their own coordinates: a cell is the mean of its place."""
+def test_regions_are_aligned_and_sampled_adaptively() -> None:
+    """Features equal their coordinates, so a cell is the mean coordinate inside it."""
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     level = 4 * (torch.stack([columns, rows])[None] + 0.5)  # the image's coordinate of a pixel's centre
     pool = RegionAlign(["0", "1"], (4, 8), 2)
@@ -233,7 +233,7 @@ def test_regions_are_aligned_and_sampled_as_densely_as_they_are_large() -> None:
 
 @pytest.mark.parametrize("family", [faster_rcnn, mask_rcnn])
 def test_the_first_image_does_not_decide_the_strides(family: Any) -> None:
-    """A banner of 30 x 1000 first; torchvision took 0.5 to 0.0625 from it, and kept that."""
+    """From a first image of 30 x 1000 torchvision infers scales of 0.5 to 0.0625, and keeps them."""
     torch.manual_seed(0)
     model = family(**TINY, min_size=64, max_size=1000, box_score_thresh=0.0).eval()
     photograph = torch.rand(3, 64, 80)
@@ -279,7 +279,7 @@ def sums(head: Any, outputs: Any, targets: Any, anchors: Any, matched: Any) -> t
     return focal, boxes
 
 
-def test_retinanets_losses_are_of_the_whole_batchs_positives() -> None:
+def test_retinanets_losses_are_normalised_by_the_batchs_positives() -> None:
     head, *step = head_and_step()
     outputs, targets, anchors, matched = step
     focal, boxes = sums(head, *step)
@@ -302,8 +302,8 @@ def one_process(rank: int, store: str, results: Any) -> None:
     results[rank] = {name: float(value) for name, value in losses.items()}
 
 
-def test_several_processes_share_their_positives(tmp_path: Any) -> None:
-    """The mean of both processes' losses, which is what their gradients are of, is the whole batch's loss."""
+def test_processes_average_their_positives(tmp_path: Any) -> None:
+    """The mean of both processes' losses, whose gradient DDP computes, equals the loss of the whole batch."""
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(

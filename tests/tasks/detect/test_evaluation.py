@@ -39,7 +39,7 @@ def theirs(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, imag
     return dict(zip(NUMBERS, evaluation.stats.tolist(), strict=True))
 
 
-def noisy_results(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
+def noisy(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
     """Detections a little off the objects, some twice, some of another category, some missing; scores have ties."""
     random = np.random.default_rng(seed)
     categories = list(annotations.categories)
@@ -66,8 +66,7 @@ def noisy_results(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
 def test_the_twelve_numbers_are_pycocotools(annotations: Annotations, kind: str, images: int) -> None:
     field = {"box": "bbox", "mask": "segmentation"}[kind]
     results = [
-        {name: one[name] for name in ("image_id", "category_id", "score", field)}
-        for one in noisy_results(annotations, 0)
+        {name: one[name] for name in ("image_id", "category_id", "score", field)} for one in noisy(annotations, 0)
     ]
     truth = ground_truth(annotations)
     ids = [image.id for image in annotations.images][:images]
@@ -155,7 +154,7 @@ def results_of(content: dict[str, Any], missed: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("missed", range(6))
 def test_the_numbers_are_pycocotools_of_the_users_own_file(missed: int, tmp_path: Path) -> None:
-    """Whatever the file holds; only ids are shifted for pycocotools, which treats an object of the id 0 as unmatched."""
+    """Only ids are shifted for pycocotools, which treats an object of the id 0 as unmatched."""
     content = small()
     with pytest.warns(RuntimeWarning, match="evaluated 3 objects as they are"):
         found = read_annotations(written(content, tmp_path), tmp_path, on_error="skip", evaluation=True)

@@ -11,6 +11,7 @@ import yaml
 from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from pycocotools.coco import COCO as TheirCOCO
+from small_detectors import FEW, NARROW
 
 from involution.cli import main
 from involution.engine.command import TaskCLI, run
@@ -18,13 +19,7 @@ from involution.engine.recipes import recipes
 from involution.tasks.detect import Detector
 from involution.tasks.detect.module import warmup_steps_down
 
-NORM = ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}']
-# Few regions, which take most of the time.
-FEW = {"box_batch_size_per_image": 32, "box_detections_per_img": 10} | {
-    f"rpn_{when}_nms_top_n_{part}": number
-    for part in ("train", "test")
-    for when, number in (("pre", 200), ("post", 60))
-}
+BACKBONE = ["--model.backbone", "rednet26", "--model.backbone_kwargs", json.dumps(NARROW)]
 
 
 def sizes(root: Path, shorter: int) -> list[str]:
@@ -42,7 +37,7 @@ def sizes(root: Path, shorter: int) -> list[str]:
 
 
 def fit(recipe: str, root: Path, shorter: int, *options: str) -> TaskCLI:
-    return run(["fit", "-c", recipe, *sizes(root, shorter), "--model.backbone", "rednet26", *NORM, *QUIET, *options])
+    return run(["fit", "-c", recipe, *sizes(root, shorter), *BACKBONE, *QUIET, *options])
 
 
 @pytest.fixture(scope="module")
@@ -172,13 +167,14 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     """A classifier's checkpoint fills the backbone, whose stem, first stage and statistics are then frozen."""
     from involution.tasks.classify import Classifier
 
-    classifier = Classifier("rednet26", 5)
+    narrow = {name: NARROW[name] for name in ("layers", "channels")}
+    classifier = Classifier("rednet26", 5, model_kwargs=narrow)
     with torch.no_grad():
         for buffer in classifier.buffers():
             buffer.add_(torch.rand_like(buffer)) if buffer.is_floating_point() else None
     file = tmp_path / "classifier.ckpt"
     torch.save({"state_dict": classifier.state_dict()}, file)
-    options: dict[str, Any] = {"num_classes": 2, "backbone": "rednet26"}
+    options: dict[str, Any] = {"num_classes": 2, "backbone": "rednet26", "backbone_kwargs": narrow}
     model = Detector("retinanet", backbone_weights=str(file), **options).train()
     body = model.net.backbone.body
     wanted = classifier.net.state_dict()
@@ -192,6 +188,7 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     # From the command line; loading the checkpoint does not need the file any more.
     given = ["--model.backbone_weights", str(file), "--trainer.fast_dev_run", "1", "--data.batch_size", "2"]
     recipe = ["-c", "retinanet_rednet50_fpn_1x", "--model.backbone", "rednet26", *sizes(coco_folder, 48), *QUIET]
+    recipe += ["--model.backbone_kwargs", json.dumps(narrow)]
     cli = run(["fit", *recipe, *given])
     assert torch.equal(cli.model.net.backbone.body.stem.conv1.weight, wanted["stem.conv1.weight"])
     saved = tmp_path / "detector.ckpt"
@@ -227,20 +224,20 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
 def test_backbone_weights_that_do_not_fit(content: Any, message: str, tmp_path: Path) -> None:
     import timm
 
-    file = tmp_path / "weights.pt"
+    file, narrow = tmp_path / "weights.pt", {"channels": NARROW["channels"]}
     if content == "no weights":
         file.write_text(content)
     elif content == "stem 7":
-        torch.save(timm.create_model("rednet26", stem_kernel_size=7).state_dict(), file)
+        torch.save(timm.create_model("rednet26", stem_kernel_size=7, **narrow).state_dict(), file)
     elif content == "unnamed":
-        torch.save(timm.create_model("resnet26_paper").state_dict(), file)
+        torch.save(timm.create_model("resnet26_paper", **narrow).state_dict(), file)
     elif isinstance(content, str):
-        weights = {f"net.{name}": one for name, one in timm.create_model(content).state_dict().items()}
+        weights = {f"net.{name}": one for name, one in timm.create_model(content, **narrow).state_dict().items()}
         torch.save({"state_dict": weights, "hyper_parameters": {"model_name": content}}, file)
     elif content is not None:
         torch.save(content, file)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        Detector("retinanet", 2, "rednet26", backbone_weights=str(file))
+        Detector("retinanet", 2, "rednet26", backbone_weights=str(file), backbone_kwargs=narrow)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +256,7 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 def test_masks_must_be_read(verb: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The error comes before the first image, in every stage."""
     command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(coco_folder, 48), "--data.masks", "false", *QUIET]
-    assert main([*command, "--model.backbone", "rednet26"]) == 1
+    assert main([*command, *BACKBONE]) == 1
     assert "masks must be true in the data of a model that predicts masks, got false" in capsys.readouterr().err
 
 
@@ -274,7 +271,7 @@ def test_a_file_of_boxes_alone_names_another_recipe(
         for one in content["annotations"]:
             one["segmentation"] = []
         file.write_text(json.dumps(content))
-    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, "--model.backbone", "rednet26"]
+    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, *BACKBONE]
     assert main(command) == 1
     message = capsys.readouterr().err
     assert "an object must have a segmentation, because data.masks is true, got 10 boxes without" in message
@@ -314,7 +311,7 @@ def test_recipes_are_the_papers() -> None:
         assert model["lr"] == (0.01 if name.startswith("retinanet") else 0.02)
         assert model["warmup_steps"] == (2000 if name.startswith("retinanet") or "_neck" in name else 500)
         assert (model["lr_batch_size"], model["milestones"]) == (16, [8, 11])
-        given = Detector(num_classes=80, **(model | {"backbone": "rednet26"})).hparams
+        given = Detector(num_classes=80, **(model | {"backbone": "rednet26", "backbone_kwargs": NARROW})).hparams
         assert (given["momentum"], given["weight_decay"], given["warmup_ratio"]) == (0.9, 1e-4, 0.001)
         assert (given["frozen_stages"], given["norm_eval"]) == (1, True)
         assert recipe["trainer"]["max_epochs"] == 12
@@ -337,7 +334,8 @@ def test_recipes_for_own_data(family: str) -> None:
     assert len(data["train_min_sizes"]) > 1
     assert data.get("masks", False) == (family == "mask_rcnn")
     assert data["on_error"] == "skip"
-    network = Detector(num_classes=2, **(model | {"backbone": "rednetv2_26"})).net.backbone.body
+    small = {"backbone": "rednetv2_26", "backbone_kwargs": NARROW | model["backbone_kwargs"]}
+    network = Detector(num_classes=2, **(model | small)).net.backbone.body
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
 
 

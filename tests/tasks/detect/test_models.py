@@ -4,19 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_detectors import FEW, NARROW, SMALL
 from torch import nn
 
 from involution.nn import Involution2d
 from involution.tasks.detect import faster_rcnn, mask_rcnn, retinanet
 from involution.tasks.detect.rcnn import BoxPredictor, MaskPredictor
 
-SMALL: dict[str, Any] = {
-    "backbone": "rednet26",
-    "num_classes": 3,
-    "min_size": 64,
-    "max_size": 96,
-    "backbone_kwargs": {"norm_layer": "groupnorm1"},  # running statistics of two images are meaningless
-}
+OPTIONS: dict[str, Any] = SMALL | {"num_classes": 3}
 FAMILIES = [faster_rcnn, mask_rcnn, retinanet]
 
 
@@ -35,8 +30,8 @@ def targets(masks: bool) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("layer", ["convolution", "involution"])
 def test_training_reaches_every_parameter(family: Any, layer: str) -> None:
     torch.manual_seed(0)
-    head = {} if family is retinanet else {"head": layer}
-    model = family(neck=layer, **head, **SMALL).train()
+    more = {} if family is retinanet else {"head": layer, **FEW}
+    model = family(neck=layer, **more, **OPTIONS).train()
     images = [torch.rand(3, 64, 80), torch.rand(3, 70, 64)]
     losses = model(images, targets(family is mask_rcnn))
     assert all(loss.isfinite() for loss in losses.values())
@@ -55,8 +50,8 @@ def test_training_reaches_every_parameter(family: Any, layer: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detections_have_labels_from_one(family: Any) -> None:
     torch.manual_seed(0)
-    scores = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0}
-    model = family(**SMALL, **scores).eval()
+    more = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0, **FEW}
+    model = family(**OPTIONS, **more).eval()
     with torch.no_grad():
         found, _ = model([torch.rand(3, 64, 80), torch.rand(3, 70, 64)])
     assert len(found["boxes"]) > 0
@@ -69,7 +64,7 @@ def test_detections_have_labels_from_one(family: Any) -> None:
 
 def test_retinanets_labels_count_from_one() -> None:
     """Inside they count from 0: label 3 is the last of three scores."""
-    model = retinanet(**SMALL).train()
+    model = retinanet(**OPTIONS).train()
     seen = {}
     original = model.compute_loss
 
@@ -86,7 +81,7 @@ def test_retinanets_labels_count_from_one() -> None:
 
 def test_group_norms_in_retinanets_head() -> None:
     def norms(**options: Any) -> list[int]:
-        found = [m for m in retinanet(**SMALL, **options).head.modules() if isinstance(m, nn.GroupNorm)]
+        found = [m for m in retinanet(**OPTIONS, **options).head.modules() if isinstance(m, nn.GroupNorm)]
         return [norm.num_groups for norm in found]
 
     assert norms() == []
@@ -106,7 +101,8 @@ def test_predictors_pad_a_background_of_zeros() -> None:
 
 
 def test_frozen_stages_and_norms() -> None:
-    model = faster_rcnn(**(SMALL | {"backbone_kwargs": {}}), frozen_stages=2, norm_eval=True).train()
+    batch_norms = OPTIONS | {"backbone_kwargs": NARROW | {"norm_layer": "batchnorm2d"}}
+    model = faster_rcnn(**batch_norms, frozen_stages=2, norm_eval=True).train()
     body = model.backbone.body
     frozen = {name.partition(".")[0] for name, p in body.named_parameters() if not p.requires_grad}
     trained = {name.partition(".")[0] for name, p in body.named_parameters() if p.requires_grad}
@@ -114,7 +110,7 @@ def test_frozen_stages_and_norms() -> None:
     norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     assert not any(norm.training for norm in norms)
-    assert all(m.training for m in faster_rcnn(**(SMALL | {"backbone_kwargs": {}})).train().modules())
+    assert all(module.training for module in faster_rcnn(**batch_norms).train().modules())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +127,7 @@ def test_frozen_stages_and_norms() -> None:
 )
 def test_bad_arguments(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mask_rcnn(**SMALL, **options)
+        mask_rcnn(**OPTIONS, **options)
 
 
 def test_retinanet_refuses_arguments_of_an_rpn() -> None:
@@ -141,14 +137,15 @@ def test_retinanet_refuses_arguments_of_an_rpn() -> None:
         "'rpn_pre_nms_top_n_test'"
     )
     with pytest.raises(ValueError, match=wanted):
-        retinanet(**SMALL, rpn_pre_nms_top_n_test=200, box_detections_per_img=10)
+        retinanet(**OPTIONS, rpn_pre_nms_top_n_test=200, box_detections_per_img=10)
 
 
 @pytest.mark.parametrize("backbone", ["rednet26", "rednetv2_26"])
 def test_involutions_of_necks_and_heads_begin_as_the_identity(backbone: str) -> None:
     """Also the four in a row of Mask R-CNN's head."""
     torch.manual_seed(0)
-    heads = mask_rcnn(backbone, neck="involution", head="involution", num_classes=2).roi_heads.mask_head
+    options = {"neck": "involution", "head": "involution", "num_classes": 2, "backbone_kwargs": NARROW}
+    heads = mask_rcnn(backbone, **options).roi_heads.mask_head
     x = torch.randn(2, 256, 14, 14)
     y = x
     for block in heads:

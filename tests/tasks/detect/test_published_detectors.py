@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_detectors import FEW, NARROW
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
@@ -16,17 +17,17 @@ from involution.tasks.detect.models import CHANNELS
 from involution.tasks.detect.regions import ProposalNetwork, RegionAlign
 from involution.tasks.detect.retina import SCALES, RetinaHead
 
-TINY: dict[str, Any] = {"backbone": "rednet26", "num_classes": 3, "backbone_kwargs": {"norm_layer": "groupnorm1"}}
+OPTIONS: dict[str, Any] = {"backbone": "rednet26", "num_classes": 3, "backbone_kwargs": NARROW}
 
 
 @pytest.fixture(scope="module", params=[faster_rcnn, mask_rcnn])
 def rcnn(request: pytest.FixtureRequest) -> Any:
-    return request.param(**TINY)
+    return request.param(**OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def retina() -> Any:
-    return retinanet(**TINY)
+    return retinanet(**OPTIONS)
 
 
 def test_numbers_of_the_rpn(rcnn: Any) -> None:
@@ -89,7 +90,7 @@ def normal(layer: nn.Module, std: float) -> None:
 
 def test_initialisation_of_the_heads() -> None:
     torch.manual_seed(0)
-    model = mask_rcnn("rednet26", num_classes=80)
+    model = mask_rcnn(**(OPTIONS | {"num_classes": 80}))
     heads, rpn = model.roi_heads, model.rpn.head
     for layer in (rpn.conv[0][0], rpn.cls_logits, rpn.bbox_pred, heads.box_predictor.cls_score):
         normal(layer, 0.01)
@@ -118,7 +119,7 @@ def test_initialisation_of_retinanets_head(retina: Any) -> None:
 
 def test_no_relu_before_the_last_level(retina: Any) -> None:
     extra = retina.backbone.fpn.extra_blocks
-    stages = [torch.randn(1, 2048, 8, 8)]
+    stages = [torch.randn(1, extra.p6.in_channels, 8, 8)]
     [sixth, seventh], names = extra([], stages, [])
     assert names == ["p6", "p7"]
     assert (sixth < 0).any()
@@ -167,21 +168,21 @@ def test_low_quality_matches() -> None:
     assert Matcher(0.5, 0.4, 0.0)(torch.zeros(2, 0)).tolist() == []
 
 
-def test_true_boxes_do_not_take_part_in_low_quality_matches() -> None:
+def test_true_boxes_do_not_take_part_in_low_quality_matches(rcnn: Any) -> None:
     """A proposal overlaps most with the first object, and is the second one's best: Mask R-CNN assigns the second."""
     first, second = [0.0, 0.0, 100.0, 100.0], [0.0, 0.0, 60.0, 100.0]
     proposal = torch.tensor([[0.0, 0.0, 85.0, 100.0], [0.0, 0.0, 98.0, 100.0]])
     true, labels = torch.tensor([first, second]), torch.tensor([1, 2])
-    for family, want in ((faster_rcnn, [1, 1]), (mask_rcnn, [2, 1])):
-        heads = family(**TINY).roi_heads
-        joined = heads.add_gt_proposals([proposal], [true])
-        [matched], [found] = heads.assign_targets_to_proposals(joined, [true], [labels])
-        assert found.tolist() == [*want, 1, 2]
-        assert matched.tolist() == [*(label - 1 for label in want), 0, 1]
-        [matched], [found] = heads.assign_targets_to_proposals([true], [true], [labels])  # the RPN found nothing
-        assert (matched.tolist(), found.tolist()) == ([0, 1], [1, 2])
-        [matched], [found] = heads.assign_targets_to_proposals([proposal], [true[:0]], [labels[:0]])
-        assert found.tolist() == [0, 0]
+    heads = rcnn.roi_heads
+    want = [2, 1] if heads.has_mask() else [1, 1]
+    joined = heads.add_gt_proposals([proposal], [true])
+    [matched], [found] = heads.assign_targets_to_proposals(joined, [true], [labels])
+    assert found.tolist() == [*want, 1, 2]
+    assert matched.tolist() == [*(label - 1 for label in want), 0, 1]
+    [matched], [found] = heads.assign_targets_to_proposals([true], [true], [labels])  # the RPN found nothing
+    assert (matched.tolist(), found.tolist()) == ([0, 1], [1, 2])
+    [matched], [found] = heads.assign_targets_to_proposals([proposal], [true[:0]], [labels[:0]])
+    assert found.tolist() == [0, 0]
 
 
 def test_the_rpns_box_loss_is_l1() -> None:
@@ -201,7 +202,7 @@ def test_the_rpns_box_loss_is_l1() -> None:
 
 def test_the_regions_box_loss_is_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    heads = faster_rcnn(**TINY).roi_heads.train()
+    heads = faster_rcnn(**OPTIONS).roi_heads.train()
     boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [30.0, 20.0, 60.0, 60.0], [0.0, 0.0, 8.0, 8.0]])
     scores, deltas = torch.randn(3, 4), torch.randn(3, 16)
     labels, coded = torch.tensor([1, 3, 0]), torch.randn(3, 4)
@@ -235,7 +236,7 @@ def test_regions_are_aligned_and_sampled_adaptively() -> None:
 def test_the_first_image_does_not_decide_the_strides(family: Any) -> None:
     """From a first image of 30 x 1000 torchvision infers scales of 0.5 to 0.0625, and keeps them."""
     torch.manual_seed(0)
-    model = family(**TINY, min_size=64, max_size=1000, box_score_thresh=0.0).eval()
+    model = family(**OPTIONS, **FEW, min_size=64, max_size=1000, box_score_thresh=0.0).eval()
     photograph = torch.rand(3, 64, 80)
     with torch.no_grad():
         [before] = model([photograph])

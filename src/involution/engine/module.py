@@ -214,7 +214,7 @@ class TaskModule(LightningModule, ABC):
 
     def load_backbone(self, body: nn.Module, file: Path) -> None:
         """Fills a backbone with a classifier's weights: see `zoo.checkpoints.load_backbone`."""
-        left_out = load_backbone(body, file)
+        left_out = load_backbone(body, file, self.hparams["backbone"])
         rank_zero_info(f"backbone_weights: loaded every tensor of the backbone; ignored: {left_out or 'none'}")
         self._backbone_file = str(file)
         self.hparams["backbone_weights"] = None  # loading a checkpoint needs no such file

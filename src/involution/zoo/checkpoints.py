@@ -1,5 +1,6 @@
 """Loads weights from files into networks; errors name every key that does not fit."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return network or content
 
 
-def load_backbone(body: nn.Module, file: Path) -> list[str]:
+def network_of(file: Path) -> str:
+    """The network of a checkpoint of `involution fit`, such as rednet50; other files do not name theirs."""
+    content: Any = {}
+    if file.suffix != ".safetensors":
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    given = content.get("hyper_parameters", {})
+    return str(given.get("backbone", given.get("model_name", "a network that it does not name")))
+
+
+def load_backbone(body: nn.Module, file: Path, network: str) -> list[str]:
     """Fills a backbone with the weights of a classifier, or of the backbone of a detector or segmenter.
 
     Args:
         body: made by timm with features_only.
         file: see `read_weights`; a classifier's last layer, and everything outside the backbone, is ignored.
+        network: the name of the backbone's network, for errors.
 
     Returns:
         The names of the ignored tensors.
@@ -54,7 +65,7 @@ def load_backbone(body: nn.Module, file: Path) -> list[str]:
     prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
     left_out = [name for name in weights if name.startswith(_CLASSIFIER) or not name.startswith(prefix)]
     kept = {name.removeprefix(prefix): one for name, one in weights.items() if name not in left_out}
-    _fill(body, kept, f"backbone_weights must fit the backbone, got {file}")
+    _fill(body, kept, lambda: f"backbone_weights must be of the backbone, {network}, got {file} of {network_of(file)}")
     return left_out
 
 
@@ -78,11 +89,12 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
         for name, one in weights.items()
         if name.startswith(_CLASSIFIER) and name in own and own[name].shape != one.shape
     ]
-    _fill(network, weights | {name: own[name] for name in left_out}, f"checkpoint_path must fit the model, got {file}")
+    complaint = f"checkpoint_path must fit the model, got {file}"
+    _fill(network, weights | {name: own[name] for name in left_out}, lambda: complaint)
     return left_out
 
 
-def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None:
+def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: Callable[[], str]) -> None:
     """Loads weights that must match a module's state dict exactly."""
     wanted = module.state_dict()
     shapes = [
@@ -97,7 +109,7 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: str) -> None
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{complaint}: {found}")
+        raise ValueError(f"{complaint()}: {found}")
     module.load_state_dict(weights)
 
 

@@ -1,4 +1,4 @@
-"""A small folder of COCO's format."""
+"""A small folder in COCO's format."""
 
 import json
 from collections.abc import Callable
@@ -13,9 +13,9 @@ SIZES = [(64, 48), (48, 64), (64, 48), (48, 64), (60, 60), (64, 48), (50, 40)]  
 
 
 def write_coco(root: Path, repeats: int = 1) -> Path:
-    """Images with a bright rectangle or two on noise; the last holds nothing, the last but one a crowd besides.
+    """Images with one or two bright rectangles on noise; the last but one also has a crowd, the last has no object.
 
-    Those to train on come `repeats` times.
+    The training part has each of them `repeats` times.
     """
     random = np.random.default_rng(0)
     (root / "annotations").mkdir(parents=True)
@@ -46,7 +46,7 @@ def write_coco(root: Path, repeats: int = 1) -> Path:
 
 
 def add(content: dict[str, Any], image_id: int, category: int, box: list[int], **more: Any) -> None:
-    """One annotation more."""
+    """Appends an annotation."""
     entry = {"image_id": image_id, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
     content["annotations"].append({"id": len(content["annotations"]) + 1, **entry, **more})
 

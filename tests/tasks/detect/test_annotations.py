@@ -1,4 +1,4 @@
-"""Annotation files: COCO's own are read, damaged ones are named entry by entry."""
+"""Annotation files: COCO's own are read, and errors name the damaged entry of others."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from involution.tasks.detect.data.annotations import AnnotationError, read_annotations
+from involution.tasks.detect.annotations import AnnotationError, read_annotations
 
 GOOD: dict[str, Any] = {
     "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
@@ -68,14 +68,14 @@ def test_cocos_own_files(data_folder: Path) -> None:
 
 
 def put(*path: Any) -> Callable[[Any], Callable[[dict[str, Any]], None]]:
-    """Damage: another value at a place."""
+    """A change of a file's content: another value at a path of keys."""
 
     def with_value(value: Any) -> Callable[[dict[str, Any]], None]:
         def damage(content: dict[str, Any]) -> None:
-            place: Any = content
-            for step in path[:-1]:
-                place = place[step]
-            place[path[-1]] = value
+            inner: Any = content
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = value
 
         return damage
 
@@ -143,7 +143,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES, ids=range(len(DAMAGES)))
-def test_damage_is_named(damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
+def test_errors_name_the_damaged_entry(damage: Callable[[dict[str, Any]], None], message: str, tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     damage(content)
     with pytest.raises(AnnotationError, match=message) as caught:
@@ -152,7 +152,7 @@ def test_damage_is_named(damage: Callable[[dict[str, Any]], None], message: str,
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", '{"images": []}', '\ufeff{"images": []'])
-def test_files_that_are_something_else(content: str, tmp_path: Path) -> None:
+def test_files_in_another_format(content: str, tmp_path: Path) -> None:
     with pytest.raises(AnnotationError, match=r"instances\.json"):
         read_annotations(write(tmp_path, content), tmp_path)
 
@@ -162,13 +162,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
         read_annotations(tmp_path / "nowhere.json", tmp_path)
 
 
-def test_boxes_may_be_rounded_over_the_edge(tmp_path: Path) -> None:
+def test_boxes_may_exceed_the_edge_by_rounding(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["annotations"][0]["bbox"] = [-0.5, 0, 41, 30.4]
     assert read_annotations(write(tmp_path, content), tmp_path).objects[10][0].box == (-0.5, 0, 41, 30.4)
 
 
-def test_bad_objects_can_be_left_out(tmp_path: Path) -> None:
+def test_bad_objects_are_left_out_with_skip(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["annotations"][0]["bbox"] = [1, 2, 10, 0]
     file = write(tmp_path, content)
@@ -182,7 +182,7 @@ def test_bad_objects_can_be_left_out(tmp_path: Path) -> None:
         read_annotations(write(tmp_path, content), tmp_path, on_error="skip")
 
 
-def test_categories_are_in_the_order_of_ids(tmp_path: Path) -> None:
+def test_categories_are_sorted_by_id(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["categories"].reverse()
     assert list(read_annotations(write(tmp_path, content), tmp_path).categories) == [3, 7]
@@ -190,7 +190,7 @@ def test_categories_are_in_the_order_of_ids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("used", [True, False])
 def test_a_category_without_objects_may_have_the_name_of_another(used: bool, tmp_path: Path) -> None:
-    """As in exports of Roboflow, where the project is a category too; where none has objects, the last one stays."""
+    """Roboflow's exports have a category for the project. If no category of a name has objects, the last one stays."""
     content = copy.deepcopy(GOOD)
     content["categories"] = [{"id": 0, "name": "cat"}, {"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
     if not used:
@@ -198,7 +198,7 @@ def test_a_category_without_objects_may_have_the_name_of_another(used: bool, tmp
     assert read_annotations(write(tmp_path, content), tmp_path).categories == {3: "cat", 7: "dog"}
 
 
-def test_a_project_and_its_class_of_the_same_name_are_one(tmp_path: Path) -> None:
+def test_a_class_with_the_projects_name_is_merged_with_it(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["categories"] = [
         {"id": 3, "name": "fish", "supercategory": "none"},
@@ -209,7 +209,7 @@ def test_a_project_and_its_class_of_the_same_name_are_one(tmp_path: Path) -> Non
     assert [one.category for one in found.objects[10]] == [7, 7]
 
 
-def test_whole_numbers_may_have_a_point(tmp_path: Path) -> None:
+def test_integers_may_be_written_as_floats(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     content["images"][0] |= {"id": 10.0, "width": 40.0, "height": 30.0}
     content["annotations"][0] |= {"image_id": 10.0, "category_id": 3.0}
@@ -228,28 +228,28 @@ def test_boxes_over_the_edge_are_clipped_for_training(tmp_path: Path) -> None:
     assert found.objects[10][0].box == (0, 2, 40, 20)
 
 
-def test_the_truth_of_evaluation_is_never_changed(tmp_path: Path) -> None:
+def test_the_ground_truth_is_never_changed(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     boxes = [[-3, 2, 50, 20], [1, 2, 0, 4], [60, 60, 5, 5]]
     for number, box in enumerate(boxes):
         content["annotations"].append({**content["annotations"][0], "id": 1, "bbox": box, "area": number})
-    content["annotations"].append({**content["annotations"][0], "image_id": 99})  # of no image: counts nowhere
+    content["annotations"].append({**content["annotations"][0], "image_id": 99})  # of an unknown image: left out
     file = write(tmp_path, content)
-    with pytest.warns(RuntimeWarning, match="evaluated as they are 4 objects, the first"):
+    with pytest.warns(RuntimeWarning, match="evaluated 4 objects as they are, the first"):
         found = read_annotations(file, tmp_path, on_error="skip", evaluation=True)
     assert [list(one.box) for one in found.objects[10]] == [[1, 2, 10.5, 20], [0, 0, 40, 30], *boxes]
     assert [one.area for one in found.objects[10][2:]] == [0, 1, 2]
     content["annotations"][0]["bbox"] = None
-    with pytest.raises(AnnotationError, match=r"bbox must be four finite numbers, for evaluation leaves no object out"):
+    with pytest.raises(AnnotationError, match=r"bbox must be four finite numbers, because evaluation skips no object"):
         read_annotations(write(tmp_path, content), tmp_path, on_error="skip", evaluation=True)
 
 
-def test_a_file_of_boxes_alone_is_not_for_masks(tmp_path: Path) -> None:
+def test_a_file_of_boxes_alone_is_refused_for_masks(tmp_path: Path) -> None:
     content = copy.deepcopy(GOOD)
     for one in content["annotations"]:
         one["segmentation"] = []
     for on_error in ("raise", "skip"):
-        with pytest.raises(AnnotationError, match="got 2 boxes alone; faster_rcnn_rednet50_fpn_1x is a recipe"):
+        with pytest.raises(AnnotationError, match="got 2 boxes without; faster_rcnn_rednetv2_50_fpn is a recipe"):
             read_annotations(write(tmp_path, content), tmp_path, masks=True, on_error=on_error)
 
 

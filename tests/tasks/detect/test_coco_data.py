@@ -1,4 +1,4 @@
-"""Data of COCO's format: what batches hold, how they are scaled and grouped, what is refused."""
+"""Data in COCO's format: the content of batches, scales and groups, and errors."""
 
 import json
 import shutil
@@ -14,8 +14,8 @@ from PIL import Image
 
 from involution.engine.images import UnreadableImage
 from involution.tasks.detect import COCO
-from involution.tasks.detect.data.annotations import AnnotationError
-from involution.tasks.detect.data.coco import GroupedSampler
+from involution.tasks.detect.annotations import AnnotationError
+from involution.tasks.detect.data.sampling import GroupedSampler
 
 
 def data(root: Path, **options: Any) -> COCO:
@@ -41,8 +41,8 @@ def test_a_sample_is_as_annotated(coco_folder: Path) -> None:
     assert "masks" not in data(coco_folder).train_set[1][1]
 
 
-def test_objects_are_where_the_pixels_are_after_every_transform(coco_folder: Path) -> None:
-    """The red rectangle is the cat's box and mask after flips, scales and jitter."""
+def test_boxes_and_masks_follow_the_pixels_through_every_transform(coco_folder: Path) -> None:
+    """The red rectangle matches the cat's box and mask after flips, scales and jitter."""
     seen = set()
     for options in ({"flip": 1.0}, {"flip": 0.5, "train_min_sizes": [32, 40, 48]}, {"jitter": (0.4, 2.0)}):
         made = data(coco_folder, masks=True, **options)
@@ -57,7 +57,7 @@ def test_objects_are_where_the_pixels_are_after_every_transform(coco_folder: Pat
                 left, top, right, bottom = target["boxes"][cat].tolist()
                 for shape in (red, target["masks"][cat] > 0):
                     rows, columns = torch.where(shape)
-                    if len(rows) >= 80:  # of fewer, interpolated edges are most
+                    if len(rows) >= 80:  # smaller ones consist mostly of interpolated edges
                         assert abs(columns.min() - left) <= 1.5
                         assert abs(columns.max() + 1 - right) <= 1.5
                         assert abs(rows.min() - top) <= 1.5
@@ -66,12 +66,41 @@ def test_objects_are_where_the_pixels_are_after_every_transform(coco_folder: Pat
     assert len(seen) > 5
 
 
+def test_jitter_pads_at_the_right_and_at_the_bottom_with_the_mean(coco_folder: Path) -> None:
+    """As published; torchvision's RandomCrop would move the image around in the square."""
+    made = data(coco_folder, masks=True, jitter=(0.5, 0.5))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        image, target = made.train_set[1]  # 48x64, two squares at (2, 4) and (24, 4)
+        assert image.shape == (3, 64, 64)
+        assert target["boxes"].tolist() == [[1, 2, 10, 11], [12, 2, 22, 12]]
+        assert target["masks"].shape == (2, 64, 64)
+        assert not target["masks"][:, 32:].any()
+        assert not target["masks"][:, :, 24:].any()
+        mean = (255 * torch.tensor(made.preprocessing.mean)).round() / 255
+        for padding in (image[:, 32:], image[:, :, 24:]):
+            torch.testing.assert_close(padding, mean[:, None, None].expand_as(padding))
+        assert image[:, :32, :24].std() > 0.1
+
+
+def test_jitter_crops_at_random_places(coco_folder: Path) -> None:
+    made = data(coco_folder, jitter=(2.0, 2.0))
+    seen = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        image, target = made.train_set[0]
+        assert image.shape == (3, 64, 64)
+        seen |= {tuple(box) for box in target["boxes"].tolist()}
+        assert target["boxes"].numel() == 0 or 0 <= target["boxes"].min() <= target["boxes"].max() <= 64
+    assert len(seen) > 3
+
+
 def test_longer_sides_are_bounded(coco_folder: Path) -> None:
     image, _ = data(coco_folder, min_size=60, max_size=60).train_set[0]  # 64x48 -> 60x45
     assert image.shape == (3, 45, 60)
 
 
-def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco_folder: Path) -> None:
+def test_crowds_and_empty_images_are_only_evaluated(coco_folder: Path) -> None:
     made = data(coco_folder, masks=True)
     assert len(made.train_set) == 6
     assert len(made.val_set) == 7
@@ -85,7 +114,7 @@ def test_crowds_and_empty_images_are_not_trained_on_but_evaluated(coco_folder: P
     assert kept.val_set[0][0].shape == (3, 48, 64)
 
 
-def test_some_categories_alone(coco_folder: Path) -> None:
+def test_a_subset_of_categories(coco_folder: Path) -> None:
     made = data(coco_folder, categories=["dog"])
     assert made.classes == ["dog"]
     assert len(made.train_set) == 3
@@ -161,7 +190,7 @@ def test_an_image_of_another_size_is_named(coco_folder: Path, tmp_path: Path) ->
         data(root).train_set[0]
 
 
-def test_masks_that_are_wanted_and_not_there_are_named(coco_folder: Path, tmp_path: Path) -> None:
+def test_a_missing_mask_is_named(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
     file = root / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
@@ -172,7 +201,7 @@ def test_masks_that_are_wanted_and_not_there_are_named(coco_folder: Path, tmp_pa
         data(root, masks=True)
 
 
-def test_other_categories_in_validation_are_refused(coco_folder: Path, tmp_path: Path) -> None:
+def test_validation_must_have_the_same_categories(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
     file = root / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"dog"', '"cow"'))
@@ -219,7 +248,7 @@ def change(root: Path, part: str, edit: Callable[[dict[str, Any]], None]) -> Non
 
 
 def test_labels_are_the_same_whatever_the_order_of_categories(coco_folder: Path, tmp_path: Path) -> None:
-    """Labels count the ids; the two files list the same categories in other orders."""
+    """Labels follow the ids; the two files list the same categories in different orders."""
     root = broken(coco_folder, tmp_path)
     change(root, "val2017", lambda content: content["categories"].reverse())
     made = data(root)
@@ -228,7 +257,7 @@ def test_labels_are_the_same_whatever_the_order_of_categories(coco_folder: Path,
     assert list(made.split("val").annotations.categories) == list(made.split("train").annotations.categories) == [3, 7]
 
 
-def test_ids_and_names_that_disagree_are_refused(coco_folder: Path, tmp_path: Path) -> None:
+def test_category_ids_and_names_must_agree_between_parts(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
 
     def exchange(content: dict[str, Any]) -> None:
@@ -240,7 +269,7 @@ def test_ids_and_names_that_disagree_are_refused(coco_folder: Path, tmp_path: Pa
         data(root)
 
 
-def test_skipping_is_for_training_alone(coco_folder: Path, tmp_path: Path) -> None:
+def test_only_training_skips_and_clips(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
 
     def damage(content: dict[str, Any]) -> None:
@@ -249,7 +278,7 @@ def test_skipping_is_for_training_alone(coco_folder: Path, tmp_path: Path) -> No
 
     for part in ("train2017", "val2017"):
         change(root, part, damage)
-    with pytest.warns(RuntimeWarning, match="clipped 1 boxes|left out 1 objects|evaluated as they are 2"):
+    with pytest.warns(RuntimeWarning, match="clipped 1 boxes|left out 1 objects|evaluated 2 objects as they are"):
         made = data(root, on_error="skip")
     assert made.train_set[0][1]["boxes"].tolist() == [[0, 4, 22, 22]]
     assert len(made.train_set[1][1]["boxes"]) == 1
@@ -259,7 +288,7 @@ def test_skipping_is_for_training_alone(coco_folder: Path, tmp_path: Path) -> No
 
 
 def turn(root: Path, part: str, number: int, orientation: int, upright: bool) -> None:
-    """Stores an image as a camera does that was turned; the file of annotations has either convention's size."""
+    """Gives an image an EXIF orientation; the annotation file has the size of either convention."""
     file = root / part / f"{number}.png"
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -270,8 +299,8 @@ def turn(root: Path, part: str, number: int, orientation: int, upright: bool) ->
 
 
 @pytest.mark.parametrize("upright", [True, False])
-def test_sizes_say_whether_boxes_are_in_upright_pixels(upright: bool, coco_folder: Path, tmp_path: Path) -> None:
-    """And images whose size does not tell follow the others."""
+def test_sizes_tell_whether_boxes_are_in_upright_pixels(upright: bool, coco_folder: Path, tmp_path: Path) -> None:
+    """Images whose size does not tell follow the others."""
     root = broken(coco_folder, tmp_path)
     before = data(coco_folder).train_set[2][0]
     turn(root, "train2017", 0, 6, upright)
@@ -281,7 +310,7 @@ def test_sizes_say_whether_boxes_are_in_upright_pixels(upright: bool, coco_folde
     assert torch.equal(made.train_set[2][0], before.flip(1, 2) if upright else before)
     said = "upright" if upright else "stored"
     data(root, orientation=said)
-    with pytest.raises(AnnotationError, match=f"orientation must be what .* sizes say, got .*{said} images in .*0.png"):
+    with pytest.raises(AnnotationError, match=f"orientation must be that of .* sizes, got .*{said} images in .*0.png"):
         data(root, orientation="stored" if upright else "upright")
 
 
@@ -293,7 +322,7 @@ def test_orientations_that_contradict_each_other(coco_folder: Path, tmp_path: Pa
         data(root)
 
 
-def test_orientations_that_no_size_tells(coco_folder: Path, tmp_path: Path) -> None:
+def test_orientations_without_a_size_that_tells(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
     before = data(coco_folder).train_set[2][0]
     turn(root, "train2017", 2, 3, True)
@@ -301,6 +330,8 @@ def test_orientations_that_no_size_tells(coco_folder: Path, tmp_path: Path) -> N
         made = data(root)
     assert torch.equal(made.train_set[2][0], before.flip(1, 2))
     assert torch.equal(data(root, orientation="stored").train_set[2][0], before)
+    for said, pixels in (("stored", before), ("upright", before.flip(1, 2)), ("auto", before.flip(1, 2))):
+        assert torch.equal(data(root, orientation=said, check_files=False).train_set[2][0], pixels)
 
 
 def test_broken_images_are_found_before_training(coco_folder: Path, tmp_path: Path) -> None:
@@ -327,8 +358,8 @@ def test_an_image_that_breaks_later_is_skipped(coco_folder: Path, tmp_path: Path
         assert sum(len(images) for images, _ in made.train_dataloader()) == 6
 
 
-def test_validation_can_be_held_out_of_training(coco_folder: Path) -> None:
-    """Exports that come in one part: every image is in one of the two, always in the same."""
+def test_validation_is_held_out_of_training(coco_folder: Path) -> None:
+    """For exports with one part: every image is in exactly one of the two, always the same."""
     made = data(coco_folder, val=None, val_fraction=0.3)
     parts = [{image.id for image in made.split(part).annotations.images} for part in ("train", "val", "test")]
     assert parts[1] == parts[2]
@@ -348,7 +379,7 @@ def test_classes_without_objects_are_named(coco_folder: Path, tmp_path: Path) ->
     assert data(root, categories=["dog", "cat"]).classes == ["dog", "cat"]
 
 
-def test_another_layout_names_the_options(coco_folder: Path, tmp_path: Path) -> None:
+def test_errors_of_another_layout_name_the_options(coco_folder: Path, tmp_path: Path) -> None:
     root = broken(coco_folder, tmp_path)
     (root / "annotations" / "instances_train2017.json").rename(root / "train2017" / "_annotations.coco.json")
     with pytest.raises(FileNotFoundError, match=r"data\.annotations is the file's pattern.*_annotations\.coco\.json"):
@@ -379,7 +410,7 @@ def cvat(root: Path) -> dict[str, Any]:
 
 
 def label_studio(root: Path) -> dict[str, Any]:
-    """One file beside the folder of images, which file names begin with, as Windows writes them."""
+    """One file beside the image folder; file names begin with the folder and have backslashes, as on Windows."""
 
     def export(content: dict[str, Any]) -> None:
         for one in content["images"]:

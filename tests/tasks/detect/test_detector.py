@@ -11,6 +11,7 @@ import yaml
 from command_line import QUIET, metrics, validate_alone_and_together
 from PIL import Image
 from pycocotools.coco import COCO as TheirCOCO
+from small_detectors import FEW, NARROW
 
 from involution.cli import main
 from involution.engine.command import TaskCLI, run
@@ -18,13 +19,7 @@ from involution.engine.recipes import recipes
 from involution.tasks.detect import Detector
 from involution.tasks.detect.module import warmup_steps_down
 
-NORM = ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}']
-# Few regions: what takes the time.
-FEW = {"box_batch_size_per_image": 32, "box_detections_per_img": 10} | {
-    f"rpn_{when}_nms_top_n_{part}": number
-    for part in ("train", "test")
-    for when, number in (("pre", 200), ("post", 60))
-}
+BACKBONE = ["--model.backbone", "rednet26", "--model.backbone_kwargs", json.dumps(NARROW)]
 
 
 def sizes(root: Path, shorter: int) -> list[str]:
@@ -42,12 +37,12 @@ def sizes(root: Path, shorter: int) -> list[str]:
 
 
 def fit(recipe: str, root: Path, shorter: int, *options: str) -> TaskCLI:
-    return run(["fit", "-c", recipe, *sizes(root, shorter), "--model.backbone", "rednet26", *NORM, *QUIET, *options])
+    return run(["fit", "-c", recipe, *sizes(root, shorter), *BACKBONE, *QUIET, *options])
 
 
 @pytest.fixture(scope="module")
 def trained(make_coco: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run's folder of a Mask R-CNN that has begun to see the rectangles."""
+    """The run's folder of a Mask R-CNN that has begun to learn the rectangles."""
     torch.set_num_threads(1)
     root = make_coco(tmp_path_factory.mktemp("trained") / "coco", repeats=6)
     options = ["--model.lr_batch_size", "null", "--model.warmup_steps", "10", "--data.batch_size", "3"]
@@ -79,7 +74,7 @@ def test_a_run_logs_losses_and_cocos_numbers(trained: Path) -> None:
     assert last["val/box_APl"] == -1  # there is no large object
 
 
-def test_results_are_cocos_files(trained: Path) -> None:
+def test_results_are_in_cocos_format(trained: Path) -> None:
     truth = TheirCOCO(str(trained.parents[1] / "coco" / "annotations" / "instances_val2017.json"))
     for kind in ("bbox", "segm"):
         results = json.loads((trained / f"val.{kind}.json").read_text())
@@ -89,7 +84,7 @@ def test_results_are_cocos_files(trained: Path) -> None:
 
 
 def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> None:
-    """Seven images, four and three of them: the same detections, the same numbers."""
+    """Seven images, four in one process and three in the other: the same detections, the same numbers."""
     alone, together = validate_alone_and_together(trained, tmp_path)
     [[want], [got]] = metrics(alone), metrics(together)
     assert got == want
@@ -100,8 +95,8 @@ def test_two_processes_evaluate_as_one_does(trained: Path, tmp_path: Path) -> No
         assert sorted(ours, key=key) == sorted(theirs, key=key)
 
 
-def test_a_run_goes_on_where_it_ended(coco_folder: Path, tmp_path: Path) -> None:
-    """Two epochs at once, or one and, from its checkpoint, another: the same weights."""
+def test_a_run_resumes_bit_exactly(coco_folder: Path, tmp_path: Path) -> None:
+    """Two epochs in one run, or one epoch and another from its checkpoint: the same weights."""
     options = ["--model.milestones", "[1]", "--data.batch_size", "3", "--trainer.deterministic", "true"]
     options += ["--model.lr", "0.01", "--model.warmup_steps", "3", "--model.lr_batch_size", "null"]
     weights = []
@@ -169,16 +164,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(coco_folder: Path, tmp_path: Pat
 
 
 def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A classifier's checkpoint fills the backbone, which is then frozen and keeps its statistics."""
+    """A classifier's checkpoint fills the backbone, whose stem, first stage and statistics are then frozen."""
     from involution.tasks.classify import Classifier
 
-    classifier = Classifier("rednet26", 5)
+    narrow = {name: NARROW[name] for name in ("layers", "channels")}
+    classifier = Classifier("rednet26", 5, model_kwargs=narrow)
     with torch.no_grad():
         for buffer in classifier.buffers():
             buffer.add_(torch.rand_like(buffer)) if buffer.is_floating_point() else None
     file = tmp_path / "classifier.ckpt"
     torch.save({"state_dict": classifier.state_dict()}, file)
-    options: dict[str, Any] = {"num_classes": 2, "backbone": "rednet26"}
+    options: dict[str, Any] = {"num_classes": 2, "backbone": "rednet26", "backbone_kwargs": narrow}
     model = Detector("retinanet", backbone_weights=str(file), **options).train()
     body = model.net.backbone.body
     wanted = classifier.net.state_dict()
@@ -189,9 +185,10 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     scratch = Detector("retinanet", **options).train()
     assert all(p.requires_grad for p in scratch.parameters())
     assert all(m.training for m in scratch.modules())
-    # From the command line; and the checkpoint does not want the file any more.
+    # From the command line; loading the checkpoint does not need the file any more.
     given = ["--model.backbone_weights", str(file), "--trainer.fast_dev_run", "1", "--data.batch_size", "2"]
     recipe = ["-c", "retinanet_rednet50_fpn_1x", "--model.backbone", "rednet26", *sizes(coco_folder, 48), *QUIET]
+    recipe += ["--model.backbone_kwargs", json.dumps(narrow)]
     cli = run(["fit", *recipe, *given])
     assert torch.equal(cli.model.net.backbone.body.stem.conv1.weight, wanted["stem.conv1.weight"])
     saved = tmp_path / "detector.ckpt"
@@ -201,7 +198,7 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     assert torch.equal(
         again.net.backbone.body.layer2[0].conv1.weight, cli.model.net.backbone.body.layer2[0].conv1.weight
     )
-    # A resumed run freezes what this one did; other weights to begin with are refused.
+    # A resumed run freezes the same stages; other backbone_weights are refused.
     assert not any(parameter.requires_grad for parameter in again.net.backbone.body.stem.parameters())
     assert not any(m.training for m in again.train().net.backbone.body.modules() if isinstance(m, torch.nn.BatchNorm2d))
     resumed = ["fit", *recipe, "--ckpt_path", str(saved), "--trainer.max_epochs", "1", "--data.batch_size", "2"]
@@ -217,25 +214,30 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
         (None, "weights must be a file, got"),
         ("no weights", "weights must be a checkpoint or a state dict, got .*: "),
         ({"epoch": 3}, "which holds something else"),
-        ("rednet38", "unexpected: layer1.1.conv1.weight, .* and .* more"),
-        ("resnet26_paper", "missing: stem.* unexpected: "),
+        ("rednet38", "of the backbone, rednet26, got .* of rednet38: unexpected: layer1.1.conv1.weight, .* more"),
+        ("rednetv2_26", "of the backbone, rednet26, got .* of rednetv2_26: missing: stem"),
+        ("resnet26_paper", "of resnet26_paper: missing: stem.* unexpected: "),
+        ("unnamed", "of the backbone, rednet26, got .* of a network that it does not name: .* unexpected: "),
         ("stem 7", r"of another shape: stem\..* \[98, 8, 1, 1\] for \[18, 8, 1, 1\]"),
     ],
 )
 def test_backbone_weights_that_do_not_fit(content: Any, message: str, tmp_path: Path) -> None:
     import timm
 
-    file = tmp_path / "weights.pt"
+    file, narrow = tmp_path / "weights.pt", {"channels": NARROW["channels"]}
     if content == "no weights":
         file.write_text(content)
     elif content == "stem 7":
-        torch.save(timm.create_model("rednet26", stem_kernel_size=7).state_dict(), file)
+        torch.save(timm.create_model("rednet26", stem_kernel_size=7, **narrow).state_dict(), file)
+    elif content == "unnamed":
+        torch.save(timm.create_model("resnet26_paper", **narrow).state_dict(), file)
     elif isinstance(content, str):
-        torch.save(timm.create_model(content).state_dict(), file)
+        weights = {f"net.{name}": one for name, one in timm.create_model(content, **narrow).state_dict().items()}
+        torch.save({"state_dict": weights, "hyper_parameters": {"model_name": content}}, file)
     elif content is not None:
         torch.save(content, file)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        Detector("retinanet", 2, "rednet26", backbone_weights=str(file))
+        Detector("retinanet", 2, "rednet26", backbone_weights=str(file), backbone_kwargs=narrow)
 
 
 @pytest.mark.parametrize(
@@ -252,28 +254,28 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test"])
 def test_masks_must_be_read(verb: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Said before the first image, whatever the stage."""
+    """The error comes before the first image, in every stage."""
     command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(coco_folder, 48), "--data.masks", "false", *QUIET]
-    assert main([*command, "--model.backbone", "rednet26"]) == 1
+    assert main([*command, *BACKBONE]) == 1
     assert "masks must be true in the data of a model that predicts masks, got false" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["fit", "validate", "test"])
-def test_boxes_alone_want_another_recipe(
+def test_a_file_of_boxes_alone_names_another_recipe(
     verb: str, make_coco: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Although the recipe skips what is not right: the first file without any mask ends the run before it begins."""
+    """The error comes before training, although the recipe has on_error: skip."""
     root = make_coco(tmp_path / "coco")
     for file in (root / "annotations").iterdir():
         content = json.loads(file.read_text())
         for one in content["annotations"]:
             one["segmentation"] = []
         file.write_text(json.dumps(content))
-    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, "--model.backbone", "rednet26"]
+    command = [verb, "-c", "mask_rcnn_rednet50_fpn_1x", *sizes(root, 48), *QUIET, *BACKBONE]
     assert main(command) == 1
     message = capsys.readouterr().err
-    assert "an object must have a segmentation, for masks are asked for, got 10 boxes alone" in message
-    assert "faster_rcnn_rednet50_fpn_1x is a recipe for boxes" in message
+    assert "an object must have a segmentation, because data.masks is true, got 10 boxes without" in message
+    assert "faster_rcnn_rednetv2_50_fpn is a recipe for boxes" in message
 
 
 def test_schedule() -> None:
@@ -285,7 +287,7 @@ def test_schedule() -> None:
 
 
 def test_recipes_are_the_papers() -> None:
-    """PUBLISHED.md: which combinations there are, their schedule, and where gradients are clipped."""
+    """The combinations of the paper's table, their schedule, and where gradients are clipped."""
     found = {name: yaml.safe_load(file.read_text()) for name, file in recipes().items() if name.endswith("_fpn_1x")}
     clips = {name: recipe["trainer"].get("gradient_clip_val") for name, recipe in found.items()}
     assert clips == {
@@ -309,14 +311,35 @@ def test_recipes_are_the_papers() -> None:
         assert model["lr"] == (0.01 if name.startswith("retinanet") else 0.02)
         assert model["warmup_steps"] == (2000 if name.startswith("retinanet") or "_neck" in name else 500)
         assert (model["lr_batch_size"], model["milestones"]) == (16, [8, 11])
-        given = Detector(num_classes=80, **(model | {"backbone": "rednet26"})).hparams
+        given = Detector(num_classes=80, **(model | {"backbone": "rednet26", "backbone_kwargs": NARROW})).hparams
         assert (given["momentum"], given["weight_decay"], given["warmup_ratio"]) == (0.9, 1e-4, 0.001)
         assert (given["frozen_stages"], given["norm_eval"]) == (1, True)
         assert recipe["trainer"]["max_epochs"] == 12
         assert data.get("masks", False) == name.startswith("mask")
 
 
+@pytest.mark.parametrize("family", ["faster_rcnn", "mask_rcnn", "retinanet"])
+def test_recipes_for_own_data(family: str) -> None:
+    """docs/detection.md's second table: RedNetV2 from scratch with group norms, several scales, clipping."""
+    recipe = yaml.safe_load(recipes()[f"{family}_rednetv2_50_fpn"].read_text())
+    model, data = recipe["model"]["init_args"], recipe["data"]["init_args"]
+    assert (model["model_name"], model["backbone"], "backbone_weights" in model) == (family, "rednetv2_50", False)
+    assert model["backbone_kwargs"] == {"norm_layer": "groupnorm1"}
+    assert model.get("model_kwargs") == ({"head_norm_groups": 32} if family == "retinanet" else None)
+    assert model["lr"] == (0.01 if family == "retinanet" else 0.02)
+    assert (model["lr_batch_size"], model["warmup_steps"]) == (16, 300)
+    epochs = recipe["trainer"]["max_epochs"]
+    assert model["milestones"] == [epochs * 2 // 3, epochs * 11 // 12]
+    assert recipe["trainer"]["gradient_clip_val"] == 10
+    assert len(data["train_min_sizes"]) > 1
+    assert data.get("masks", False) == (family == "mask_rcnn")
+    assert data["on_error"] == "skip"
+    small = {"backbone": "rednetv2_26", "backbone_kwargs": NARROW | model["backbone_kwargs"]}
+    network = Detector(num_classes=2, **(model | small)).net.backbone.body
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [name for name in recipes() if name.endswith("_fpn_1x")])
+@pytest.mark.parametrize("recipe", [name for name, file in recipes().items() if file.parts[-3] == "detect"])
 def test_every_recipe_runs(recipe: str, coco_folder: Path) -> None:
     run(["fit", "-c", recipe, *sizes(coco_folder, 64), *QUIET, "--trainer.fast_dev_run", "1"])

@@ -1,4 +1,4 @@
-"""Average precision is COCO's own."""
+"""Average precision equals pycocotools'."""
 
 import contextlib
 import io
@@ -13,8 +13,8 @@ from pycocotools import mask as tools
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from involution.tasks.detect.data.annotations import Annotations, read_annotations
-from involution.tasks.detect.data.coco import runs_of
+from involution.tasks.detect.annotations import Annotations, read_annotations
+from involution.tasks.detect.annotations.run_lengths import runs_of
 from involution.tasks.detect.evaluation import KINDS, NUMBERS, average_precision, detections, ground_truth
 
 
@@ -39,8 +39,8 @@ def theirs(truth: dict[str, Any], results: list[dict[str, Any]], kind: str, imag
     return dict(zip(NUMBERS, evaluation.stats.tolist(), strict=True))
 
 
-def made_up(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
-    """Objects found a little off, some twice, some as another category, some missed; their scores have ties."""
+def noisy(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
+    """Detections a little off the objects, some twice, some of another category, some missing; scores have ties."""
     random = np.random.default_rng(seed)
     categories = list(annotations.categories)
     results = []
@@ -53,8 +53,6 @@ def made_up(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
                 box = [left + moved[0], top + moved[1], width * scale[0], height * scale[1]]
                 category = one.category if random.random() < 0.8 else int(random.choice(categories))
                 runs = runs_of(one, (image.height, image.width))
-                if isinstance(runs["counts"], bytes):
-                    runs = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
                 score = round(float(random.random()), 2)
                 found = {"image_id": image.id, "category_id": category, "score": score}
                 results.append({**found, "bbox": box, "segmentation": runs})
@@ -66,7 +64,7 @@ def made_up(annotations: Annotations, seed: int) -> list[dict[str, Any]]:
 def test_the_twelve_numbers_are_pycocotools(annotations: Annotations, kind: str, images: int) -> None:
     field = {"box": "bbox", "mask": "segmentation"}[kind]
     results = [
-        {name: one[name] for name in ("image_id", "category_id", "score", field)} for one in made_up(annotations, 0)
+        {name: one[name] for name in ("image_id", "category_id", "score", field)} for one in noisy(annotations, 0)
     ]
     truth = ground_truth(annotations)
     ids = [image.id for image in annotations.images][:images]
@@ -87,8 +85,7 @@ def test_perfect_detections(annotations: Annotations, kind: str) -> None:
                 found = {"image_id": image.id, "category_id": one.category, "score": 0.9}
                 shape = {"bbox": list(one.box)} if kind == "box" else {}
                 if kind == "mask":
-                    runs = runs_of(one, (image.height, image.width))
-                    shape = {"segmentation": {"size": runs["size"], "counts": runs["counts"].decode()}}
+                    shape = {"segmentation": runs_of(one, (image.height, image.width))}
                 results.append(found | shape)
     numbers, _ = average_precision(ground_truth(annotations), results, kind, [one.id for one in annotations.images])
     for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100"):
@@ -97,13 +94,13 @@ def test_perfect_detections(annotations: Annotations, kind: str) -> None:
     assert nothing["AP"] == 0
 
 
-def test_without_objects_there_is_no_precision(annotations: Annotations) -> None:
+def test_numbers_without_objects_are_minus_one(annotations: Annotations) -> None:
     empty = annotations._replace(objects={image.id: [] for image in annotations.images})
     numbers, _ = average_precision(ground_truth(empty), [], "box", [one.id for one in empty.images])
     assert set(numbers.values()) == {-1.0}
 
 
-def test_detections_are_plain_values() -> None:
+def test_detections_are_json() -> None:
     masks = torch.zeros(2, 1, 6, 8)
     masks[0, 0, 1:4, 2:7] = 0.9
     masks[1] = 0.4
@@ -124,11 +121,11 @@ def test_detections_are_plain_values() -> None:
     assert tools.toBbox(found[0]["segmentation"]).tolist() == [2, 1, 5, 3]
 
 
-def small(categories: int = 2) -> dict[str, Any]:
-    """A file with everything that tools leave in it: ids from 0, boxes over the edge, of no area, without masks."""
+def small() -> dict[str, Any]:
+    """What labelling tools write: ids from 0, boxes over the edge, a box without area, a crowd."""
     content: dict[str, Any] = {
         "images": [{"id": number, "file_name": f"{number}.png", "width": 60, "height": 50} for number in (1, 2, 3)],
-        "categories": [{"id": number, "name": str(number)} for number in range(categories)],
+        "categories": [{"id": number, "name": str(number)} for number in range(2)],
         "annotations": [],
     }
     boxes = [[-4, 5, 30, 20], [20, 20, 20, 20], [5, 5, 0, 8], [30, 30, 40, 40], [8, 9, 12, 15], [0, 0, 60, 25]]
@@ -154,9 +151,9 @@ def results_of(content: dict[str, Any], missed: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("missed", range(6))
 def test_the_numbers_are_pycocotools_of_the_users_own_file(missed: int, tmp_path: Path) -> None:
-    """Whatever is in it; but that pycocotools takes an object of the id 0 for none."""
+    """Only ids are shifted for pycocotools, which treats an object of the id 0 as unmatched."""
     content = small()
-    with pytest.warns(RuntimeWarning, match="evaluated as they are 3 objects"):
+    with pytest.warns(RuntimeWarning, match="evaluated 3 objects as they are"):
         found = read_annotations(written(content, tmp_path), tmp_path, on_error="skip", evaluation=True)
     results = results_of(content, missed)
     ours, _ = average_precision(ground_truth(found), results, "box", [1, 2, 3])
@@ -176,12 +173,12 @@ def test_the_first_annotation_may_have_the_id_0(tmp_path: Path) -> None:
         assert (ours["AP"], ours["AR100"]) == (1, 1)
 
 
-def test_objects_without_masks_count_as_boxes_and_not_against_masks(tmp_path: Path) -> None:
+def test_an_object_without_a_mask_counts_for_boxes_and_is_ignored_for_masks(tmp_path: Path) -> None:
     content = small()
     content["annotations"] = [content["annotations"][number] for number in (1, 4)]
     content["annotations"][1]["category_id"] = 1
     content["annotations"][0]["segmentation"] = []
-    with pytest.warns(RuntimeWarning, match=r"evaluated as they are 1 objects.*segmentation must be there"):
+    with pytest.warns(RuntimeWarning, match=r"evaluated 1 objects as they are.*segmentation must be there"):
         found = read_annotations(written(content, tmp_path), tmp_path, True, "skip", evaluation=True)
     truth = ground_truth(found)
     assert average_precision(truth, results_of(content, -1), "box", [1, 2, 3])[0]["AP"] == 1

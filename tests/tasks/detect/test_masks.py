@@ -1,4 +1,4 @@
-"""What masks are trained on, and pasting them: made shapes, and real ones, must come back."""
+"""Targets and pasting of masks: ideal targets of synthetic and of real shapes, pasted, give the shapes again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import roi_align
 
 from involution.tasks.detect import masks as module
-from involution.tasks.detect.data.annotations import Annotations, read_annotations
-from involution.tasks.detect.data.coco import mask_of
+from involution.tasks.detect.annotations import Annotations, read_annotations
+from involution.tasks.detect.annotations.run_lengths import mask_of
 from involution.tasks.detect.evaluation import as_results, average_precision, detections, ground_truth
 from involution.tasks.detect.masks import mask_targets, paste_masks
 
@@ -22,7 +22,7 @@ Shape = tuple[torch.Tensor, list[float]]  # mask [H, W], and its box: left, top,
 
 
 def ellipses(count: int, height: int, width: int) -> Iterator[Shape]:
-    """Turned ellipses of all sizes, with the box of their edge, which is between pixels."""
+    """Rotated ellipses of all sizes with their exact sub-pixel boxes."""
     random = np.random.default_rng(0)
     rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
     while count:
@@ -45,14 +45,14 @@ def mask_precision(truth: dict[str, Any], found: dict[int, list[Any]]) -> float:
 
 
 def ideal(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int], paste: Any) -> list[Any]:
-    """What a detector finds whose 28x28 outputs say how much of a cell is the object's."""
+    """The detections of an ideal detector: each 28x28 output is the fraction of the cell that the object covers."""
     regions = torch.cat([torch.arange(len(boxes))[:, None], boxes], dim=1)
     pasted = paste(roi_align(masks[:, None].float(), regions, 28, aligned=True), boxes, size)
     labels, scores = torch.ones(len(boxes), dtype=torch.int64), torch.full((len(boxes),), 0.9)
     return detections({"boxes": boxes, "labels": labels, "scores": scores, "masks": pasted})
 
 
-def test_ideal_targets_of_made_shapes() -> None:
+def test_ideal_targets_of_ellipses() -> None:
     truth: dict[str, Any] = {"images": [], "categories": [{"id": 1, "name": "ellipse"}], "annotations": []}
     ours, theirs = {}, {}
     for number, (mask, box) in enumerate(ellipses(30, 200, 320), start=1):
@@ -97,7 +97,7 @@ def test_ideal_targets_of_photographs(photographs: Annotations) -> None:
     assert numbers["APs"] >= 0.99
 
 
-def test_a_pixel_is_the_objects_where_its_centre_is_in_the_box() -> None:
+def test_pasting_sets_the_pixels_whose_centre_is_inside() -> None:
     [pasted] = paste_masks(torch.ones(1, 1, 28, 28), torch.tensor([[2.4, 1.6, 6.6, 4.6]]), (8, 10))
     want = torch.zeros(8, 10, dtype=torch.bool)
     want[2:5, 2:7] = True
@@ -114,7 +114,7 @@ def test_boxes_over_the_edge_without_width_and_outside(box: list[float]) -> None
 
 
 def test_memory_of_pasting_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No more than a chunk is sampled at a time, and chunks do not change the result."""
+    """At most a chunk of pixels is sampled at a time, and chunks do not change the result."""
     sampled = []
 
     def sample(mask: torch.Tensor, grid: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -130,7 +130,7 @@ def test_memory_of_pasting_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(sampled) <= 300 * 200 + 248 * 184 + 10 * 20
 
 
-def test_targets_are_of_zeros_and_ones() -> None:
+def test_targets_are_binary() -> None:
     mask = torch.zeros(1, 40, 40, dtype=torch.uint8)
     mask[0, 10:30, 10:25] = 1
     boxes = torch.tensor([[10.0, 10.0, 25.0, 30.0], [10.0, 10.0, 40.0, 30.0], [0.0, 20.5, 40.0, 40.0]])

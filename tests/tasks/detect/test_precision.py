@@ -1,5 +1,8 @@
 """Boxes, scores and losses are float32, whatever the network's dtype; and frozen means evaluation mode."""
 
+import json
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 import torch
 from command_line import QUIET
 from lightning.pytorch.plugins.precision import HalfPrecision
+from small_detectors import FEW, NARROW, SMALL
 from torch import nn
 
 from involution.cli import main
@@ -14,22 +18,23 @@ from involution.engine.command import run
 from involution.tasks.detect import COCO, faster_rcnn, mask_rcnn, retinanet
 from involution.tasks.detect.targets import Targets
 
-TINY: dict[str, Any] = {
-    "backbone": "rednet26",
-    "num_classes": 2,
-    "min_size": 64,
-    "max_size": 96,
-    "backbone_kwargs": {"norm_layer": "groupnorm1"},
-}
+OPTIONS: dict[str, Any] = SMALL | {"num_classes": 2}
 FAMILIES = [faster_rcnn, mask_rcnn, retinanet]
 PRECISIONS = ["bf16-mixed", "bf16-true", "16-true", "64-true"]
 DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
 TRUE_BOX = [1001.0, 1.0, 1030.0, 30.0]  # in bfloat16 [1000, 1, 1032, 30]
-FEW = {"box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 10}
+
+
+@cache
+def build(family: Any, layer: str = "convolution") -> Any:
+    """A float32 model that detects everything; its images are not resized in training."""
+    torch.manual_seed(0)
+    more = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0, "head": layer, **FEW}
+    return family(neck=layer, **OPTIONS, **more, _skip_resize=True)
 
 
 def in_precision(model: nn.Module, precision: str, images: list[torch.Tensor], *targets: Any) -> Any:
-    """What a model says where Lightning runs it so."""
+    """A model's outputs in one of Lightning's precisions."""
     model = model.to(DTYPES.get(precision, torch.float32))
     images = [image.to(DTYPES.get(precision, torch.float32)) for image in images]
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
@@ -39,12 +44,10 @@ def in_precision(model: nn.Module, precision: str, images: list[torch.Tensor], *
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_detections_are_float32(family: Any, precision: str) -> None:
-    """Also what torchvision's NMS and RoIAlign get, which have no kernel for bfloat16 on every device."""
+    """So are the inputs of torchvision's NMS and RoIAlign, which lack bfloat16 kernels on some devices."""
     torch.manual_seed(0)
-    all_of_them = {"score_thresh": 0.0} if family is retinanet else {"box_score_thresh": 0.0, **FEW}
-    model = family(**TINY, **all_of_them)
     with torch.no_grad():
-        [found] = in_precision(model.eval(), precision, [torch.rand(3, 64, 80)])
+        [found] = in_precision(deepcopy(build(family)).eval(), precision, [torch.rand(3, 64, 80)])
     assert len(found["boxes"]) > 0
     assert (found["boxes"].dtype, found["scores"].dtype) == (torch.float32, torch.float32)
     if family is mask_rcnn:
@@ -56,10 +59,9 @@ def test_detections_are_float32(family: Any, precision: str) -> None:
     [(family, precision) for family in FAMILIES for precision in ("bf16-mixed", "bf16-true")]
     + [(mask_rcnn, "16-true"), (retinanet, "64-true")],
 )
-def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_their_inputs_are_float32(family: Any, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    few = {} if family is retinanet else FEW
-    model = family(**TINY, **few, _skip_resize=True).train()
+    model = deepcopy(build(family, "involution")).train()  # 3x3 convolutions in float16 take a minute on CPUs
     coders = [model.head.regression_head.box_coder] if family is retinanet else [model.rpn.box_coder]
     seen: list[torch.Tensor] = []
     for coder in coders:
@@ -86,9 +88,9 @@ def test_losses_and_what_they_are_of_are_float32(family: Any, precision: str, mo
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_scores_do_not_tie(precision: str) -> None:
-    """bfloat16 has 128 values in an octave; some are equal in float32 too, for all logits begin close to each other."""
+    """bfloat16 has 128 values per octave. Some logits tie in float32 too, because all start close to each other."""
     torch.manual_seed(0)
-    retina, model = retinanet(**TINY).head, mask_rcnn(**TINY)
+    retina, model = deepcopy(build(retinanet)).head, deepcopy(build(mask_rcnn))
     level = torch.randn(1, 256, 40, 40)
     regions, masks = torch.randn(2000, 1024).relu(), torch.randn(20, 256, 14, 14).relu()
     if precision == "bf16-true":
@@ -105,8 +107,8 @@ def test_scores_do_not_tie(precision: str) -> None:
 
 
 def test_bfloat16_does_not_change_boxes() -> None:
-    """Decoding zero deltas gives the anchors themselves, at 1001 too; their scores do not tie."""
-    model = faster_rcnn(**TINY).bfloat16()
+    """Decoding zero deltas returns the anchors themselves, also at coordinates such as 1001."""
+    model = deepcopy(build(faster_rcnn)).bfloat16()
     levels = [torch.zeros(1, 256, 40, 264, dtype=torch.bfloat16)]
     model.rpn.anchor_generator.strides = (4,)
     model.rpn.anchor_generator.cell_anchors = model.rpn.anchor_generator.cell_anchors[:1]
@@ -130,7 +132,7 @@ def test_lightning_does_not_round_true_boxes(precision: Any) -> None:
         assert (len(moved), moved[0]["labels"].tolist()) == (1, [2])
 
 
-def test_a_loader_brings_targets(coco_folder: Path) -> None:
+def test_loaders_return_targets(coco_folder: Path) -> None:
     data = COCO(str(coco_folder), num_workers=0, min_size=48, max_size=64)
     data.setup("fit")
     for loader, name in ((data.train_dataloader(), "boxes"), (data.val_dataloader(), "image_id")):
@@ -142,10 +144,9 @@ def test_a_loader_brings_targets(coco_folder: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
 def test_a_run_in_16_bits(precision: str, coco_folder: Path, tmp_path: Path) -> None:
-    few = '{"box_batch_size_per_image": 16, "rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_test": 20}'
     options = ["--data.root", str(coco_folder), "--data.num_workers", "0", "--data.min_size", "64", *QUIET]
-    options += ["--data.max_size", "96", "--model.backbone", "rednet26", "--model.model_kwargs", few]
-    options += ["--model.backbone_kwargs", '{"norm_layer": "groupnorm1"}', "--trainer.limit_train_batches", "1"]
+    options += ["--data.max_size", "96", "--model.backbone", "rednet26", "--model.model_kwargs", json.dumps(FEW)]
+    options += ["--model.backbone_kwargs", json.dumps(NARROW), "--trainer.limit_train_batches", "1"]
     options += ["--trainer.max_epochs", "1", "--trainer.limit_val_batches", "1", "--trainer.precision", precision]
     options += ["--trainer.default_root_dir", str(tmp_path / "runs")]
     cli = run(["fit", "-c", "mask_rcnn_rednet50_neck_head_fpn_1x", *options])
@@ -158,7 +159,7 @@ def test_a_run_in_16_bits(precision: str, coco_folder: Path, tmp_path: Path) -> 
 
 def test_frozen_norms_do_not_move() -> None:
     torch.manual_seed(0)
-    options = TINY | {"backbone_kwargs": {}}
+    options = OPTIONS | {"backbone_kwargs": NARROW | {"norm_layer": "batchnorm2d"}}
     model = retinanet(**options, frozen_stages=1, norm_eval=False).train()
     body = model.backbone.body
 
@@ -173,7 +174,11 @@ def test_frozen_norms_do_not_move() -> None:
     modes = {name: module.training for name, module in body.named_children()}
     assert {name for name, mode in modes.items() if mode} == {"layer2", "layer3", "layer4"}
     assert not any(module.training for module in body.layer1.modules())
-    resnet = retinanet(**(options | {"backbone": "resnet26_paper"}), frozen_stages=1).train().backbone.body
+    resnet = (
+        retinanet(**(options | {"backbone": "resnet26_paper", "backbone_kwargs": {}}), frozen_stages=1)
+        .train()
+        .backbone.body
+    )
     still = {name for name, module in resnet.named_children() if not module.training}
     assert {"conv1", "bn1", "layer1"} <= still
     assert not {"layer2", "layer3", "layer4"} & still

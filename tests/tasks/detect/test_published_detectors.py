@@ -1,4 +1,4 @@
-"""Every number that the published detectors' figures rest on (their framework's defaults, and the paper's recipes)."""
+"""Every number of the published detectors: their framework's defaults, and the paper's recipes."""
 
 import math
 from typing import Any
@@ -6,26 +6,28 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from small_detectors import FEW, NARROW
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss
 
 from involution.tasks.detect import faster_rcnn, mask_rcnn, retinanet
-from involution.tasks.detect.anchors import Anchors, Matcher
-from involution.tasks.detect.models import CHANNELS, RATIOS, RETINA_SCALES, RetinaHead
+from involution.tasks.detect.anchors import RATIOS, Anchors, Matcher
+from involution.tasks.detect.models import CHANNELS
 from involution.tasks.detect.regions import ProposalNetwork, RegionAlign
+from involution.tasks.detect.retina import SCALES, RetinaHead
 
-TINY: dict[str, Any] = {"backbone": "rednet26", "num_classes": 3, "backbone_kwargs": {"norm_layer": "groupnorm1"}}
+OPTIONS: dict[str, Any] = {"backbone": "rednet26", "num_classes": 3, "backbone_kwargs": NARROW}
 
 
 @pytest.fixture(scope="module", params=[faster_rcnn, mask_rcnn])
 def rcnn(request: pytest.FixtureRequest) -> Any:
-    return request.param(**TINY)
+    return request.param(**OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def retina() -> Any:
-    return retinanet(**TINY)
+    return retinanet(**OPTIONS)
 
 
 def test_numbers_of_the_rpn(rcnn: Any) -> None:
@@ -86,9 +88,9 @@ def normal(layer: nn.Module, std: float) -> None:
     assert abs(float(weight.mean())) < 0.1 * std
 
 
-def test_how_heads_begin() -> None:
+def test_initialisation_of_the_heads() -> None:
     torch.manual_seed(0)
-    model = mask_rcnn("rednet26", num_classes=80)
+    model = mask_rcnn(**(OPTIONS | {"num_classes": 80}))
     heads, rpn = model.roi_heads, model.rpn.head
     for layer in (rpn.conv[0][0], rpn.cls_logits, rpn.bbox_pred, heads.box_predictor.cls_score):
         normal(layer, 0.01)
@@ -107,7 +109,7 @@ def test_how_heads_begin() -> None:
         assert float(block[0].weight.abs().max()) == pytest.approx(math.sqrt(6 / fans), rel=0.01)
 
 
-def test_how_retinanets_head_begins(retina: Any) -> None:
+def test_initialisation_of_retinanets_head(retina: Any) -> None:
     head = retina.head
     for part, last in ((head.classification_head, "cls_logits"), (head.regression_head, "bbox_reg")):
         for layer in [*(block[0] for block in part.conv), getattr(part, last)]:
@@ -117,7 +119,7 @@ def test_how_retinanets_head_begins(retina: Any) -> None:
 
 def test_no_relu_before_the_last_level(retina: Any) -> None:
     extra = retina.backbone.fpn.extra_blocks
-    stages = [torch.randn(1, 2048, 8, 8)]
+    stages = [torch.randn(1, extra.p6.in_channels, 8, 8)]
     [sixth, seventh], names = extra([], stages, [])
     assert names == ["p6", "p7"]
     assert (sixth < 0).any()
@@ -131,8 +133,8 @@ class Images:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_anchors_are_at_the_levels_strides_and_not_rounded(dtype: torch.dtype) -> None:
-    """800 x 1344: the level of stride 64 has 13 rows, for 12.5; torchvision's stride is then 61."""
+def test_anchors_have_the_levels_strides_and_are_not_rounded(dtype: torch.dtype) -> None:
+    """800 x 1344: the level of stride 64 has 13 rows (12.5 rounded up); torchvision's stride would be 61."""
     anchors = Anchors((4, 8, 16, 32, 64), (8.0,), RATIOS)
     levels = [torch.zeros(1, 1, -(-800 // s), 1344 // s, dtype=dtype) for s in anchors.strides]
     first, second = anchors(Images((800, 1344), (790, 1300)), levels)
@@ -145,7 +147,7 @@ def test_anchors_are_at_the_levels_strides_and_not_rounded(dtype: torch.dtype) -
             x, y = 64 * column, 64 * row
             want = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
             assert last[row, column, index].tolist() == pytest.approx(want, abs=1e-3)
-    octaves = Anchors((8,), RETINA_SCALES, RATIOS).cell_anchors[0]
+    octaves = Anchors((8,), SCALES, RATIOS).cell_anchors[0]
     sides = octaves[:, 2:] - octaves[:, :2]
     assert sides.prod(1).sqrt().tolist() == pytest.approx([32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)] * 3)
     assert (sides[:, 1] / sides[:, 0]).tolist() == pytest.approx([0.5] * 3 + [1] * 3 + [2] * 3)
@@ -166,24 +168,24 @@ def test_low_quality_matches() -> None:
     assert Matcher(0.5, 0.4, 0.0)(torch.zeros(2, 0)).tolist() == []
 
 
-def test_true_boxes_do_not_take_part_in_low_quality_matches() -> None:
-    """The proposal overlaps most with the first object, but is the second one's best: with masks it is the second's."""
+def test_true_boxes_do_not_take_part_in_low_quality_matches(rcnn: Any) -> None:
+    """A proposal overlaps most with the first object, and is the second one's best: Mask R-CNN assigns the second."""
     first, second = [0.0, 0.0, 100.0, 100.0], [0.0, 0.0, 60.0, 100.0]
     proposal = torch.tensor([[0.0, 0.0, 85.0, 100.0], [0.0, 0.0, 98.0, 100.0]])
     true, labels = torch.tensor([first, second]), torch.tensor([1, 2])
-    for family, want in ((faster_rcnn, [1, 1]), (mask_rcnn, [2, 1])):
-        heads = family(**TINY).roi_heads
-        joined = heads.add_gt_proposals([proposal], [true])
-        [matched], [found] = heads.assign_targets_to_proposals(joined, [true], [labels])
-        assert found.tolist() == [*want, 1, 2]
-        assert matched.tolist() == [*(label - 1 for label in want), 0, 1]
-        [matched], [found] = heads.assign_targets_to_proposals([true], [true], [labels])  # the RPN found nothing
-        assert (matched.tolist(), found.tolist()) == ([0, 1], [1, 2])
-        [matched], [found] = heads.assign_targets_to_proposals([proposal], [true[:0]], [labels[:0]])
-        assert found.tolist() == [0, 0]
+    heads = rcnn.roi_heads
+    want = [2, 1] if heads.has_mask() else [1, 1]
+    joined = heads.add_gt_proposals([proposal], [true])
+    [matched], [found] = heads.assign_targets_to_proposals(joined, [true], [labels])
+    assert found.tolist() == [*want, 1, 2]
+    assert matched.tolist() == [*(label - 1 for label in want), 0, 1]
+    [matched], [found] = heads.assign_targets_to_proposals([true], [true], [labels])  # the RPN found nothing
+    assert (matched.tolist(), found.tolist()) == ([0, 1], [1, 2])
+    [matched], [found] = heads.assign_targets_to_proposals([proposal], [true[:0]], [labels[:0]])
+    assert found.tolist() == [0, 0]
 
 
-def test_losses_of_the_rpn_are_l1() -> None:
+def test_the_rpns_box_loss_is_l1() -> None:
     network = ProposalNetwork.__new__(ProposalNetwork)
     nn.Module.__init__(network)
     network.fg_bg_sampler = lambda labels: (
@@ -198,9 +200,9 @@ def test_losses_of_the_rpn_are_l1() -> None:
     torch.testing.assert_close(objectness, of_sampled)
 
 
-def test_losses_of_the_regions_are_l1(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_regions_box_loss_is_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    heads = faster_rcnn(**TINY).roi_heads.train()
+    heads = faster_rcnn(**OPTIONS).roi_heads.train()
     boxes = torch.tensor([[8.0, 8.0, 40.0, 48.0], [30.0, 20.0, 60.0, 60.0], [0.0, 0.0, 8.0, 8.0]])
     scores, deltas = torch.randn(3, 4), torch.randn(3, 16)
     labels, coded = torch.tensor([1, 3, 0]), torch.randn(3, 4)
@@ -214,8 +216,8 @@ def test_losses_of_the_regions_are_l1(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(losses["loss_classifier"], F.cross_entropy(scores, labels))
 
 
-def test_regions_are_aligned_and_sampled_as_densely_as_they_are_large() -> None:
-    """Features that are their own coordinates: a cell is the mean of its place."""
+def test_regions_are_aligned_and_sampled_adaptively() -> None:
+    """Features equal their coordinates, so a cell is the mean coordinate inside it."""
     rows, columns = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
     level = 4 * (torch.stack([columns, rows])[None] + 0.5)  # the image's coordinate of a pixel's centre
     pool = RegionAlign(["0", "1"], (4, 8), 2)
@@ -232,9 +234,9 @@ def test_regions_are_aligned_and_sampled_as_densely_as_they_are_large() -> None:
 
 @pytest.mark.parametrize("family", [faster_rcnn, mask_rcnn])
 def test_the_first_image_does_not_decide_the_strides(family: Any) -> None:
-    """A banner of 30 x 1000 first; torchvision took 0.5 to 0.0625 from it, and kept that."""
+    """From a first image of 30 x 1000 torchvision infers scales of 0.5 to 0.0625, and keeps them."""
     torch.manual_seed(0)
-    model = family(**TINY, min_size=64, max_size=1000, box_score_thresh=0.0).eval()
+    model = family(**OPTIONS, **FEW, min_size=64, max_size=1000, box_score_thresh=0.0).eval()
     photograph = torch.rand(3, 64, 80)
     with torch.no_grad():
         [before] = model([photograph])
@@ -278,7 +280,7 @@ def sums(head: Any, outputs: Any, targets: Any, anchors: Any, matched: Any) -> t
     return focal, boxes
 
 
-def test_retinanets_losses_are_of_the_whole_batchs_positives() -> None:
+def test_retinanets_losses_are_normalised_by_the_batchs_positives() -> None:
     head, *step = head_and_step()
     outputs, targets, anchors, matched = step
     focal, boxes = sums(head, *step)
@@ -301,8 +303,8 @@ def one_process(rank: int, store: str, results: Any) -> None:
     results[rank] = {name: float(value) for name, value in losses.items()}
 
 
-def test_several_processes_share_their_positives(tmp_path: Any) -> None:
-    """The mean of both processes' losses, which is what their gradients are of, is the whole batch's loss."""
+def test_processes_average_their_positives(tmp_path: Any) -> None:
+    """The mean of both processes' losses, whose gradient DDP computes, equals the loss of the whole batch."""
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         torch.multiprocessing.start_processes(

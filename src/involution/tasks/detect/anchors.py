@@ -1,4 +1,4 @@
-"""Anchors, and which true box an anchor or a proposal belongs to, as the published detectors have them."""
+"""Anchors, and the matching of anchors and proposals with true boxes, as in the published detectors."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,15 @@ from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+RATIOS = (0.5, 1.0, 2.0)  # of all detectors' anchors: height over width
+
 
 class Anchors(AnchorGenerator):
-    """Anchors at the levels' own strides and of sizes as they are, float32 whatever the features' dtype.
+    """Anchors at the levels' strides, not rounded, in float32 whatever the features' dtype.
 
-    torchvision rounds them to whole pixels, takes the features' dtype, which bfloat16 coordinates do not fit into, and
-    divides the image's size by the level's for the stride: 61 in the place of 64 where the level's size is rounded up.
+    torchvision rounds anchors to whole pixels, computes them in the features' dtype (bfloat16 cannot represent the
+    coordinates), and computes a stride as image size // level size: 61 instead of 64 for a level whose size was
+    rounded up.
 
     Args:
         strides: of the levels, in pixels.
@@ -33,7 +36,7 @@ class Anchors(AnchorGenerator):
         dtype: torch.dtype = torch.float32,
         device: torch.device = torch.device("cpu"),  # noqa: B008  (torchvision's signature)
     ) -> Tensor:
-        """A position's anchors around the origin, [ratios * scales, 4]."""
+        """The anchors of one position, centred at the origin, [ratios * scales, 4]."""
         sizes = torch.tensor(scales, dtype=dtype, device=device)
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
         right, bottom = (sizes / roots).flatten() / 2, (sizes * roots).flatten() / 2
@@ -48,16 +51,16 @@ class Anchors(AnchorGenerator):
 
 
 class Matcher(TorchvisionMatcher):
-    """torchvision's; afterwards every true box takes the anchors or proposals that overlap most with it.
+    """torchvision's matcher, with the published rule for low-quality matches.
 
-    One of them can so belong to a box that it overlaps less with than with another; where several boxes want it, it is
-    the last one's. (Where torchvision matches low qualities, it stays with the box that it overlaps most with, and
-    there is no least IoU.)
+    Every true box also matches the anchors or proposals of its maximum IoU, even if those overlap more with another
+    box; the last box wins where several have the same maximum. (torchvision's low-quality matches keep the box that the
+    anchor overlaps most with, and have no minimum IoU.)
 
     Args:
-        high_threshold: IoU from which on an anchor or proposal is positive.
-        low_threshold: IoU below which it is negative; between the two it is neither.
-        min_quality: IoU that a box's best match must have, and more than 0; None has no such matches.
+        high_threshold: minimum IoU of a positive anchor or proposal.
+        low_threshold: IoU below which one is negative; between the two it is neither.
+        min_quality: minimum IoU of a low-quality match, which must also exceed 0; None has no such matches.
     """
 
     def __init__(self, high_threshold: float, low_threshold: float, min_quality: float | None = None) -> None:
@@ -65,7 +68,7 @@ class Matcher(TorchvisionMatcher):
         self.min_quality = min_quality
 
     def __call__(self, match_quality_matrix: Tensor) -> Tensor:
-        """IoU [boxes, predictions] -> the box of each prediction, [predictions] int64; -1 negative, -2 neither."""
+        """IoU [boxes, predictions] -> box index of each prediction, [predictions] int64; -1 negative, -2 neither."""
         if match_quality_matrix.shape[1] == 0:
             return match_quality_matrix.new_empty(0, dtype=torch.int64)
         matches: Tensor = super().__call__(match_quality_matrix)

@@ -3,49 +3,43 @@
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 from faster_coco_eval import COCO, COCOeval_faster
-from faster_coco_eval.core import mask as run_lengths
 from torch import Tensor
 
-from .data.annotations import Annotations
+from .annotations import Annotations
+from .annotations.run_lengths import encode
 
-KINDS = {"box": "bbox", "mask": "segm"}  # ours and COCO's names
+KINDS = {"box": "bbox", "mask": "segm"}  # our names and COCO's
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 Detection = dict[str, Any]
 
 
 def detections(found: dict[str, Tensor]) -> list[Detection]:
-    """What a detector found in an image, with plain values.
+    """The detections of an image as plain values.
 
     Args:
-        found: boxes [n, 4], labels [n] from 1 on, scores [n] and, if there are any, masks [n, 1, H, W] in 0..1.
+        found: boxes [n, 4], labels [n] from 1 on, scores [n] and, from a mask head, masks [n, 1, H, W] in 0..1.
 
     Returns:
-        A dictionary each: label, score, bbox (left, top, width, height), and segmentation (compressed run lengths).
+        One dictionary each: label, score, bbox (left, top, width, height), and segmentation (compressed run lengths).
     """
-    boxes = found["boxes"].float().cpu().clone()  # which the caller keeps
+    boxes = found["boxes"].float().cpu().clone()  # the caller's boxes stay unchanged
     boxes[:, 2:] -= boxes[:, :2]
     columns = zip(found["labels"].tolist(), found["scores"].float().tolist(), boxes.tolist(), strict=True)
     result: list[Detection] = [{"label": label, "score": score, "bbox": box} for label, score, box in columns]
     if "masks" in found:
         for one, mask in zip(result, found["masks"][:, 0], strict=True):
-            runs = run_lengths.encode(np.asfortranarray((mask > 0.5).byte().cpu().numpy()))
-            one["segmentation"] = {"size": list(runs["size"]), "counts": _text(runs["counts"])}
+            one["segmentation"] = encode(mask > 0.5)
     return result
 
 
-def _text(counts: bytes | str) -> str:
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
-
-
 def as_results(image_id: int, found: Iterable[Detection], categories: list[int], kind: str) -> list[dict[str, Any]]:
-    """Detections of an image as COCO's results of a kind, box or mask.
+    """Detections of an image in COCO's results format.
 
     Args:
         image_id: of the image.
         found: see `detections`.
-        categories: their ids, in the order of labels.
+        categories: category ids, in the order of labels.
         kind: "box" or "mask".
     """
     field = {"box": "bbox", "mask": "segmentation"}[kind]
@@ -63,7 +57,8 @@ def as_results(image_id: int, found: Iterable[Detection], categories: list[int],
 def ground_truth(annotations: Annotations) -> dict[str, Any]:
     """Annotations in COCO's format.
 
-    Objects are numbered anew, from 1 on: COCO's evaluation takes the id 0, with which some tools begin, for none.
+    Objects get new ids from 1 on: COCO's evaluation treats an object of the id 0, from which some tools count, as
+    unmatched.
     """
     objects = [(image, one) for image, found in annotations.objects.items() for one in found]
     return {
@@ -97,19 +92,19 @@ def average_precision(
 ) -> tuple[dict[str, float], list[str]]:
     """COCO's twelve numbers.
 
-    An object without a segmentation is ignored in the numbers of masks, as a crowd is: what is found in its box is
-    neither right nor wrong.
+    For masks, an object without a segmentation is ignored as a crowd is: a detection in its box counts neither as a
+    true nor as a false positive.
 
     Args:
         truth: annotations in COCO's format.
-        results: detections, likewise.
+        results: detections in COCO's results format.
         kind: "box" or "mask".
-        images: ids of those that were looked at.
+        images: ids of the evaluated images.
 
     Returns:
-        The numbers by name: AP (IoU 0.50:0.95), AP50, AP75, those of small, medium and large objects, average recalls
-        with 1, 10 and 100 detections an image, and of sizes; -1 where there is no object. And the lines that COCO's
-        own tool prints.
+        The numbers by name: AP (IoU 0.50:0.95), AP50, AP75, AP of small, medium and large objects, average recall with
+        1, 10 and 100 detections per image, and of small, medium and large objects; -1 where there is no object. And
+        the twelve lines that COCO's own tool prints.
     """
     lines: list[str] = []
     if kind == "mask":
@@ -121,6 +116,6 @@ def average_precision(
     evaluation.evaluate()
     evaluation.accumulate()
     evaluation.summarize()
-    # faster-coco-eval adds recalls at fixed overlaps, which COCO's tool does not print.
+    # faster-coco-eval adds average recalls at IoU 0.50 and 0.75, which COCO's tool does not print.
     summary = [line for line in lines if line.startswith(" Average")][: len(NUMBERS)]
     return dict(zip(NUMBERS, map(float, evaluation.stats), strict=False)), summary

@@ -1,6 +1,6 @@
-"""The last layers of heads, which compute in float32 whatever the network's dtype and autocast.
+"""Last layers of heads that compute in float32, whatever the network's dtype and autocast.
 
-Of logits in bfloat16, which has eight bits, hundreds are equal, and what is found first among equal scores is chance.
+bfloat16 has eight bits of precision: hundreds of logits would be equal, and the order of equal scores is arbitrary.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class Conv2d(nn.Conv2d):
-    """torch's: [N, C, H, W] of any dtype -> float32."""
+    """torch's Conv2d with a float32 output for an input of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, h, w] float32."""
@@ -21,7 +21,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """torch's: [..., C] of any dtype -> float32."""
+    """torch's Linear with a float32 output for an input of any dtype."""
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] float32."""
@@ -30,7 +30,7 @@ class Linear(nn.Linear):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """The meta device, on which costs are counted, knows no autocast."""
+    """Disables autocast, which the meta device (`involution cost`) does not have."""
     known = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
@@ -40,11 +40,11 @@ def _float(bias: Tensor | None) -> Tensor | None:
 
 
 def in_float32(module: nn.Module, *names: str) -> None:
-    """Exchanges convolutions of a module, by name, for such that compute in float32 with the same parameters."""
+    """Replaces convolutions of a module, given by name, by `Conv2d`s with the same parameters."""
     for name in names:
         layer = module.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
         sizes: Any = {size: getattr(layer, size) for size in ("kernel_size", "stride", "padding")}
-        exchanged = Conv2d(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **sizes)
-        exchanged.weight, exchanged.bias = layer.weight, layer.bias
-        setattr(module, name, exchanged)
+        replacement = Conv2d(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **sizes)
+        replacement.weight, replacement.bias = layer.weight, layer.bias
+        setattr(module, name, replacement)

@@ -23,56 +23,56 @@ from .targets import Targets
 
 MODELS = {"faster_rcnn": faster_rcnn, "mask_rcnn": mask_rcnn, "retinanet": retinanet}
 Images = list[Tensor]
-IN_CHECKPOINT = "in the checkpoint"  # where the backbone's weights are once they have been loaded
+IN_CHECKPOINT = "in the checkpoint"  # value of backbone_weights after they have been loaded
 
 
 def warmup_steps_down(
     step: int, warmup: int, warmup_ratio: float, milestones: Sequence[int], steps_per_epoch: int
 ) -> float:
-    """The learning rate at a step, as a factor of its peak: linear from `warmup_ratio` to 1; a tenth at a milestone."""
+    """The learning rate at a step as a factor of its peak: linear warm-up from `warmup_ratio`, x0.1 at milestones."""
     return linear_warmup(step, warmup, warmup_ratio) * 0.1 ** bisect_right(milestones, step / steps_per_epoch)
 
 
 class Detector(TaskModule):
-    """Faster R-CNN, Mask R-CNN or RetinaNet, trained with SGD, linear warm-up and steps (the paper's 1x recipe).
+    """Faster R-CNN, Mask R-CNN or RetinaNet, trained with SGD, linear warm-up and step decay (the paper's 1x recipe).
 
-    Batches are (images, targets) as `COCO` gives them. Logs every loss under train/ and the learning rate as lr at
-    every step, and COCO's twelve numbers under val/ and test/, as box_AP, box_AP50, ..., mask_AP, ... (fractions of 1;
-    -1 where there is no object of that size). Results in COCO's format go to val.bbox.json and val.segm.json in the
+    Batches are (images, targets) as in `COCO`. Logs every loss under train/ and the learning rate as lr at every step,
+    and COCO's twelve numbers under val/ and test/, as box_AP, box_AP50, ..., mask_AP, ... (fractions of 1; -1 where
+    there is no object of that size). Results in COCO's format are written to val.bbox.json and val.segm.json in the
     run's folder.
 
     A checkpoint carries the model's arguments, class names and preprocessing, for `involution predict`.
 
     Args:
         model_name: faster_rcnn, mask_rcnn or retinanet.
-        num_classes: without background; `involution fit` fills it in from the data.
+        num_classes: without background; `involution fit` sets it from the data.
         backbone: a RedNet or ResNet of timm's registry.
         neck: "convolution" or "involution", of the pyramid.
         head: "convolution" or "involution", of RPN and mask head; RetinaNet's is of convolutions.
-        backbone_weights: a checkpoint of a classifier that `involution fit` trained, or a file of weights. None starts
-            from scratch, and then nothing is frozen, whatever the next two say.
-        frozen_stages: so many of the backbone's stages, and its stem, keep the weights from there.
-        norm_eval: the backbone's batch norms keep their statistics from there.
+        backbone_weights: a checkpoint of a classifier that `involution fit` trained, or a file of weights, of the same
+            network as `backbone`. None trains from scratch; then nothing is frozen, whatever the next two arguments.
+        frozen_stages: number of the backbone's stages that keep these weights, besides its stem.
+        norm_eval: the backbone's batch norms keep the statistics of these weights.
         backbone_kwargs: further arguments of timm.create_model, such as stem_kernel_size.
-        model_kwargs: of torchvision's detector, such as box_detections_per_img.
+        model_kwargs: further arguments of the detector, with torchvision's names, such as box_detections_per_img.
         lr: peak learning rate.
-        lr_batch_size: images in one optimizer step that `lr` and `warmup_steps` are meant for, all processes and
-            accumulated batches together; with another number, lr scales with it and warmup_steps against it. None:
-            nothing scales.
+        lr_batch_size: images per optimizer step (of all processes and accumulated batches) for which `lr` and
+            `warmup_steps` are given; for another number, lr scales with it and warmup_steps inversely. None: no
+            scaling.
         momentum: of SGD.
-        weight_decay: of everything that is trained.
+        weight_decay: of all trained parameters.
         warmup_steps: optimizer steps of linear warm-up.
         warmup_ratio: the learning rate at the first step, as a fraction of `lr`.
-        milestones: epochs after which the learning rate is a tenth of what it was.
-        channels_last: the memory format of weights; on CPU involution is fastest with it.
-        init_from: weights that the backbone begins training with, as far as they fit; nothing is frozen then: a
-            checkpoint of a classifier, another file of weights, or a name whose pretrained weights timm downloads, such
-            as resnet50. RedNet takes a ResNet's of its depth, see `zoo.load_resnet`.
+        milestones: epochs after which the learning rate is multiplied by 0.1.
+        channels_last: memory format of the weights; involution is fastest with it on CPU.
+        init_from: weights that the backbone starts from as far as they fit, with nothing frozen: a checkpoint of a
+            classifier, another file of weights, or a name whose pretrained weights timm downloads, such as resnet50.
+            RedNet takes the weights of the ResNet of its depth, see `zoo.load_resnet`.
 
     Raises:
         FileNotFoundError: backbone_weights is no file.
-        ValueError: an argument does not fit; the data have another number of classes or no masks (once the trainer
-            starts).
+        ValueError: an argument is not valid; or, when the trainer starts, the data have another number of classes or
+            no masks.
     """
 
     preprocessing_type = Preprocessing
@@ -120,19 +120,19 @@ class Detector(TaskModule):
         self.net = build(backbone, num_classes=num_classes, **options).to(memory_format=self.memory_format)
         if backbone_weights not in (None, IN_CHECKPOINT):
             self.load_backbone(self.net.backbone.body, Path(backbone_weights))
-            self.hparams["backbone_weights"] = IN_CHECKPOINT  # which a resumed run freezes as this one does
+            self.hparams["backbone_weights"] = IN_CHECKPOINT  # a resumed run freezes the same stages
         self.preprocessing = Preprocessing(800, 1333, IMAGENET_MEAN, IMAGENET_STD)
         self.kinds = ["box", "mask"] if model_name == "mask_rcnn" else ["box"]
         self._found: dict[int, list[Detection]] = {}
 
     @property
     def backbone(self) -> nn.Module:
-        """timm's network."""
+        """timm's network, without the pyramid."""
         body: nn.Module = self.net.backbone.body
         return body
 
     def setup(self, stage: str) -> None:
-        """Takes class names and preprocessing from the data, and refuses data without the masks that are learnt."""
+        """Takes class names and preprocessing from the data, and refuses data without masks for a Mask R-CNN."""
         super().setup(stage)
         data = getattr(self.trainer, "datamodule", None)
         if "mask" in self.kinds and not getattr(data, "masks", True):
@@ -144,12 +144,12 @@ class Detector(TaskModule):
         return images
 
     def forward(self, images: Images) -> list[dict[str, Tensor]]:
-        """Images [3, H, W] in 0..1 -> for each boxes [n, 4] in its pixels, labels [n] from 1, scores [n] and masks."""
+        """Images [3, H, W] in 0..1 -> for each, boxes [n, 4] in its pixels, labels [n] from 1, scores [n] and masks."""
         found: list[dict[str, Tensor]] = self._network()(images)
         return found
 
     def _network(self) -> Any:
-        """The detector, with the preprocessing that data or checkpoint have brought."""
+        """The detector with the preprocessing of the data or the checkpoint."""
         transform, given = self.net.transform, self.preprocessing
         transform.min_size, transform.max_size = (given.min_size,), given.max_size
         transform.image_mean, transform.image_std = list(given.mean), list(given.std)
@@ -165,7 +165,7 @@ class Detector(TaskModule):
         return loss
 
     def validation_step(self, batch: tuple[Images, Targets], batch_idx: int) -> None:
-        """Keeps what is found."""
+        """Collects the detections of the epoch."""
         for target, found in zip(batch[1], self._detections(batch[0]), strict=True):
             self._found[target["image_id"]] = found
 
@@ -180,9 +180,9 @@ class Detector(TaskModule):
         self._evaluate("test")
 
     def _evaluate(self, part: str) -> None:
-        """All processes' detections are evaluated together, by the first; the others get the numbers."""
+        """The first process evaluates the detections of all processes, and broadcasts the numbers."""
         everything, self._found = self._gathered(), {}
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # asks the other processes
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a collective: outside of the branch
         numbers: dict[str, float] = {}
         if self.trainer.is_global_zero:
             annotations = self.trainer.datamodule.split(part).annotations  # type: ignore[attr-defined]
@@ -191,6 +191,7 @@ class Detector(TaskModule):
         self.log_dict(self.trainer.strategy.broadcast(numbers))
 
     def _gathered(self) -> dict[int, list[Detection]]:
+        """The detections of all processes by image id; complete in the first process alone."""
         if self.trainer.world_size == 1:
             return self._found
         first = self.trainer.is_global_zero
@@ -199,6 +200,7 @@ class Detector(TaskModule):
         return {image: found for part in parts or [] for image, found in part.items()}
 
     def _of_kind(self, kind: str, part: str, annotations: Any, everything: Any, folder: Path) -> dict[str, float]:
+        """COCO's numbers of boxes or masks by the name that is logged; prints the summary and writes the results."""
         categories = list(annotations.categories)
         results = [one for image, found in everything.items() for one in as_results(image, found, categories, kind)]
         numbers, summary = average_precision(ground_truth(annotations), results, kind, everything)
@@ -209,7 +211,7 @@ class Detector(TaskModule):
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}
 
     def diagnose(self, batch: tuple[Images, list[dict[str, Tensor]]]) -> Diagnosis:
-        """What the network's involutions do to a training batch."""
+        """See `TaskModule.diagnose`."""
         return diagnose(self._network(), tuple(batch))
 
     def unlabelled(self, images: Images) -> tuple[Images, list[dict[str, Tensor]]]:
@@ -221,25 +223,25 @@ class Detector(TaskModule):
         return images, targets
 
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
-        """What is found in every image; masks as run lengths, which take little memory."""
+        """The detections of every image, with masks as run lengths, which take little memory."""
         return self._detections(images)
 
     def _detections(self, images: Images) -> list[list[Detection]]:
-        """Of one image at a time: in a batch, what is found depends on how much of it is padding."""
+        """One image at a time: in a batch, detections depend on the amount of padding."""
         return [detections(self([image])[0]) for image in images]
 
     def writer(self, folder: Path, files: Sequence[Path], score_threshold: float = 0.5) -> DetectionWriter:
-        """Writes predictions.json in COCO's format, and of every image a picture of what was found in it.
+        """Writes predictions.json in COCO's format, and a picture of every image with its detections.
 
         Args:
-            folder: where the results go.
+            folder: of the results.
             files: the images.
-            score_threshold: what scores less is in predictions.json, but not in the pictures.
+            score_threshold: minimum score of a detection in the pictures; predictions.json has all detections.
         """
         return DetectionWriter(folder, files, self.classes, score_threshold)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """SGD, and the schedule stepped at every batch."""
+        """SGD with the schedule stepped at every batch."""
         given = self.hparams
         scale = self.lr_scale(given["lr_batch_size"])
         steps = self.training_steps()

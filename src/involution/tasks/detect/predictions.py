@@ -1,11 +1,10 @@
-"""Drawing and writing down what a detector finds in images."""
+"""Writing detections of image files: a picture of each, and predictions.json in COCO's format."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from faster_coco_eval.core import mask as run_lengths
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
@@ -13,17 +12,18 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from ...engine.pictures import colour, picture_names
 from ...engine.writer import PredictionWriter
+from .annotations.run_lengths import area, decode
 from .evaluation import Detection
 
 
 class DetectionWriter(PredictionWriter):
-    """Draws what is found in images, and writes it down in COCO's format.
+    """Draws detections into images, and writes them in COCO's format.
 
     Args:
-        folder: where the results go.
+        folder: of the results.
         files: the images.
-        classes: their names.
-        score_threshold: what scores less is in predictions.json, but not in the pictures.
+        classes: names of the classes, in the order of labels.
+        score_threshold: minimum score of a detection in the pictures; predictions.json has all detections.
 
     Raises:
         ValueError: score_threshold is not in 0..1.
@@ -35,10 +35,10 @@ class DetectionWriter(PredictionWriter):
         super().__init__(folder, files)
         self.names = picture_names(files)
         self.classes, self.score_threshold = classes, score_threshold
-        self._found: dict[int, tuple[tuple[int, int], list[Detection]]] = {}  # sizes, and what was found
+        self._found: dict[int, tuple[tuple[int, int], list[Detection]]] = {}  # width, height; detections
 
     def add(self, index: int, output: list[Detection], pixels: Tensor | None) -> None:
-        """Draws boxes, masks, labels and scores into files[index]: STEM.png."""
+        """Writes STEM.png: files[index] with boxes, masks, labels and scores."""
         assert pixels is not None  # `pictures` is all files
         shown = [one for one in output if one["score"] >= self.score_threshold]
         drawn(pixels, shown, self.classes).save(self.folder / self.names[index])
@@ -63,14 +63,20 @@ class DetectionWriter(PredictionWriter):
 
 
 def annotation(found: Detection, number: int, image: int) -> dict[str, object]:
-    """A detection as COCO's annotation of that id, in the image of that id."""
+    """A detection as COCO's annotation.
+
+    Args:
+        found: see `evaluation.detections`.
+        number: id of the annotation.
+        image: id of its image.
+    """
     runs = found.get("segmentation")
     return {
         "id": number,
         "image_id": image,
         "category_id": found["label"],
         "bbox": found["bbox"],
-        "area": float(run_lengths.area(runs)) if runs else found["bbox"][2] * found["bbox"][3],
+        "area": area(runs) if runs else found["bbox"][2] * found["bbox"][3],
         "iscrowd": 0,
         "score": found["score"],
         **({"segmentation": runs} if runs else {}),
@@ -78,10 +84,10 @@ def annotation(found: Detection, number: int, image: int) -> dict[str, object]:
 
 
 def drawn(image: Tensor, found: Sequence[Detection], classes: Sequence[str]) -> Image.Image:
-    """An image [3, H, W] uint8 with what was found in it, a colour a class."""
+    """An image [3, H, W] uint8 with detections drawn into it, one colour per class."""
     if found:
         colours = [colour(one["label"]) for one in found]
-        masks = [run_lengths.decode(one["segmentation"]) for one in found if "segmentation" in one]
+        masks = [decode(one["segmentation"]) for one in found if "segmentation" in one]
         if masks:
             shapes = torch.stack([torch.from_numpy(mask).bool() for mask in masks])
             image = draw_segmentation_masks(image, shapes, alpha=0.5, colors=colours)

@@ -1,4 +1,4 @@
-"""The two stages of Faster and Mask R-CNN: torchvision's, with what the published detectors compute otherwise.
+"""The two stages of Faster and Mask R-CNN: torchvision's, changed where the published detectors differ.
 
 Boxes, scores and losses are float32 whatever the network's dtype: in bfloat16 the coordinate 1001 is 1000.
 """
@@ -22,7 +22,7 @@ Targets = list[dict[str, Tensor]]
 
 
 class ProposalHead(RPNHead):
-    """torchvision's, with outputs in float32."""
+    """torchvision's RPNHead with float32 outputs."""
 
     def __init__(self, in_channels: int, num_anchors: int) -> None:
         super().__init__(in_channels, num_anchors)
@@ -30,12 +30,12 @@ class ProposalHead(RPNHead):
 
 
 class ProposalNetwork(RegionProposalNetwork):
-    """torchvision's, with an L1 loss of boxes in the place of a smooth one."""
+    """torchvision's RegionProposalNetwork, with an L1 loss of boxes instead of smooth L1."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Losses of objectness and boxes, each a mean over the anchors that are sampled from all images."""
+        """Losses of objectness and boxes, each a mean over the anchors sampled from all images."""
         positive, negative = (torch.cat(chosen) > 0 for chosen in self.fg_bg_sampler(labels))
         sampled = positive | negative
         wanted = torch.cat(regression_targets)[positive]
@@ -44,14 +44,14 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 class RegionAlign(MultiScaleRoIAlign):
-    """RoIAlign on the levels of a pyramid: aligned, as many samples as a region has pixels, in float32.
+    """RoIAlign on the levels of a pyramid: aligned, with adaptive sampling (one sample per pixel), in float32.
 
-    torchvision infers the levels' strides from the first batch that it sees, and keeps them; here they are known. Its
-    regions are half a pixel off, and it samples each of their cells at 2 x 2 places however large they are.
+    torchvision infers the strides from the first batch and keeps them; here they are given. Its regions are shifted by
+    half a pixel, and a cell has 2 x 2 samples whatever its size.
 
     Args:
         levels: names of the pyramid's levels, from the finest.
-        strides: theirs.
+        strides: of the levels, in pixels.
         output_size: height and width of a region's features.
     """
 
@@ -61,10 +61,10 @@ class RegionAlign(MultiScaleRoIAlign):
         self.map_levels = LevelMapper(int(math.log2(strides[0])), int(math.log2(strides[-1])))
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Levels [N, C, h, w], boxes [n, 4] of every image -> [R, C, size, size] of all boxes, of the levels' dtype."""
+        """Levels [N, C, h, w] and each image's boxes [n, 4] -> features of all boxes [R, C, size, size], same dtype."""
         levels = [x[name] for name in self.featmap_names]
-        places = torch.cat([torch.full_like(of_image[:, :1], index) for index, of_image in enumerate(boxes)])
-        regions = torch.cat([places, torch.cat(boxes)], dim=1).float()
+        images = torch.cat([torch.full_like(of_image[:, :1], index) for index, of_image in enumerate(boxes)])
+        regions = torch.cat([images, torch.cat(boxes)], dim=1).float()
         chosen = self.map_levels(boxes)
         shape = (len(regions), levels[0].shape[1], *self.output_size)
         result = torch.zeros(shape, dtype=torch.float32, device=regions.device)
@@ -75,21 +75,21 @@ class RegionAlign(MultiScaleRoIAlign):
 
 
 class RegionHeads(RoIHeads):
-    """torchvision's, with an L1 loss of boxes, binary mask targets, and matches before true boxes join proposals."""
+    """torchvision's RoIHeads, with L1 box loss, binary mask targets, and matching without the added true boxes."""
 
     def assign_targets_to_proposals(
         self, proposals: list[Tensor], gt_boxes: list[Tensor], gt_labels: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """The true box of each proposal of each image, and its label; 0 is background.
+        """The index of the true box of each proposal of each image, and its label; 0 is background.
 
-        True boxes come last among the proposals (`add_gt_proposals`). They are their own match; if they took part in
-        matching, no proposal would be the best of a true box.
+        The last proposals are the true boxes (`add_gt_proposals`). They match themselves, and are left out of the
+        matching: otherwise each would be its own best proposal.
         """
         found = [one[: len(one) - len(true)] for one, true in zip(proposals, gt_boxes, strict=True)]
         matched, labels = super().assign_targets_to_proposals(found, gt_boxes, gt_labels)
-        own = [torch.arange(len(true), device=true.device) for true in gt_boxes]
+        themselves = [torch.arange(len(true), device=true.device) for true in gt_boxes]
         return (
-            [torch.cat(pair) for pair in zip(matched, own, strict=True)],
+            [torch.cat(pair) for pair in zip(matched, themselves, strict=True)],
             [torch.cat(pair) for pair in zip(labels, gt_labels, strict=True)],
         )
 
@@ -100,7 +100,7 @@ class RegionHeads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: Targets | None = None,
     ) -> tuple[Targets, dict[str, Tensor]]:
-        """Detections of every image (none in training) and, in training, losses."""
+        """In evaluation the detections of every image and no losses; in training no detections, and the losses."""
         if self.training:
             return [], self._losses(features, proposals, image_shapes, targets)
         scores, deltas = self._of_boxes(features, proposals, image_shapes)
@@ -153,19 +153,19 @@ class RegionHeads(RoIHeads):
     def _of_masks(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]], labels: Tensor
     ) -> Tensor:
-        """Logits of the masks of these labels, [R, 28, 28]."""
+        """Mask logits of each box's label, [R, 28, 28]."""
         logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
         result: Tensor = logits[torch.arange(len(labels), device=labels.device), labels]
         return result
 
 
 class DetectionTransform(GeneralizedRCNNTransform):
-    """torchvision's, but masks are pasted at sub-pixel boxes, and are bool."""
+    """torchvision's GeneralizedRCNNTransform, with masks pasted at sub-pixel boxes as bool."""
 
     def postprocess(
         self, result: Targets, image_shapes: list[tuple[int, int]], original_image_sizes: list[tuple[int, int]]
     ) -> Targets:
-        """Detections in the pixels of the images that were given: boxes [n, 4], masks [n, 1, H, W] bool."""
+        """Detections in the pixels of the original images: boxes [n, 4], masks [n, 1, H, W] bool."""
         masks = [found.pop("masks", None) for found in result]
         result = super().postprocess(result, image_shapes, original_image_sizes)
         for found, of_image, size in zip(result, masks, original_image_sizes, strict=not self.training):

@@ -1,4 +1,4 @@
-"""What a batch carries besides its images."""
+"""The targets of a batch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,10 +7,10 @@ from lightning.fabric.utilities import move_data_to_device
 
 
 class Targets:
-    """The targets of a batch, a dictionary an image, whose tensors keep their dtypes.
+    """The targets of a batch, one dictionary per image, whose tensors keep their dtypes.
 
-    Lightning's 16-bit precisions convert every floating-point tensor that they find in a batch's lists and
-    dictionaries, and in bfloat16 the coordinate 1001 is 1000. They do not look into this.
+    Lightning's 16-bit precisions convert every floating-point tensor in a batch's lists and dictionaries, and in
+    bfloat16 the coordinate 1001 is 1000. They do not convert the tensors in this class.
     """
 
     def __init__(self, of_images: list[dict[str, Any]]) -> None:
@@ -26,11 +26,11 @@ class Targets:
         return iter(self._of_images)
 
     def to(self, device: Any, **options: Any) -> "Targets":
-        """The same on another device."""
+        """The same targets on another device."""
         return Targets(move_data_to_device(self._of_images, device))
 
     def pin_memory(self) -> "Targets":
-        """The same in pinned memory, which a loader asks for."""
+        """The same targets in pinned memory; called by DataLoader."""
         return Targets(
             [
                 {name: value.pin_memory() if hasattr(value, "pin_memory") else value for name, value in one.items()}

@@ -1,1 +1,1 @@
-"""The data sets of object detection and instance segmentation, a file each."""
+"""The data sets of object detection and instance segmentation, one per file."""

@@ -1,7 +1,7 @@
-"""Annotations of many objects in little memory: arrays in the place of Python objects.
+"""Annotations of many objects in little memory: arrays instead of Python objects.
 
-An object of COCO's takes about 2 kB as Python objects, and a forked worker copies the memory of each that it looks at,
-for looking at one writes its reference count. Arrays have one count each, and processes go on sharing them.
+An object takes about 2 kB as Python objects, and a forked worker copies the memory of every one that it reads, because
+reading writes the reference count. An array has one reference count, so processes keep sharing its memory.
 """
 
 import json
@@ -10,17 +10,17 @@ from itertools import chain
 
 import numpy as np
 
-from .annotations import Annotations, ObjectEntry
+from .entries import Annotations, ObjectEntry
 
 _ROW = np.dtype([("id", "i8"), ("category", "i8"), ("box", "f8", 4), ("crowd", "?"), ("area", "f8")])
 
 
 class PackedObjects(Mapping[int, list[ObjectEntry]]):
-    """Objects by image, as in `Annotations`; an image's are made when they are asked for.
+    """Objects by image id, as in `Annotations`; the `ObjectEntry`s of an image are made on access.
 
     Args:
         objects: to pack.
-        segmentations: keep them, as JSON; without, every object's is None.
+        segmentations: store them, as JSON text; if false, every object's is None.
     """
 
     def __init__(self, objects: Mapping[int, Sequence[ObjectEntry]], segmentations: bool) -> None:
@@ -32,18 +32,18 @@ class PackedObjects(Mapping[int, list[ObjectEntry]]):
         rows = ((one.id, one.category, one.box, one.crowd, one.area) for one in chain.from_iterable(objects.values()))
         self._rows = np.fromiter(rows, _ROW, total)
         self._text = np.zeros(0, np.uint8)
-        self._places: np.ndarray | None = None  # where each object's segmentation begins in the text, and the end
+        self._offsets: np.ndarray | None = None  # of each object's segmentation in the text, and the text's length
         if segmentations:
-            text, places = bytearray(), np.zeros(total + 1, np.int64)
+            text, offsets = bytearray(), np.zeros(total + 1, np.int64)
             for index, one in enumerate(chain.from_iterable(objects.values())):
                 text += json.dumps(one.segmentation, separators=(",", ":")).encode()
-                places[index + 1] = len(text)
-            self._text, self._places = np.frombuffer(bytes(text), np.uint8), places
+                offsets[index + 1] = len(text)
+            self._text, self._offsets = np.frombuffer(bytes(text), np.uint8), offsets
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes."""
-        arrays = (self._images, self._order, self._starts, self._rows, self._text, self._places)
+        """The memory of all arrays, in bytes."""
+        arrays = (self._images, self._order, self._starts, self._rows, self._text, self._offsets)
         return sum(array.nbytes for array in arrays if array is not None)
 
     def __len__(self) -> int:
@@ -60,14 +60,14 @@ class PackedObjects(Mapping[int, list[ObjectEntry]]):
         found = []
         for index, row in enumerate(self._rows[first:last], start=first):
             number, category, box, crowd, area = row.item()
-            shape = None if self._places is None else self._segmentation(index, self._places)
+            shape = None if self._offsets is None else self._segmentation(index, self._offsets)
             found.append(ObjectEntry(number, category, tuple(box.tolist()), crowd, shape, area))
         return found
 
-    def _segmentation(self, index: int, places: np.ndarray) -> object:
-        return json.loads(self._text[places[index] : places[index + 1]].tobytes())
+    def _segmentation(self, index: int, offsets: np.ndarray) -> object:
+        return json.loads(self._text[offsets[index] : offsets[index + 1]].tobytes())
 
 
 def packed(annotations: Annotations, segmentations: bool) -> Annotations:
-    """The same annotations, their objects packed, and without segmentations if they are not asked for."""
+    """The same annotations with packed objects, whose segmentations are None if `segmentations` is false."""
     return annotations._replace(objects=PackedObjects(annotations.objects, segmentations))

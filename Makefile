@@ -36,7 +36,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 bench: $(INSTALLED)
-	$(BIN)/involution bench $(addprefix --prototype ,$(wildcard ../shared/prototype/inv.cpp))
+	$(BIN)/involution bench
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html

@@ -8,4 +8,3 @@ html_title = "involution"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
-suppress_warnings = ["toc.empty_glob"]  # of pages that another branch adds

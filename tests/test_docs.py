@@ -26,7 +26,7 @@ ONE_STEP += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches"
 LOADING = ["--data.batch_size", "2", "--data.num_workers", "0"]
 # What makes a tutorial's commands small: options for fit, and for validate.
 SMALL: dict[str, list[str]] = {
-    "own-folder": ["--data.image_size", "32", "--data.resize", "32", "--model.model_name", "rednetv2_26"],
+    "own-folder": ["--data.image_size", "32", "--data.resize", "32", "--model.model_name", "rednetv2_14_cifar"],
     "detector": [
         *("--data.min_size", "48", "--data.max_size", "64", "--data.train_min_sizes", "[48]"),
         *("--model.backbone", "rednetv2_26"),

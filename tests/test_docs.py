@@ -16,6 +16,7 @@ from involution.cli import main
 from involution.engine.recipes import resolve_configs
 
 DOCS = Path(__file__).parents[1] / "docs"
+ROOT = DOCS.parent
 PAGES = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
 TUTORIALS = sorted(page.stem for page in (DOCS / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -143,3 +144,31 @@ def test_links_between_pages(page: Path) -> None:
         file = (page.parent / name).resolve() if name else page
         assert file.is_file(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
+
+
+TEXTS = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")), *PAGES]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
+def test_files_that_a_text_names_exist(text: Path) -> None:
+    named = re.findall(r"\b((?:tests|csrc|docs|examples|experiments|src)/[\w./-]*\w)", text.read_text())
+    missing = {name for name in named if not (ROOT / name).exists() and not (text.parent / name).exists()}
+    assert not missing
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text.stem)
+def test_the_repository_stands_alone(text: Path) -> None:
+    """No paths out of the repository, and no documents that only its authors have."""
+    assert not re.search(r"\.\./shared|/work/|OPERATOR\.md|PUBLISHED\.md|DESIGN\.md|GLOSSARY\.md", text.read_text())
+
+
+def test_the_warm_start_of_the_tips_is_what_the_command_prints() -> None:
+    """From the shapes of timm's ResNet-50: the report does not depend on the weights."""
+    import timm
+
+    from involution.zoo import load_resnet
+
+    page = (DOCS / "training-tips.md").read_text()
+    model = timm.create_model("rednetv2_50", num_classes=10)
+    report = str(load_resnet(model, timm.create_model("resnet50").state_dict()))
+    assert report.partition(": ")[2] in page  # without the source's name

@@ -8,3 +8,5 @@ html_title = "involution"
 autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!involution\.).*")]  # names of other packages, and names without a package

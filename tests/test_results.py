@@ -1,4 +1,4 @@
-"""docs/results.md says what its results file says."""
+"""The tables of docs/results.md are those of its results files and of the code."""
 
 import importlib.util
 import json
@@ -78,7 +78,7 @@ def test_costs_of_rednetv2_are_the_pages(depth: int) -> None:
     assert row in (ROOT / "docs" / "results.md").read_text(), row
 
 
-def test_every_run_is_of_this_set_and_stands_once(cifar10: ModuleType) -> None:
+def test_every_run_is_of_this_set_and_appears_once(cifar10: ModuleType) -> None:
     lines = cifar10.finished(cifar10.RESULTS)
     keys = [(line["name"], line["seed"]) for line in lines]
     assert len(keys) == len(set(keys))

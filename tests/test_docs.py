@@ -172,3 +172,18 @@ def test_the_warm_start_of_the_tips_is_what_the_command_prints() -> None:
     model = timm.create_model("rednetv2_50", num_classes=10)
     report = str(load_resnet(model, timm.create_model("resnet50").state_dict()))
     assert report.partition(": ")[2] in page  # without the source's name
+
+
+def test_the_migration_from_an_unfold_computes_the_same() -> None:
+    from involution import involution2d
+
+    n, channels, groups, h, w = 2, 32, 2, 9, 8
+    x, kernel_map = torch.randn(n, channels, h, w), torch.randn(n, groups * 49, h, w)
+    names: dict[str, Any] = {"F": torch.nn.functional, "involution2d": involution2d, "x": x, "kernel_map": kernel_map}
+    names |= {"n": n, "channels": channels, "groups": groups, "h": h, "w": w}
+    results = []
+    for _, code in blocks(DOCS / "migration.md"):
+        exec(code, names)
+        results.append(names.pop("y"))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    assert len(results) == 2

@@ -1,5 +1,8 @@
 """Sphinx settings."""
 
+import re
+from typing import Any
+
 project = "involution"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
@@ -9,4 +12,19 @@ autodoc_typehints = "description"
 autodoc_member_order = "bysource"
 myst_heading_anchors = 3
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!involution\.).*")]  # names of other packages, and names without a package
+# Not checked: names of other packages, names without a package, and types that only tasks use inside.
+nitpick_ignore_regex = [("py:.*", r"(?!involution\.(nn|ops|zoo|rewrite|cost)\.).*")]
+
+
+def escape_asterisks(_app: Any, _what: str, _name: str, _object: Any, _options: Any, lines: list[str]) -> None:
+    """Shapes such as [N, C, *S] and patterns such as *.jpg are text in our docstrings, never emphasis."""
+    for number, line in enumerate(lines):
+        if not line.lstrip().startswith((">>>", "..")):
+            parts = line.split("``")
+            parts[::2] = [re.sub(r"(?<!\\)\*(?=\S)", r"\*", part) for part in parts[::2]]
+            lines[number] = "``".join(parts)
+
+
+def setup(app: Any) -> None:
+    """Connects the above, after napoleon has made sections of the docstrings."""
+    app.connect("autodoc-process-docstring", escape_asterisks, priority=900)

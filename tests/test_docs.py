@@ -1,10 +1,12 @@
 """The documentation runs: tutorials from beginning to end on tiny data, commands of every page, links between pages."""
 
+import importlib
 import json
 import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -187,3 +189,13 @@ def test_the_migration_from_an_unfold_computes_the_same() -> None:
         results.append(names.pop("y"))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
     assert len(results) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".nn", ".zoo", ".rewrite", ".cost", ".tasks.classify", ".tasks.detect", ".tasks.segment"]
+)
+def test_the_reference_has_every_public_name(name: str) -> None:
+    package = importlib.import_module(f"involution{name}")
+    reference = set(re.findall(r"^\.\. auto\w+:: .*?(\w+)$", (DOCS / "api.md").read_text(), re.MULTILINE))
+    modules = {public for public in package.__all__ if isinstance(getattr(package, public), ModuleType)}
+    assert set(package.__all__) - modules - {"__version__"} <= reference

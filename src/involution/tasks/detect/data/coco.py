@@ -176,7 +176,7 @@ class GroupedSampler(ResumableSampler):
 
 
 class COCO(TaskData):
-    """COCO's folders, or any of their format: ``root/train2017/*.jpg``, root/annotations/instances_train2017.json.
+    """COCO's folders, or any of their format: root/train2017/*.jpg, root/annotations/instances_train2017.json.
 
     Training batches are (images, targets): a list of [3, H, W] float32 in 0..1, and `Targets`, dictionaries of boxes
     [n, 4] in pixels (left, top, right, bottom), labels [n] from 1 on in the order of the annotation file's categories

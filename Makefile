@@ -1,4 +1,4 @@
-# Every target works from nothing on a fresh machine with Python 3.11+, a C++ compiler and make.
+# Every target works on a fresh machine with Python 3.11+, a C++ compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 
 install: $(INSTALLED)
 
-# Editable, with all extras; again when the kernels or the project's settings change.
+# Editable, with all extras; repeated when the kernels or the project's settings change.
 $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install -e '.[dev]'
@@ -16,8 +16,8 @@ $(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 demo: $(INSTALLED)
 	$(BIN)/python examples/digits.py
 
-# Threads that spin while they wait make small tests crawl where another job has a core: let them sleep. Two processes,
-# each with whole files of tests, for much of a test is done by one thread.
+# Waiting threads sleep: spinning ones slow small tests down where another job uses a core. Two processes, each with whole
+# test files, because much of a test runs on one thread.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.02 $(BIN)/pytest $(INTERPRETED) -k "random or interpreted or taps_outside"
@@ -39,7 +39,7 @@ bench: $(INSTALLED)
 	$(BIN)/involution bench
 
 docs: $(INSTALLED)
-	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 wheel: $(INSTALLED)
 	$(BIN)/pip wheel . --no-deps -w dist

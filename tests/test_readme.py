@@ -32,9 +32,16 @@ def test_nothing_is_left_to_fill_in_and_files_exist() -> None:
 
 def test_commands_name_recipes_that_exist() -> None:
     commands = re.findall(r"^involution (?:fit|test) (.*?)(?:\s+#.*)?$", README, re.MULTILINE)
-    assert len(commands) >= 4
+    assert len(commands) >= 8
     for command in commands:
         resolve_configs(command.split())
+
+
+def test_the_first_screen_has_install_and_two_commands_and_no_times() -> None:
+    first = README.partition("## What runs where")[0]
+    assert first.count("pip install") == 1
+    assert [line.split()[1] for line in first.splitlines() if line.startswith("involution ")] == ["fit", "predict"]
+    assert not re.search(r"\d (?:ms|seconds|minutes)\b", first)  # no times without command and machine
 
 
 def rows() -> list[tuple[str, str]]:

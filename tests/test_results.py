@@ -1,4 +1,4 @@
-"""The tables of docs/results.md are those of the results files."""
+"""The tables of docs/results.md are those of its results files and of the code."""
 
 import importlib.util
 import json
@@ -7,6 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import involution.zoo  # noqa: F401  (registers RedNet with timm)
+from involution.cost.published import cost_of, counterpart
 
 ROOT = Path(__file__).parents[1]
 
@@ -59,6 +63,19 @@ def test_the_table_of_replacements_is_that_of_its_results_file() -> None:
     assert len(rows) == 2 + len(made)
     assert rows[2] == "| no convolution | nothing | 9 | 50.00% |  |"
     assert rows[3] == "| every convolution | nothing | 0 | 51.00% | +1.00 |"
+
+
+@pytest.mark.parametrize("depth", [26, 38, 50, 101, 152])
+def test_costs_of_rednetv2_are_the_pages(depth: int) -> None:
+    name = f"rednetv2_{depth}"
+    other = counterpart(name)
+    assert other is not None
+    with torch.device("meta"):  # counting needs no weights
+        ours, theirs = cost_of(name)[0], cost_of(other)[0]
+    saved = [1 - ours.parameters / theirs.parameters, 1 - ours.multiply_adds / theirs.multiply_adds]
+    figures = f"{ours.parameters:,} | {ours.multiply_adds / 1e9:.3f} G | {ours.total / 1e9:.3f} G"
+    row = f"| `{name}` | {figures} | `{other}` | {saved[0]:.1%}, {saved[1]:.1%} |".replace("%", " %")
+    assert row in (ROOT / "docs" / "results.md").read_text(), row
 
 
 def test_every_run_is_in_the_set_and_recorded_once(cifar10: ModuleType) -> None:

@@ -1,9 +1,7 @@
 """Kernel generators: shapes, receptive fields, and costs."""
 
-import re
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,15 +135,3 @@ def test_position_generator_costs_once_a_batch() -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         generator(torch.randn(3, 32, 6, 7))
     assert counter.get_total_flops() == 2 * 6 * 7 * (2 * 32 + 32 * 50)
-
-
-def test_the_documentations_code_runs() -> None:
-    """Block after block, including a custom generator."""
-    page = (Path(__file__).parents[2] / "docs" / "family.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 4
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
-    layer = Involution2d(64, kernel_size=5, stride=2, kernel_generator=names["Gated"])
-    assert layer(torch.randn(1, 64, 9, 8)).shape == (1, 64, 5, 4)

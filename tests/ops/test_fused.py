@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from involution import involution2d
 from involution.ops.backends.selection import fuses
-from involution.ops.fused_layer import fused_layer
+from involution.ops.fused import fused_layer
 from involution.ops.layouts import is_channels_last
 
 every_backend = pytest.mark.parametrize("name", BACKENDS)

@@ -287,7 +287,7 @@ def test_schedule() -> None:
 
 
 def test_recipes_are_the_papers() -> None:
-    """The combinations of the paper's table, their schedule, and where gradients are clipped."""
+    """The published combinations, their schedule, and where gradients are clipped."""
     found = {name: yaml.safe_load(file.read_text()) for name, file in recipes().items() if name.endswith("_fpn_1x")}
     clips = {name: recipe["trainer"].get("gradient_clip_val") for name, recipe in found.items()}
     assert clips == {

@@ -284,7 +284,7 @@ def test_schedule() -> None:
 
 
 def test_recipes_are_the_papers() -> None:
-    """80,000 steps of 8 images, crops of 512x1024, lr 0.01, power 0.9, SyncBN."""
+    """As published: 80,000 steps of 8 images, crops of 512x1024, lr 0.01, power 0.9, SyncBN."""
     found = {name: yaml.safe_load(file.read_text()) for name, file in RECIPES.items() if name.endswith("_80k")}
     assert set(found) == {
         "semantic_fpn_rednet50_80k",

@@ -15,8 +15,8 @@ template <class S>
 using AdjointSegment = Segment<Compute<S>, const Compute<S>, const S>;
 
 // Sliding-window accumulation in registers; K taps of a row and their stride are known at compile time, dilation is 1.
-// At every output position, `Stride` new sums enter the window from dx, K products are added, and `Stride` finished sums
-// leave it to dx. So every dx is loaded and stored once per row of the kernel and tile.
+// At every output position, `Stride` new sums enter the window from dx, K products are added, and `Stride` finished
+// sums leave it to dx. So every dx is loaded and stored once per row of the kernel and tile.
 //
 //     K = 3, Stride = 1          dx   0    1    2    3    4    5
 //         t = 0                     [ +    +    + ]                    loads 0, 1, 2    stores 0
@@ -63,8 +63,8 @@ __attribute__((noinline)) void adjoint_tile(const Geometry& g, const AdjointSegm
   });
 }
 
-// The same for any kernel size, stride and dilation: tap by tap, dx loaded and stored for every product. The channels of
-// a group from `channel` on, W at a time, the rest with vectors of half that width, and so on.
+// The same for any kernel size, stride and dilation: tap by tap, dx loaded and stored for every product. The channels
+// of a group from `channel` on, W at a time, the rest with vectors of half that width, and so on.
 template <class S, int W>
 __attribute__((noinline)) void adjoint_any_kernel(const Geometry& g, const AdjointSegment<S>& segment, Index positions,
                                                   Index channel) {
@@ -98,8 +98,8 @@ __attribute__((noinline)) void adjoint_any_kernel(const Geometry& g, const Adjoi
 template <int Stride>
 constexpr int kTile = ceil_divide(kRegisters == 32 ? 14 : 7, Stride);
 
-// A tile of exactly `positions` output positions, Positions or a half, a quarter ... of it. Returns how many channels of
-// the group are done: whole vectors of them.
+// A tile of exactly `positions` output positions, Positions or a half, a quarter ... of it. Returns how many channels
+// of the group are done: whole vectors of them.
 template <class S, int Positions, int K, int Stride>
 INVOLUTION_INLINE Index adjoint_tiles(const Geometry& g, const AdjointSegment<S>& segment, Index positions) {
   constexpr int W = kLanes<Compute<S>>;
@@ -146,8 +146,8 @@ AdjointKernel<S> choose_adjoint(const Geometry& g) {
 // One row of output positions in tiles, what is left of it in tiles of half the size, and so on; all groups of a tile
 // before the next tile, in the order of the kernel map.
 template <class S>
-void adjoint_row(const Geometry& g, const AdjointKernel<S>& kernel, const S* dy, const S* k, Compute<S>* image,
-                 Index n, Index row, Range groups) {
+void adjoint_row(const Geometry& g, const AdjointKernel<S>& kernel, const S* dy, const S* k, Compute<S>* image, Index n,
+                 Index row, Range groups) {
   const Index width = g.channels / g.groups, taps = volume(g.kernel), row_length = g.output[2];
   const Index k_step = g.groups * taps, rows = g.output[0] * g.output[1];
   TileWeights<S> weights;
@@ -188,8 +188,9 @@ void adjoint_channels_last(const Geometry& g, const S* dy, const S* k, Compute<S
 }
 
 // -------------------------------------------------------------------------------------------------- contiguous
-// A gather as shifted rows: for every tap, a row of weights times a row of dy is added to a shifted row of dx. An item is
-// a block of input rows of all channels of one group, so that a row of weights meets every channel while it is in cache.
+// A gather as shifted rows: for every tap, a row of weights times a row of dy is added to a shifted row of dx. An item
+// is a block of input rows of all channels of one group, so that a row of weights meets every channel while it is in
+// cache.
 template <class T>
 void adjoint_contiguous(const Geometry& g, const T* dy, const T* k, T* dx) {
   const Index width = g.channels / g.groups, row_length = g.input[2], inputs = volume(g.input);

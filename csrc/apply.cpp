@@ -7,8 +7,8 @@ namespace INVOLUTION_ISA {
 namespace {
 
 // ------------------------------------------------------------------------------------------------ channels last
-// A tile is `Positions` output positions in a row times W channels of one group: one vector of sums per position, all of
-// them in registers until every tap has been added.
+// A tile is `Positions` output positions in a row times W channels of one group: one vector of sums per position, all
+// of them in registers until every tap has been added.
 
 // Direct convolution of one tile, register-blocked over output positions; K taps of a row and their stride are known at
 // compile time, dilation is 1. Every input vector is loaded once and multiplied into all sums that it belongs to.
@@ -138,7 +138,8 @@ ApplyGroup<S> choose_apply_group(const Geometry& g) {
 }
 
 // The output positions of one tile in rows of this length: as many sums as registers hold, and few positions left over.
-// Small kernels wait for memory, not for the loads that more sums would share: for them kTile measured a quarter faster.
+// Small kernels wait for memory, not for the loads that more sums would share: for them kTile measured a quarter
+// faster.
 INVOLUTION_INLINE Index tile_positions(Index row_length, Index kernel_size) {
   const bool fits = ceil_divide(row_length, kLargeTile) * kLargeTile <= ceil_divide(row_length, kTile) * kTile;
   if (kernel_size > 3 && row_length >= kLargeTile && fits) return kLargeTile;
@@ -172,15 +173,14 @@ void apply_channels_last(const Geometry& g, const S* x, const S* k, S* y) {
   const RowItems items(g, g.output[0] * g.output[1]);
   const ApplyGroup<S> apply_group = choose_apply_group<S>(g);
   const Index positions = tile_positions(g.output[2], g.kernel[2]);
-  parallel_for(worthwhile_threads(g), items.count(), [&](Index i) {
-    apply_row(g, apply_group, positions, x, k, y, items.row(i), items.groups(i, g));
-  });
+  parallel_for(worthwhile_threads(g), items.count(),
+               [&](Index i) { apply_row(g, apply_group, positions, x, k, y, items.row(i), items.groups(i, g)); });
 }
 
 // -------------------------------------------------------------------------------------------------- contiguous
-// Direct convolution as shifted rows: for every tap, a row of weights times a shifted row of the input is added to a row
-// of the output (y[c, o, :] += k[u, o, :] * x[c, h, shift:]). An item is a block of output rows of all channels of one
-// group, so that a row of weights meets every channel while it is in cache.
+// Direct convolution as shifted rows: for every tap, a row of weights times a shifted row of the input is added to a
+// row of the output (y[c, o, :] += k[u, o, :] * x[c, h, shift:]). An item is a block of output rows of all channels of
+// one group, so that a row of weights meets every channel while it is in cache.
 template <class T>
 void apply_contiguous(const Geometry& g, const T* x, const T* k, T* y) {
   const Index width = g.channels / g.groups, row_length = g.output[2], positions = volume(g.output);
@@ -237,14 +237,17 @@ template <class T>
 void apply_segment(const Geometry& g, ApplySegment<T>& segment, Index count) {
   const ApplyGroup<T> apply_group = choose_apply_group<T>(g);
   const Index positions = tile_positions(count, g.kernel[2]);
-  const ApplySegment<T> whole = segment;
+  const Index start = segment.start[2];
+  const T* k = segment.k;
+  T* y = segment.y;
   for (Index next = 0; next < count; next += positions) {
     const Index first = min(next, count - positions);  // the last tile may overlap its neighbour
-    segment.start[2] = whole.start[2] + first * g.stride[2];
-    segment.k = whole.k + first * whole.k_step;
-    segment.y = whole.y + first * whole.step;
+    segment.start[2] = start + first * g.stride[2];
+    segment.k = k + first * segment.k_step;
+    segment.y = y + first * segment.step;
     apply_group(g, segment, positions);
   }
+  segment.start[2] = start;
 }
 
 template void apply(const Geometry&, const float*, const float*, float*);

@@ -1,4 +1,5 @@
-// correlate: dk[n, g, u, o] = sum over the channels c of group g of dy[n, c, o] * x[n, c, o*stride + u*dilation - padding]
+// correlate: dk[n, g, u, o] = sum over the channels c of group g of
+//                             dy[n, c, o] * x[n, c, o*stride + u*dilation - padding]
 //
 // Implicit GEMM over the window, the channels of a group being its depth. A patch of output positions of one group is
 // computed at a time: dy and the part of x that the patch reads are packed as [channel][position] (pack.h), so that one
@@ -38,8 +39,11 @@ struct PackedAxis {
   bool shared;  // phases are remainders modulo the stride and serve several taps; otherwise each serves one tap
 
   INVOLUTION_INLINE PackedAxis(const Geometry& g, int axis, Range outputs, Range of_taps)
-      : origin(input_at(g, axis, outputs.first, of_taps.first)), stride(g.stride[axis]), dilation(g.dilation[axis]),
-        count(length(outputs)), taps(length(of_taps)) {
+      : origin(input_at(g, axis, outputs.first, of_taps.first)),
+        stride(g.stride[axis]),
+        dilation(g.dilation[axis]),
+        count(length(outputs)),
+        taps(length(of_taps)) {
     shared = true;
     shared = phases() * phase_length() <= count * taps;
   }
@@ -47,7 +51,8 @@ struct PackedAxis {
   INVOLUTION_INLINE Index phase_length() const {
     return shared ? count + ((taps - 1) * dilation + stride - 1) / stride : count;
   }
-  // Where output o of the patch finds the input of tap u, with phases `pitch` apart; output o + 1 finds it at the next index.
+  // Where output o of the patch finds the input of tap u, with phases `pitch` apart; output o + 1 finds it at the next
+  // index.
   INVOLUTION_INLINE Index packed_at(Index o, Index u, Index pitch) const {
     if (!shared) return u * pitch + o;
     return stride == 1 ? u * dilation + o : u * dilation % stride * pitch + u * dilation / stride + o;
@@ -130,32 +135,37 @@ INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const Packed
 
 // Taps columns of taps, for any number of output rows: as many at a time as registers hold.
 template <class T, int W, int Taps>
-INVOLUTION_INLINE void multiply_rows(const RowProduct<T>& product, const T* x, const PackedLayout<T>& packed, Index tap,
-                                     Index channels) {
-  constexpr Index most = min(kRowsAtOnce, (kRegisters - 4) / Taps);
-  for (Index i = 0; i < product.rows; i += most) {
-    const Index rows = product.rows - i;
-    T* sums[kRowsAtOnce];
-    for (Index r = 0; r < min(most, rows); ++r) sums[r] = product.sums[i + r] + tap * W;
-    const auto multiply = [&](auto rows) INVOLUTION_BODY {
-      constexpr int count = int(min(decltype(rows)::value, most));
-      micro_kernel<T, W, count, Taps>(product.dy + i, x, packed, packed.offset + tap, channels, sums);
+INVOLUTION_INLINE void multiply_rows(const RowProduct<T>& product, const T* x, const PackedLayout<T>& packed,
+                                     const Index* offset, Index channels) {
+  constexpr Index at_once = min(kRowsAtOnce, (kRegisters - 4) / Taps);
+  const T* const* dy = product.dy;
+  T* const* sums = product.sums;
+  for (Index rows = product.rows; rows > 0; rows -= at_once, dy += at_once, sums += at_once) {
+    const auto multiply = [&](auto count) INVOLUTION_BODY {
+      micro_kernel<T, W, int(min(decltype(count)::value, at_once)), Taps>(dy, x, packed, offset, channels, sums);
     };
-    if (rows >= 4 && most >= 4) multiply(std::integral_constant<Index, 4>{});
-    else if (rows >= 3 && most >= 3) multiply(std::integral_constant<Index, 3>{});
-    else if (rows >= 2 && most >= 2) multiply(std::integral_constant<Index, 2>{});
+    if (rows >= 4 && at_once >= 4) multiply(std::integral_constant<Index, 4>{});
+    else if (rows >= 3 && at_once >= 3) multiply(std::integral_constant<Index, 3>{});
+    else if (rows >= 2 && at_once >= 2) multiply(std::integral_constant<Index, 2>{});
     else multiply(std::integral_constant<Index, 1>{});
   }
 }
 
-// All columns of taps, at W output positions from x's on.
+// All columns of taps, at W output positions from x's on. Moves the product's sums to the end of their row of taps.
 template <class T, int W>
-void multiply_row(const RowProduct<T>& product, const T* x, const PackedLayout<T>& packed, Index taps, Index channels) {
-  Index tap = 0;
-  for (; tap + 7 <= taps; tap += 7) multiply_rows<T, W, 7>(product, x, packed, tap, channels);
-  for (; tap + 5 <= taps; tap += 5) multiply_rows<T, W, 5>(product, x, packed, tap, channels);
-  for (; tap + 3 <= taps; tap += 3) multiply_rows<T, W, 3>(product, x, packed, tap, channels);
-  for (; tap < taps; ++tap) multiply_rows<T, W, 1>(product, x, packed, tap, channels);
+void multiply_row(RowProduct<T>& product, const T* x, const PackedLayout<T>& packed, Index taps, Index channels) {
+  const Index* offset = packed.offset;
+  const auto multiply = [&](auto count) INVOLUTION_BODY {
+    constexpr int at_once = decltype(count)::value;
+    for (; taps >= at_once; taps -= at_once, offset += at_once) {
+      multiply_rows<T, W, at_once>(product, x, packed, offset, channels);
+      for (Index i = 0; i < product.rows; ++i) product.sums[i] += at_once * W;
+    }
+  };
+  multiply(std::integral_constant<int, 7>{});
+  multiply(std::integral_constant<int, 5>{});
+  multiply(std::integral_constant<int, 3>{});
+  multiply(std::integral_constant<int, 1>{});
 }
 
 // A block of a patch's taps: rows [b.first, b.end) and columns [v.first, v.end) of the kernel, at its slowest tap a.
@@ -169,11 +179,11 @@ struct TapBlock {
   Range b, v;
   PackedAxis down, across;
   PackedLayout<T> packed;
-  Index phase_length;                                   // of the fast axis, padded
+  Index phase_length;  // of the fast axis, padded
   Index packed_rows;
-  Index heights[kMaxRows * kMaxTaps];                   // the input row in each packed row, or -1: outside the input
+  Index heights[kMaxRows * kMaxTaps];                     // the input row in each packed row, or -1: outside the input
   Range rows_of_tap[kMaxTaps], columns_of_tap[kMaxTaps];  // output positions whose tap is inside the input
-  Range columns_of_all;                                 // ... and at which all columns of taps are
+  Range columns_of_all;                                   // ... and at which all columns of taps are
 
   TapBlock(const Geometry& g, const Patch<S>& patch, Index a, Range b, Range v)
       : g(g), patch(patch), a(a), b(b), v(v), down(g, 1, patch.rows, b), across(g, 2, patch.columns, v) {
@@ -236,8 +246,8 @@ struct TapBlock {
     }
   }
 
-  // All taps of the block for at most kRowsAtOnce output rows at positions [first, first + L). The output rows that read
-  // the same packed input row, each through another row of taps, are multiplied with it together.
+  // All taps of the block for at most kRowsAtOnce output rows at positions [first, first + L). The output rows that
+  // read the same packed input row, each through another row of taps, are multiplied with it together.
   template <int L>
   void sum_positions(Range rows, Index first, const T* x, const T* dy, Index channels, bool add, T* sums) const {
     const Index taps = across.taps, sums_of_row = down.taps * taps * L;
@@ -261,7 +271,8 @@ struct TapBlock {
     }
   }
 
-  // Writes the sums of one output row to the kernel map, where rows of taps are contiguous if the block has all columns.
+  // Writes the sums of one output row to the kernel map, where rows of taps are contiguous if the block has all
+  // columns.
   template <int L>
   void write_row(Index i, Index first, Index count, bool add, const T* sums) const {
     S* dk = patch.dk + i * patch.dk_row + first * patch.dk_steps.position;
@@ -397,9 +408,8 @@ Patch<S> patch_of_item(const Geometry& g, const PatchGrid<S>& grid, Index i, con
 template <class S>
 void correlate(const Geometry& g, const S* dy, const S* x, S* dk) {
   const PatchGrid<S> grid(g);
-  parallel_for(worthwhile_threads(g), g.batch * g.output[0] * grid.down * grid.across * g.groups, [&](Index i) {
-    correlate_patch(g, patch_of_item(g, grid, i, dy, x, dk));
-  });
+  parallel_for(worthwhile_threads(g), g.batch * g.output[0] * grid.down * grid.across * g.groups,
+               [&](Index i) { correlate_patch(g, patch_of_item(g, grid, i, dy, x, dk)); });
 }
 
 template void correlate(const Geometry&, const float*, const float*, float*);

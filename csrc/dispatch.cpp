@@ -23,9 +23,7 @@ bool has_f16c() {
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-}
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -33,7 +31,8 @@ bool has_avx512() {
 }
 #endif
 
-const InstructionSet kInstructionSets[] = {  // the best first
+const InstructionSet kInstructionSets[] = {
+// the best first
 #ifdef INVOLUTION_X86
     {avx512::kernels, has_avx512},
     {avx2::kernels, has_avx2},
@@ -53,9 +52,7 @@ const Kernels* best() {
 
 std::atomic<const Kernels*> in_use{best()};
 
-const Kernels& kernels() {
-  return *in_use.load(std::memory_order_relaxed);
-}
+const Kernels& kernels() { return *in_use.load(std::memory_order_relaxed); }
 
 }  // namespace
 }  // namespace involution
@@ -114,13 +111,9 @@ int64_t involution_fused_layer_workspace(const involution_geometry* g, const inv
   return kernels().fused_layer_workspace(*g, *layer);
 }
 
-double involution_multiply_adds(int64_t threads, int64_t rounds) {
-  return kernels().multiply_adds(threads, rounds);
-}
+double involution_multiply_adds(int64_t threads, int64_t rounds) { return kernels().multiply_adds(threads, rounds); }
 
-const char* involution_instruction_set(void) {
-  return kernels().name;
-}
+const char* involution_instruction_set(void) { return kernels().name; }
 
 int involution_use(const char* name) {
   for (const auto& set : involution::kInstructionSets) {

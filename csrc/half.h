@@ -44,8 +44,8 @@ INVOLUTION_INLINE V widen(const Half*, Bits<V> bits) {
   return from_bits<V>((magnitude < 0x400 ? bits_of(small) : normal) | (bits & 0x8000) << 16);
 }
 
-// Rounds to nearest, ties to even. Values below 2^-14 become subnormal: after adding 1/2, the last bits of the float are
-// those of the float16.
+// Rounds to nearest, ties to even. Values below 2^-14 become subnormal: after adding 1/2, the last bits of the float
+// are those of the float16.
 template <class V>
 INVOLUTION_INLINE Bits<V> narrow(const Half*, V v) {
   const Bits<V> sign = bits_of(v) & 0x80000000, bits = bits_of(v) ^ sign;
@@ -89,8 +89,8 @@ INVOLUTION_INLINE void store_narrowed(S* to, V v) {
   __builtin_memcpy(to, &narrowed, sizeof narrowed);
 }
 
-// The weights of one group at the output positions of a tile, for kernels that read them one by one: f32 and f64 are read
-// where they are, 16-bit weights are widened into a buffer first.
+// The weights of one group at the output positions of a tile, for kernels that read them one by one: f32 and f64 are
+// read where they are, 16-bit weights are widened into a buffer first.
 template <class S>
 struct TileWeights {
   static constexpr Index kMaxPositions = 14;

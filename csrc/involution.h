@@ -54,24 +54,24 @@ INVOLUTION_PUBLIC void involution_correlate_bf16(const involution_geometry*, con
 /* The fused layer, channels last: a kernel map is generated for one patch of output positions at a time, stays in cache
  * and is applied there. With the expand convolution after it, it is the fused bottleneck.
  *
- *     h = hidden, or relu(z) of z = pool(input) reduce_weight + reduce_bias, where pool averages windows of the stride's
- *         size; with rms_eps > 0, z is first divided by sqrt(mean square of the position's z + rms_eps)
+ *     h = hidden, or relu(z) of z = pool(input) reduce_weight + reduce_bias, where pool averages windows of the
+ *         stride's size; with rms_eps > 0, z is first divided by sqrt(mean square of the position's z + rms_eps)
  *     y = scale * apply(input, h span_weight + span_bias) + shift,  then ReLU if `relu`
  *     output = y, or y expand_weight + expand_bias + shortcut,  then ReLU if `expand_relu`
  *     next_reduce_output = relu(output next_reduce_weight + next_reduce_bias):  the next block's first convolution
  *
- * Matrices [in, out] are packed in panels of 32 columns, [ceil(out / 32), in, 32]; the padding columns of the last panel
- * may hold anything. A null pointer omits its part.
+ * Matrices [in, out] are packed in panels of 32 columns, [ceil(out / 32), in, 32]; the padding columns of the last
+ * panel may hold anything. A null pointer omits its part.
  */
 typedef struct {
-  const void *input, *hidden;                                  /* [N, *S, C], [N, *O, R] */
-  const void *reduce_weight, *reduce_bias;                     /* [C, R], [R] */
-  const void *span_weight, *span_bias;                         /* [R, G * K], [G * K] */
-  const void *scale, *shift;                                   /* [C]: both or neither */
-  const void *expand_weight, *expand_bias, *shortcut;          /* [C, E], [E], [N, *O, E] */
-  const void *next_reduce_weight, *next_reduce_bias;           /* [E, F], [F]; only with an expand_weight */
-  void *output, *next_reduce_output;                           /* [N, *O, C] or [N, *O, E]; [N, *O, F] */
-  void *workspace;                                             /* threads * involution_fused_layer_workspace elements */
+  const void *input, *hidden;                         /* [N, *S, C], [N, *O, R] */
+  const void *reduce_weight, *reduce_bias;            /* [C, R], [R] */
+  const void *span_weight, *span_bias;                /* [R, G * K], [G * K] */
+  const void *scale, *shift;                          /* [C]: both or neither */
+  const void *expand_weight, *expand_bias, *shortcut; /* [C, E], [E], [N, *O, E] */
+  const void *next_reduce_weight, *next_reduce_bias;  /* [E, F], [F]; only with an expand_weight */
+  void *output, *next_reduce_output;                  /* [N, *O, C] or [N, *O, E]; [N, *O, F] */
+  void* workspace;                                    /* threads * involution_fused_layer_workspace elements */
   int64_t hidden_channels, expand_channels, next_reduce_channels; /* R, E, F */
   int64_t relu, expand_relu;
   double rms_eps;
@@ -82,8 +82,8 @@ INVOLUTION_PUBLIC void involution_fused_layer_f64(const involution_geometry*, co
 /* The elements of workspace that one thread needs. */
 INVOLUTION_PUBLIC int64_t involution_fused_layer_workspace(const involution_geometry*, const involution_fused_layer*);
 
-/* Runs `rounds` rounds of independent multiply-adds in registers on every thread and returns the number of operations, a
- * multiply-add counting as two. Divided by the elapsed time, this is the peak of the chosen instruction set. */
+/* Runs `rounds` rounds of independent multiply-adds in registers on every thread and returns the number of operations,
+ * a multiply-add counting as two. Divided by the elapsed time, this is the peak of the chosen instruction set. */
 INVOLUTION_PUBLIC double involution_multiply_adds(int64_t threads, int64_t rounds);
 
 /* The instruction set in use. At load it is the best one that this CPU runs. involution_use selects another ("avx512",

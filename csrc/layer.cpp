@@ -24,15 +24,16 @@ namespace {
 //     | 1   1   1   1   |                          +--------+--------+
 //     ...                                          ...
 struct PatchPlan {
-  static constexpr Index kPositions = 56;             // of a patch
-  static constexpr Index kMapElements = 48 * 1024;    // of the kernel map that is generated at once: inside a core's cache
-  static constexpr Index kStreamedElements = 4 << 20; // an output of this size stays in no cache
-  Index down, across;    // parts of an image's rows, and of one row
-  Index groups_at_once;  // whose kernels are generated together
+  // A patch's positions; the elements of the kernel map generated at once, which stay in a core's cache; and the
+  // elements of an output that stays in no cache.
+  static constexpr Index kPositions = 56, kMapElements = 48 * 1024, kStreamedElements = 4 << 20;
+
+  Index down, across;                    // parts of an image's rows, and of one row
+  Index groups_at_once;                  // whose kernels are generated together
   Index hidden, pooled, map, y, output;  // elements of workspace
-  Index output_step;     // from one position's output to the next one's in workspace
-  bool pools;            // the hidden features are made from averages
-  bool streams;          // the output is written past the cache
+  Index output_step;                     // from one position's output to the next one's in workspace
+  bool pools;                            // the hidden features are made from averages
+  bool streams;                          // the output is written past the cache
 
   PatchPlan(const Geometry& g, const involution_fused_layer& layer) {
     const Index rows = g.output[0] * g.output[1], taps = volume(g.kernel);
@@ -74,7 +75,8 @@ struct Patch {
   }
 };
 
-// Average pooling with windows of the stride's size, cut off at the image's end, for `count` positions of an output row.
+// Average pooling with windows of the stride's size, cut off at the image's end, for `count` positions of an output
+// row.
 template <class T>
 void pool(const Geometry& g, const T* image, Index row, Index first, Index count, T* pooled) {
   Range window[3];
@@ -123,6 +125,33 @@ void rms_norm_relu(T* x, Index channels, double eps) {
   }
 }
 
+// Of the expand convolution: adds the shortcut, applies ReLU, writes the output, past the cache if it is large, and
+// copies it to where the next block's convolution reads it.
+template <class T, bool Streams>
+struct ExpandEpilogue {
+  T* output;
+  const T* shortcut;  // or null
+  Index channels;
+  bool relu;
+  T* copy;  // or null
+  Index copy_step;
+
+  INVOLUTION_INLINE void prefetch(Index t, Index column, Index columns) const {
+    for (Index c = column; c < min(column + kPanel, columns); c += 64 / Index(sizeof(T))) {
+      if (shortcut) __builtin_prefetch(shortcut + t * channels + c);
+      if (!Streams) __builtin_prefetch(output + t * channels + c, 1);
+    }
+  }
+  template <class V>
+  INVOLUTION_INLINE void write(Index t, Index c, V sum) const {
+    if (shortcut) sum += load<V>(shortcut + t * channels + c);
+    if (relu) sum = rectified(sum);
+    if (Streams) stream(output + t * channels + c, sum);
+    else store(output + t * channels + c, sum);
+    if (copy) store(copy + t * copy_step + c, sum);
+  }
+};
+
 template <class T>
 struct FusedLayer {
   const Geometry& g;
@@ -165,13 +194,13 @@ struct FusedLayer {
       in = pooled;
     }
     const Index channels = layer.hidden_channels;
-    const bool normalises = layer.rms_eps > 0;
-    Epilogue<T> epilogue{hidden, channels};
-    epilogue.relu = !normalises;
-    run_gemm<T>({in, g.channels, patch.count, g.channels, elements(layer.reduce_weight), elements(layer.reduce_bias),
-                 channels}, epilogue);
-    for (Index t = 0; normalises && t < patch.count; ++t) {
-      rms_norm_relu(hidden + t * channels, channels, layer.rms_eps);
+    const Gemm<T> gemm{
+        in, g.channels, patch.count, g.channels, elements(layer.reduce_weight), elements(layer.reduce_bias), channels};
+    if (layer.rms_eps > 0) {
+      run_gemm(gemm, StoreEpilogue<T, false>{hidden, channels});
+      for (Index t = 0; t < patch.count; ++t) rms_norm_relu(hidden + t * channels, channels, layer.rms_eps);
+    } else {
+      run_gemm(gemm, StoreEpilogue<T, true>{hidden, channels});
     }
     return hidden;
   }
@@ -183,8 +212,9 @@ struct FusedLayer {
     const Range columns = {groups.first * taps / kPanel * kPanel,
                            min(ceil_divide(groups.end * taps, kPanel) * kPanel, g.groups * taps)};
     const T* bias = layer.span_bias ? elements(layer.span_bias) + columns.first : nullptr;
-    run_gemm<T>({hidden, depth, count, depth, elements(layer.span_weight) + columns.first * depth, bias,
-                 length(columns)}, {map, length(columns)});
+    const Gemm<T> gemm{hidden, depth,          count, depth, elements(layer.span_weight) + columns.first * depth,
+                       bias,   length(columns)};
+    run_gemm(gemm, StoreEpilogue<T, false>{map, length(columns)});
     return columns;
   }
 
@@ -193,12 +223,11 @@ struct FusedLayer {
     const Index taps = volume(g.kernel), columns = length(patch.columns);
     for (Index row = patch.rows.first; row < patch.rows.end; ++row) {
       ApplySegment<T> segment(g, row, patch.columns.first, length(generated));
-      const Index start = segment.start[2], position = (row - patch.rows.first) * columns;
+      const Index position = (row - patch.rows.first) * columns;
       for (Index group = groups.first; group < groups.end; ++group) {
         segment.image = image + group * segment.width;
         segment.k = map + position * segment.k_step + group * taps - generated.first;
         segment.y = y + position * g.channels + group * segment.width;
-        segment.start[2] = start;
         apply_segment<T>(g, segment, columns);
       }
     }
@@ -239,22 +268,28 @@ struct FusedLayer {
   // The expand convolution, its sum with the shortcut, and the next block's reduce convolution.
   void expand(T* y, const Patch& patch) const {
     const Index channels = layer.expand_channels, at = patch.position * channels;
-    T* output = layer.next_reduce_weight ? y + plan.y : nullptr;  // in workspace
-    Epilogue<T> epilogue{static_cast<T*>(layer.output) + at, channels};
-    epilogue.relu = layer.expand_relu;
-    epilogue.shortcut = layer.shortcut ? elements(layer.shortcut) + at : nullptr;
-    epilogue.copy = output;
-    epilogue.copy_ldc = plan.output_step;
-    epilogue.prefetch = true;
-    epilogue.stream = plan.streams;
-    run_gemm<T>({y, g.channels, patch.count, g.channels, elements(layer.expand_weight), elements(layer.expand_bias),
-                 channels}, epilogue);
-    if (!output) return;
+    T* output = static_cast<T*>(layer.output) + at;
+    const T* shortcut = layer.shortcut ? elements(layer.shortcut) + at : nullptr;
+    T* copy = layer.next_reduce_weight ? y + plan.y : nullptr;
+    const Gemm<T> gemm{
+        y, g.channels, patch.count, g.channels, elements(layer.expand_weight), elements(layer.expand_bias), channels};
+    const bool relu = layer.expand_relu;
+    if (plan.streams) {
+      run_gemm(gemm, ExpandEpilogue<T, true>{output, shortcut, channels, relu, copy, plan.output_step});
+    } else {
+      run_gemm(gemm, ExpandEpilogue<T, false>{output, shortcut, channels, relu, copy, plan.output_step});
+    }
+    if (!copy) return;
     const Index next = layer.next_reduce_channels;
-    Epilogue<T> next_epilogue{static_cast<T*>(layer.next_reduce_output) + patch.position * next, next};
-    next_epilogue.relu = true;
-    run_gemm<T>({output, plan.output_step, patch.count, channels, elements(layer.next_reduce_weight),
-                 elements(layer.next_reduce_bias), next}, next_epilogue);
+    const Gemm<T> next_gemm{copy,
+                            plan.output_step,
+                            patch.count,
+                            channels,
+                            elements(layer.next_reduce_weight),
+                            elements(layer.next_reduce_bias),
+                            next};
+    T* next_output = static_cast<T*>(layer.next_reduce_output) + patch.position * next;
+    run_gemm(next_gemm, StoreEpilogue<T, true>{next_output, next});
   }
 };
 

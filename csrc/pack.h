@@ -34,8 +34,8 @@ INVOLUTION_INLINE void transpose(Vector<T, W>* rows) {
 }
 
 // Packs `count` positions, every `stride`-th from `first` on, of one row of `width` positions: to[channel * pitch + i].
-// Positions outside the row are zeros. Channels last, W x W elements at a time are transposed in registers; what is left
-// of the channels, with half of W, and so on. A last block may write up to W - 1 positions beyond `count`.
+// Positions outside the row are zeros. Channels last, W x W elements at a time are transposed in registers; what is
+// left of the channels, with half of W, and so on. A last block may write up to W - 1 positions beyond `count`.
 template <class S, int W>
 __attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, Index stride, Index width, Index count,
                                         Index channels, Compute<S>* to, Index pitch) {

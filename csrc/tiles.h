@@ -33,8 +33,8 @@ struct Segment {
     return start[2] >= 0 && last < g.input[2];
   }
 
-  // Calls body(image row, k row) for every row of the kernel that meets the input: pointers at tap 0 of the fast axis, at
-  // the segment's first position.
+  // Calls body(image row, k row) for every row of the kernel that meets the input: pointers at tap 0 of the fast axis,
+  // at the segment's first position.
   template <class F>
   INVOLUTION_INLINE void for_each_kernel_row(const Geometry& g, F&& body) const {
     for (Index a = taps[0].first; a < taps[0].end; ++a) {
@@ -50,13 +50,12 @@ struct Segment {
 template <class S>
 using ApplySegment = Segment<const S, const Compute<S>, S>;
 
-// apply on the first `count` positions of a segment; apply.cpp defines it, the fused layer calls it. Leaves the
-// segment's k, y and start[2] anywhere.
+// apply on the first `count` positions of a segment; apply.cpp defines it, the fused layer calls it. k and y are moved.
 template <class T>
 void apply_segment(const Geometry&, ApplySegment<T>&, Index count);
 
-// Prefetches a share of the next tile's kernel map while one group of this tile is computed. A tile's map has `elements`
-// elements, and the next tile's follows it.
+// Prefetches a share of the next tile's kernel map while one group of this tile is computed. A tile's map has
+// `elements` elements, and the next tile's follows it.
 template <class S>
 INVOLUTION_INLINE void prefetch_next_tile(const S* map, Index elements, Index group, Index groups) {
   const char* next = reinterpret_cast<const char*>(map + elements + elements / groups * group);

@@ -21,8 +21,8 @@ namespace INVOLUTION_ISA {
 #define INVOLUTION_BODY __attribute__((always_inline))  // of a lambda
 
 // Unrolls the loop that follows, whose trip count (up to 64) is a constant, before arrays of vectors are assigned to
-// registers. In a nest, every trip count must be constant by itself, not through an outer loop's index; a condition that
-// depends on an outer index folds away.
+// registers. In a nest, every trip count must be constant by itself, not through an outer loop's index; a condition
+// that depends on an outer index folds away.
 #define INVOLUTION_UNROLL _Pragma("GCC unroll 64")
 
 #if defined(__AVX512F__)
@@ -111,8 +111,8 @@ INVOLUTION_INLINE V rectified(V v) {
 
 // Two barriers to GCC's optimisers. Both emit no instruction.
 //
-// pin_in_register: a vector that several multiply-adds share stays in a register. Without it GCC makes its load a memory
-// operand of each of them and loads it that many times.
+// pin_in_register: a vector that several multiply-adds share stays in a register. Without it GCC makes its load a
+// memory operand of each of them and loads it that many times.
 template <class V>
 INVOLUTION_INLINE void pin_in_register(V& v) {
   if constexpr (sizeof(V) == kVectorBytes) {
@@ -137,8 +137,7 @@ template <class T>
 struct Strided {
   Index one, three, five;  // multiples of the distance, in bytes
 
-  INVOLUTION_INLINE explicit Strided(Index distance)
-      : one(distance * Index(sizeof(T))), three(3 * one), five(5 * one) {
+  INVOLUTION_INLINE explicit Strided(Index distance) : one(distance * Index(sizeof(T))), three(3 * one), five(5 * one) {
     opaque(one);
     opaque(three);
     opaque(five);

@@ -50,7 +50,7 @@ class LayerParts(NamedTuple):
         return sizes
 
 
-PANEL = 32  # columns, as csrc/multiply.h has it
+PANEL = 32  # columns, as csrc/gemm.h has it
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -168,6 +168,12 @@ void multiply_row(RowProduct<T>& product, const T* x, const PackedLayout<T>& pac
   multiply(std::integral_constant<int, 1>{});
 }
 
+// 0, 1, 2 ... in the lanes of a vector.
+template <class V, int... Lane>
+INVOLUTION_INLINE V lane_indices(std::integer_sequence<int, Lane...>) {
+  return V{Lane...};
+}
+
 // A block of a patch's taps: rows [b.first, b.end) and columns [v.first, v.end) of the kernel, at its slowest tap a.
 template <class S>
 struct TapBlock {
@@ -182,6 +188,7 @@ struct TapBlock {
   Index phase_length;  // of the fast axis, padded
   Index packed_rows;
   Index heights[kMaxRows * kMaxTaps];                     // the input row in each packed row, or -1: outside the input
+  Index packed_row_of[kMaxRows][kMaxTaps];                // that output row i reads through tap row u
   Range rows_of_tap[kMaxTaps], columns_of_tap[kMaxTaps];  // output positions whose tap is inside the input
   Range columns_of_all;                                   // ... and at which all columns of taps are
 
@@ -197,6 +204,9 @@ struct TapBlock {
         const Index height = down.position(phase, i);
         heights[packed_rows++] = within(height, g.input[1]) ? height : -1;
       }
+    }
+    for (Index i = 0; i < down.count; ++i) {
+      for (Index u = 0; u < down.taps; ++u) packed_row_of[i][u] = down.packed_at(i, u, down.phase_length());
     }
     for (Index u = 0; u < down.taps; ++u) rows_of_tap[u] = outputs_of_tap(g, 1, b.first + u);
     columns_of_all = {0, g.output[2]};
@@ -255,7 +265,7 @@ struct TapBlock {
     for (Index r = 0; r < packed_rows; ++r) products[r].rows = 0;
     for (Index i = rows.first; i < rows.end; ++i) {
       for (Index u = 0; u < down.taps; ++u) {
-        RowProduct<T>& product = products[down.packed_at(i, u, down.phase_length())];
+        RowProduct<T>& product = products[packed_row_of[i][u]];
         product.dy[product.rows] = dy + i * channels * packed.dy_pitch + first;
         product.sums[product.rows++] = sums + (i - rows.first) * sums_of_row + u * taps * L;
       }
@@ -280,7 +290,7 @@ struct TapBlock {
     const Index parts = contiguous ? 1 : down.taps, taps = (contiguous ? down.taps : 1) * across.taps;
     for (Index u = 0; u < parts; ++u) {
       const Index tap = (a * g.kernel[1] + b.first + u) * g.kernel[2] + v.first;
-      unpack_sums<S, L, L>(sums + u * taps * L, taps, count, add, dk + tap * patch.dk_steps.channel, patch.dk_steps);
+      unpack_sums<S, L>(sums + u * taps * L, taps, count, add, dk + tap * patch.dk_steps.channel, patch.dk_steps);
     }
   }
 
@@ -288,9 +298,7 @@ struct TapBlock {
   template <int L>
   void clear_outside(Index row, Index column, T* sums) const {
     using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-    Vector<Integer, L> lane;
-    INVOLUTION_UNROLL
-    for (int i = 0; i < L; ++i) lane[i] = i;
+    const auto lane = lane_indices<Vector<Integer, L>>(std::make_integer_sequence<int, L>{});
     const bool all_columns = columns_of_all.first <= column && column + L <= columns_of_all.end;
     for (Index u = 0; u < down.taps; ++u, sums += across.taps * L) {
       const bool inside = row >= rows_of_tap[u].first && row < rows_of_tap[u].end;

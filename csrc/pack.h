@@ -34,22 +34,33 @@ INVOLUTION_INLINE void transpose(Vector<T, W>* rows) {
 }
 
 // Packs `count` positions, every `stride`-th from `first` on, of one row of `width` positions: to[channel * pitch + i].
-// Positions outside the row are zeros. Channels last, W x W elements at a time are transposed in registers; what is
-// left of the channels, with half of W, and so on. A last block may write up to W - 1 positions beyond `count`.
+// Positions outside the row are zeros. For tensors that are [channel][position] already, a strided copy.
+template <class T>
+void pack_contiguous_row(const T* row, Steps steps, Index first, Index stride, Index width, Index count, Index channels,
+                         T* to, Index pitch) {
+  const Index begin = min(count, max(0, ceil_divide(-first, stride)));
+  const Index end = max(begin, min(count, ceil_divide(width - first, stride)));
+  row += first * steps.position;
+  for (Index c = 0; c < channels; ++c, row += steps.channel, to += pitch) {
+    for (Index i = 0; i < begin; ++i) to[i] = 0;
+    if (stride == 1 && steps.position == 1) {
+#pragma omp simd
+      for (Index i = begin; i < end; ++i) to[i] = row[i];
+    } else {
+      for (Index i = begin; i < end; ++i) to[i] = row[i * stride * steps.position];
+    }
+    for (Index i = end; i < count; ++i) to[i] = 0;
+  }
+}
+
+// Packs the same from either layout. Channels last, W x W elements at a time are transposed in registers; what is left
+// of the channels, with half of W, and so on. A last block may write up to W - 1 positions beyond `count`.
 template <class S, int W>
 __attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, Index stride, Index width, Index count,
                                         Index channels, Compute<S>* to, Index pitch) {
   using T = Compute<S>;
   if constexpr (!kIs16Bit<S>) {
-    if (steps.channel != 1) {  // a strided copy: the tensor is [channel][position] already
-      for (Index c = 0; c < channels; ++c) {
-        for (Index i = 0; i < count; ++i) {
-          const Index at = first + i * stride;
-          to[c * pitch + i] = within(at, width) ? row[c * steps.channel + at * steps.position] : T(0);
-        }
-      }
-      return;
-    }
+    if (steps.channel != 1) return pack_contiguous_row(row, steps, first, stride, width, count, channels, to, pitch);
   }
   Index c = 0;
   for (; c + W <= channels; c += W) {
@@ -87,39 +98,44 @@ __attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, 
 // Channels last, Lanes x Lanes elements at a time are transposed in registers; what is left of the taps, with half of
 // Lanes, and so on.
 template <class S, int W, int Lanes>
-void unpack_sums(const Compute<S>* sums, Index taps, Index count, bool add, S* dk, Steps steps) {
-  using T = Compute<S>;
-  if constexpr (!kIs16Bit<S>) {
-    if (steps.channel != 1) {
-      for (Index u = 0; u < taps; ++u) {
-        T* to = dk + u * steps.channel;
-        for (Index t = 0; t < count; ++t) to[t] = add ? to[t] + sums[u * W + t] : sums[u * W + t];
-      }
-      return;
-    }
-  }
+INVOLUTION_INLINE void unpack_blocks(const Compute<S>* sums, Index taps, Index count, bool add, S* dk, Steps steps) {
+  using V = Vector<Compute<S>, Lanes>;
   Index u = 0;
   for (; u + Lanes <= taps; u += Lanes) {
     for (Index lane = 0; lane < count; lane += Lanes) {
-      Vector<T, Lanes> v[Lanes];
-      const T* from = sums + u * W + lane;
+      V v[Lanes];
+      const Compute<S>* from = sums + u * W + lane;
       opaque(from);
       INVOLUTION_UNROLL
-      for (int i = 0; i < Lanes; ++i) v[i] = load<Vector<T, Lanes>>(from + i * W);
-      transpose<T, Lanes>(v);
+      for (int i = 0; i < Lanes; ++i) v[i] = load<V>(from + i * W);
+      transpose<Compute<S>, Lanes>(v);
       S* to = dk + lane * steps.position + u;
       INVOLUTION_UNROLL
       for (int i = 0; i < Lanes; ++i) {
         __builtin_prefetch(to + taps, 1);  // the next group's taps
-        if (lane + i < count) store(to, add ? load<Vector<T, Lanes>>(to) + v[i] : v[i]);
+        if (lane + i < count) store(to, add ? load<V>(to) + v[i] : v[i]);
         to += steps.position;
         opaque(to);
       }
     }
   }
   if constexpr (Lanes > 1) {
-    if (u < taps) unpack_sums<S, W, Lanes / 2>(sums + u * W, taps - u, count, add, dk + u, steps);
+    if (u < taps) unpack_blocks<S, W, Lanes / 2>(sums + u * W, taps - u, count, add, dk + u, steps);
   }
+}
+
+template <class S, int W>
+__attribute__((noinline)) void unpack_sums(const Compute<S>* sums, Index taps, Index count, bool add, S* dk,
+                                           Steps steps) {
+  if constexpr (!kIs16Bit<S>) {
+    if (steps.channel != 1) {
+      for (Index u = 0; u < taps; ++u, sums += W, dk += steps.channel) {
+        for (Index t = 0; t < count; ++t) dk[t] = add ? dk[t] + sums[t] : sums[t];
+      }
+      return;
+    }
+  }
+  unpack_blocks<S, W, W>(sums, taps, count, add, dk, steps);
 }
 
 }  // namespace INVOLUTION_ISA

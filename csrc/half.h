@@ -1,5 +1,5 @@
-// float16 and bfloat16 in memory, float at work: halves by F16C and AVX-512 where a vector has their width, everything
-// else by integer arithmetic on vectors.
+// float16 and bfloat16 in memory, float in registers. F16C and AVX-512 convert float16 where a vector has their width;
+// everything else is integer arithmetic on vectors.
 #pragma once
 #include "vector.h"
 
@@ -7,10 +7,10 @@ namespace involution {
 namespace INVOLUTION_ISA {
 
 template <class V>
-constexpr int kWidth = int(sizeof(V) / sizeof(float));
+constexpr int kFloats = int(sizeof(V) / sizeof(float));
 
 template <class V>
-using Bits = Vector<uint32_t, kWidth<V>>;
+using Bits = Vector<uint32_t, kFloats<V>>;
 
 template <class V>
 INVOLUTION_INLINE Bits<V> bits_of(V v) {
@@ -27,25 +27,25 @@ INVOLUTION_INLINE V widen(const BFloat16*, Bits<V> bits) {
   return from_bits<V>(bits << 16);
 }
 
-// Rounds to the nearest, ties to even; the sum carries into the exponent where it has to. A NaN stays one.
+// Rounds to nearest, ties to even: adding to the bits carries into the exponent where it must. NaN stays NaN.
 template <class V>
 INVOLUTION_INLINE Bits<V> narrow(const BFloat16*, V v) {
   const Bits<V> bits = bits_of(v);
   return (v == v ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16;
 }
 
-// A half's exponent counts from 15 and a float's from 127; infinities and NaN have the highest. Subnormal halves are
-// integers times 2^-24, converted as such: as subnormal floats they could be flushed to zero.
+// The exponent's bias is 15 in a float16 and 127 in a float; infinities and NaN have the highest exponent. A subnormal
+// float16 is converted as an integer times 2^-24: as a subnormal float it could be flushed to zero.
 template <class V>
 INVOLUTION_INLINE V widen(const Half*, Bits<V> bits) {
   const Bits<V> magnitude = bits & 0x7fff;
-  const V small = __builtin_convertvector(reinterpret_cast<Vector<int32_t, kWidth<V>>>(magnitude), V) * 0x1p-24f;
+  const V small = __builtin_convertvector(reinterpret_cast<Vector<int32_t, kFloats<V>>>(magnitude), V) * 0x1p-24f;
   const Bits<V> normal = (magnitude << 13) + (magnitude < 0x7c00 ? Bits<V>{} + (112 << 23) : Bits<V>{} + (224u << 23));
   return from_bits<V>((magnitude < 0x400 ? bits_of(small) : normal) | (bits & 0x8000) << 16);
 }
 
-// Rounds to the nearest, ties to even. Numbers below 2^-14 become subnormal: added to 1/2, their last bits are the
-// half's.
+// Rounds to nearest, ties to even. Values below 2^-14 become subnormal: after adding 1/2, the last bits of the float
+// are those of the float16.
 template <class V>
 INVOLUTION_INLINE Bits<V> narrow(const Half*, V v) {
   const Bits<V> sign = bits_of(v) & 0x80000000, bits = bits_of(v) ^ sign;
@@ -57,7 +57,7 @@ INVOLUTION_INLINE Bits<V> narrow(const Half*, V v) {
 }
 
 template <class V, class S>
-INVOLUTION_INLINE V widened(const S* from) {
+INVOLUTION_INLINE V load_widened(const S* from) {
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<S, Half> && sizeof(V) == 64) {
     return reinterpret_cast<V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
@@ -68,7 +68,7 @@ INVOLUTION_INLINE V widened(const S* from) {
     return reinterpret_cast<V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
 #endif
-  Vector<uint16_t, kWidth<V>> stored;
+  Vector<uint16_t, kFloats<V>> stored;
   __builtin_memcpy(&stored, from, sizeof stored);
   return widen<V>(from, __builtin_convertvector(stored, Bits<V>));
 }
@@ -85,31 +85,36 @@ INVOLUTION_INLINE void store_narrowed(S* to, V v) {
     return _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
   }
 #endif
-  const auto narrowed = __builtin_convertvector(narrow(to, v), Vector<uint16_t, kWidth<V>>);
+  const auto narrowed = __builtin_convertvector(narrow(to, v), Vector<uint16_t, kFloats<V>>);
   __builtin_memcpy(to, &narrowed, sizeof narrowed);
 }
 
-// The weights of a tile of positions as its sums read them: where they lie or, from 16 bits, widened.
-template <class S, int Positions>
-struct Weights {
-  Number<S> numbers[kIs16Bit<S> ? Positions * INVOLUTION_MOST_16_BIT_TAPS : 1];
+// The weights of one group at the output positions of a tile, for kernels that read them one by one: f32 and f64 are
+// read where they are, 16-bit weights are widened into a buffer first.
+template <class S>
+struct TileWeights {
+  static constexpr Index kMaxPositions = 14;
+  Compute<S> buffer[kIs16Bit<S> ? kMaxPositions * INVOLUTION_MAX_16_BIT_TAPS : 1];
 
-  // From `taps` numbers at each of the positions, `step` apart.
-  INVOLUTION_INLINE const Number<S>* take(const S* from, Index step, Index taps) {
+  // The elements from one position's weights to the next one's, as `read` returns them.
+  INVOLUTION_INLINE static Index step(Index stored, Index taps) { return kIs16Bit<S> ? taps : stored; }
+
+  // `taps` weights at each of the positions, which are `stored` elements apart in memory.
+  INVOLUTION_INLINE const Compute<S>* read(const S* from, Index stored, Index taps, Index positions) {
     if constexpr (kIs16Bit<S>) {
-      for (Index t = 0; t < Positions; ++t) widen_row<kLanes<float>>(from + t * step, taps, numbers + t * taps);
-      return numbers;
+      for (Index t = 0; t < positions; ++t) widen<kLanes<float>>(from + t * stored, taps, buffer + t * taps);
+      return buffer;
     } else {
       return from;
     }
   }
-  INVOLUTION_INLINE static Index step(Index stored, Index taps) { return kIs16Bit<S> ? taps : stored; }
 
  private:
+  // The last vector overlaps the one before it.
   template <int W>
-  INVOLUTION_INLINE static void widen_row(const S* from, Index count, float* to) {
+  INVOLUTION_INLINE static void widen(const S* from, Index count, float* to) {
     if constexpr (W > 1) {
-      if (count < W) return widen_row<W / 2>(from, count, to);
+      if (count < W) return widen<W / 2>(from, count, to);
     }
     for (Index i = 0; i < count; i += W) {
       const Index at = i + W <= count ? i : count - W;

@@ -1,289 +1,315 @@
-// layer: generates kernels and applies them, patch by patch of output positions, so that the kernel map never leaves the
-// cache; with the pointwise steps before and after it (involution.h says which).
-#include "geometry.h"
-#include "multiply.h"
+// The fused layer: a kernel map is generated and applied for one patch of output positions at a time, so that it never
+// leaves the cache, together with the pointwise steps before and after it (involution.h lists them).
+//
+//     input --- pool --- reduce (GEMM) --- hidden --- span (GEMM) --- kernel map of some groups
+//       |                                                                |
+//       +------------------------------------------------------------- apply --- y --- scale, shift, ReLU --- output
+//                                                                                          |
+//              next_reduce_output --- next_reduce (GEMM) --- output --- + shortcut --- expand (GEMM)
+#include "gemm.h"
+#include "parallel.h"
+#include "tiles.h"
 
 namespace involution {
 namespace INVOLUTION_ISA {
 namespace {
 
-// How the output is cut into patches, runs of positions that lie in a row in memory: `down` parts of an image's rows, and
-// `across` parts of a row where that is long; and how many groups' kernels of a patch are made at a time.
-struct Patches {
-  static constexpr Index kPositions = 56;      // of a patch: weights are seldom fetched from far away
-  static constexpr Index kMapNumbers = 49152;  // of the kernel map at a time: inside a core's cache
-  static constexpr Index kStreamed = 4 << 20;  // numbers of output that no cache would keep
-  Index down, across, groups_at_once;
-  Index hidden, pooled, map, y, output;  // elements of scratch
-  Index output_step;                     // from one position's output to the next one's in scratch
-  bool pools;                            // whether the hidden features are made from averages
-  bool streams;                          // whether the output is written past the cache
+// How the output is cut into patches, and the workspace of one patch.
+//
+//     down = 3, across = 1: whole rows             down = rows, across = 2: parts of long rows
+//     +-----------------+                          +--------+--------+
+//     | 0   0   0   0   |                          | 0      | 1      |
+//     | 0   0   0   0   |                          +--------+--------+
+//     +-----------------+                          | 2      | 3      |
+//     | 1   1   1   1   |                          +--------+--------+
+//     ...                                          ...
+struct PatchPlan {
+  // A patch's positions; the elements of the kernel map generated at once, which stay in a core's cache; and the
+  // elements of an output that stays in no cache.
+  static constexpr Index kPositions = 56, kMapElements = 48 * 1024, kStreamedElements = 4 << 20;
 
-  Patches(const Geometry& g, const involution_layer& layer) {
-    const Index rows = g.output[0] * g.output[1];
+  Index down, across;                    // parts of an image's rows, and of one row
+  Index groups_at_once;                  // whose kernels are generated together
+  Index hidden, pooled, map, y, output;  // elements of workspace
+  Index output_step;                     // from one position's output to the next one's in workspace
+  bool pools;                            // the hidden features are made from averages
+  bool streams;                          // the output is written past the cache
+
+  PatchPlan(const Geometry& g, const involution_fused_layer& layer) {
+    const Index rows = g.output[0] * g.output[1], taps = volume(g.kernel);
     across = ceil_divide(g.output[2], kPositions);
-    down = across > 1 ? rows : ceil_divide(rows, most(1, kPositions / g.output[2]));
-    if (g.batch * down * across < 4 * g.threads) down = least(rows, ceil_divide(down, g.threads) * g.threads);
-    const Index positions = ceil_divide(rows, down) * ceil_divide(g.output[2], across), taps = volume(g.kernel);
+    down = across > 1 ? rows : ceil_divide(rows, max(1, kPositions / g.output[2]));
+    if (g.batch * down * across < 4 * g.threads) down = min(rows, ceil_divide(down, g.threads) * g.threads);
+    const Index positions = ceil_divide(rows, down) * ceil_divide(g.output[2], across);
     groups_at_once = 1;
-    while (2 * groups_at_once <= g.groups && positions * 2 * groups_at_once * taps <= kMapNumbers) groups_at_once *= 2;
+    while (2 * groups_at_once <= g.groups && positions * 2 * groups_at_once * taps <= kMapElements) groups_at_once *= 2;
     hidden = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
-    pools = !layer.hidden && most(g.stride[0], most(g.stride[1], g.stride[2])) > 1;
+    pools = !layer.hidden && max(g.stride[0], max(g.stride[1], g.stride[2])) > 1;
     pooled = pools ? in_lines(positions * g.channels) : 0;
     map = in_lines(positions * (ceil_divide(groups_at_once * taps, kPanel) + 1) * kPanel);
     y = in_lines(positions * g.channels);
-    output_step = layer.next_channels + 16;  // a power of two would have all positions share few lines of the cache
-    output = layer.following_weight ? in_lines(positions * output_step) : 0;
-    const Index channels = layer.next_weight ? layer.next_channels : g.channels;
+    output_step = layer.expand_channels + 16;  // at a power of two all positions would share few sets of the cache
+    output = layer.next_reduce_weight ? in_lines(positions * output_step) : 0;
+    const Index channels = layer.expand_weight ? layer.expand_channels : g.channels;
     streams = channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
-              g.batch * volume(g.output) * channels >= kStreamed;
+              g.batch * volume(g.output) * channels >= kStreamedElements;
   }
   Index count(const Geometry& g) const { return g.batch * down * across; }
-  Index scratch() const { return hidden + pooled + map + y + output; }
-  static Index in_lines(Index numbers) { return ceil_divide(numbers, 16) * 16; }
+  Index workspace() const { return hidden + pooled + map + y + output; }
+  static Index in_lines(Index elements) { return ceil_divide(elements, 16) * 16; }
 };
 
-// The averages of the windows of the stride's size that begin at `count` output positions; the image's end cuts them.
+// One patch: `count` output positions, contiguous in memory, from `position` of the batch on.
+struct Patch {
+  Index n;
+  Range rows, columns;  // of the output; rows count through the two slow axes
+  Index position, count;
+
+  Patch(const Geometry& g, const PatchPlan& plan, Index item) {
+    const Index image_rows = g.output[0] * g.output[1];
+    n = item / plan.across / plan.down;
+    rows = part(item / plan.across % plan.down, plan.down, image_rows);
+    columns = part(item % plan.across, plan.across, g.output[2]);
+    position = (n * image_rows + rows.first) * g.output[2] + columns.first;
+    count = length(rows) * length(columns);
+  }
+};
+
+// Average pooling with windows of the stride's size, cut off at the image's end, for `count` positions of an output
+// row.
 template <class T>
 void pool(const Geometry& g, const T* image, Index row, Index first, Index count, T* pooled) {
   Range window[3];
   const Index at[3] = {row / g.output[1], row % g.output[1], first};
-  const auto cut = [&](int axis, Index o) {
-    window[axis] = {o * g.stride[axis], least(g.input[axis], (o + 1) * g.stride[axis])};
+  const auto set_window = [&](int axis, Index o) {
+    window[axis] = {o * g.stride[axis], min(g.input[axis], (o + 1) * g.stride[axis])};
   };
-  cut(0, at[0]);
-  cut(1, at[1]);
+  set_window(0, at[0]);
+  set_window(1, at[1]);
   for (Index o = first; o < first + count; ++o, pooled += g.channels) {
-    cut(2, o);
+    set_window(2, o);
     for (Index c = 0; c < g.channels; ++c) pooled[c] = 0;
-    Index members = 0;
     for (Index d = window[0].first; d < window[0].end; ++d) {
       for (Index h = window[1].first; h < window[1].end; ++h) {
-        for (Index w = window[2].first; w < window[2].end; ++w, ++members) {
+        for (Index w = window[2].first; w < window[2].end; ++w) {
           const T* x = image + ((d * g.input[1] + h) * g.input[2] + w) * g.channels;
 #pragma omp simd
           for (Index c = 0; c < g.channels; ++c) pooled[c] += x[c];
         }
       }
     }
-    const T share = T(1) / T(members);
+    const T factor = T(1) / T(length(window[0]) * length(window[1]) * length(window[2]));
 #pragma omp simd
-    for (Index c = 0; c < g.channels; ++c) pooled[c] *= share;
+    for (Index c = 0; c < g.channels; ++c) pooled[c] *= factor;
   }
 }
 
-// Adds the shortcut to the convolution after the layer and writes the output, past the cache if it is large.
+// relu(x / sqrt(mean square of x + eps)), in place.
+template <class T>
+void rms_norm_relu(T* x, Index channels, double eps) {
+  constexpr int W = kLanes<T>;
+  Vector<T, W> sums{};
+  Index c = 0;
+  for (; c + W <= channels; c += W) {
+    const auto v = load<Vector<T, W>>(x + c);
+    sums += v * v;
+  }
+  T sum = 0;
+  for (int i = 0; i < W; ++i) sum += sums[i];
+  for (; c < channels; ++c) sum += x[c] * x[c];
+  const T factor = T(1) / T(__builtin_sqrt(double(sum / T(channels)) + eps));
+#pragma omp simd
+  for (Index i = 0; i < channels; ++i) {
+    const T v = x[i] * factor;
+    x[i] = v < 0 ? T(0) : v;  // NaN stays NaN
+  }
+}
+
+// Of the expand convolution: adds the shortcut, applies ReLU, writes the output, past the cache if it is large, and
+// copies it to where the next block's convolution reads it.
 template <class T, bool Streams>
-struct NextTaker {
+struct ExpandEpilogue {
   T* output;
   const T* shortcut;  // or null
   Index channels;
-  bool rectified;
-  T* kept;  // where the output is needed once more, or null
-  Index kept_step;
+  bool relu;
+  T* copy;  // or null
+  Index copy_step;
 
-  INVOLUTION_INLINE void expect(Index t, Index c) const {
-    for (Index i = c; i < least(c + kPanel, channels); i += 64 / Index(sizeof(T))) {
-      if (shortcut) __builtin_prefetch(shortcut + t * channels + i);
-      if (!Streams) __builtin_prefetch(output + t * channels + i, 1);
+  INVOLUTION_INLINE void prefetch(Index t, Index column, Index columns) const {
+    for (Index c = column; c < min(column + kPanel, columns); c += 64 / Index(sizeof(T))) {
+      if (shortcut) __builtin_prefetch(shortcut + t * channels + c);
+      if (!Streams) __builtin_prefetch(output + t * channels + c, 1);
     }
   }
   template <class V>
-  INVOLUTION_INLINE void take(Index t, Index c, V v) const {
-    if (shortcut) v += load<V>(shortcut + t * channels + c);
-    if (rectified) v = v < 0 ? V{} : v;
-    if (Streams) stream(output + t * channels + c, v);
-    else store(output + t * channels + c, v);
-    if (kept) store(kept + t * kept_step + c, v);
+  INVOLUTION_INLINE void write(Index t, Index c, V sum) const {
+    if (shortcut) sum += load<V>(shortcut + t * channels + c);
+    if (relu) sum = rectified(sum);
+    if (Streams) stream(output + t * channels + c, sum);
+    else store(output + t * channels + c, sum);
+    if (copy) store(copy + t * copy_step + c, sum);
   }
 };
 
 template <class T>
-struct Work {
+struct FusedLayer {
   const Geometry& g;
-  const involution_layer& layer;
-  const Patches& patches;
+  const involution_fused_layer& layer;
+  const PatchPlan plan;
 
-  // One patch of output positions, from the input to the output.
-  void run(Index item, T* scratch) const {
-    const Index n = item / patches.across / patches.down, image_rows = g.output[0] * g.output[1];
-    const Range rows = part(item / patches.across % patches.down, patches.down, image_rows);
-    const Range columns = part(item % patches.across, patches.across, g.output[2]);
-    const Index position = (n * image_rows + rows.first) * g.output[2] + columns.first;
-    const Index count = (rows.end - rows.first) * (columns.end - columns.first);
-    const T* image = static_cast<const T*>(layer.x) + n * volume(g.input) * g.channels;
+  static const T* elements(const void* tensor) { return static_cast<const T*>(tensor); }
 
-    const T* hidden = static_cast<const T*>(layer.hidden) + position * layer.hidden_channels;
-    if (!layer.hidden) hidden = reduce(image, rows, columns, position, count, scratch);
-    T* map = scratch + patches.hidden + patches.pooled;
-    T* y = map + patches.map;
-    fetch_rows_after(image, rows, columns);
-    for (Index group = 0; group < g.groups; group += patches.groups_at_once) {
-      const Range groups = {group, least(g.groups, group + patches.groups_at_once)};
-      const Range made = generate(hidden, count, groups, map);
-      aggregate(image, map, made, rows, columns, groups, y);
+  // One patch, from the input to the output.
+  void run(const Patch& patch, T* workspace) const {
+    const T* image = elements(layer.input) + patch.n * volume(g.input) * g.channels;
+    const T* hidden = elements(layer.hidden) + patch.position * layer.hidden_channels;
+    if (!layer.hidden) hidden = reduce(image, patch, workspace);
+    T* map = workspace + plan.hidden + plan.pooled;
+    T* y = map + plan.map;
+    prefetch_rows_below(image, patch);
+    for (Index group = 0; group < g.groups; group += plan.groups_at_once) {
+      const Range groups = {group, min(g.groups, group + plan.groups_at_once)};
+      const Range generated = span(hidden, patch.count, groups, map);
+      aggregate(image, map, generated, patch, groups, y);
     }
-    const auto keep = [](T* to, auto v) INVOLUTION_BODY { store(to, v); };
-    const auto past_cache = [](T* to, auto v) INVOLUTION_BODY { stream(to, v); };
-    if (layer.next_weight) {
-      if (layer.scale || layer.relu) finish(y, y, count, keep);
-      next(y, position, count);
+    if (layer.expand_weight) {
+      if (layer.scale || layer.relu) finish(y, y, patch.count, false);
+      expand(y, patch);
     } else {
-      T* output = static_cast<T*>(layer.output) + position * g.channels;
-      patches.streams ? finish(y, output, count, past_cache) : finish(y, output, count, keep);
+      finish(y, static_cast<T*>(layer.output) + patch.position * g.channels, patch.count, plan.streams);
     }
-    if (patches.streams) streams_end();
-  }
-
-  // Fetches the input rows that the patch below this one reads and this one does not.
-  void fetch_rows_after(const T* image, Range rows, Range columns) const {
-    const Index reach = (g.kernel[1] - 1) * g.dilation[1] - g.padding[1], row = (rows.end - 1) % g.output[1];
-    const Index depth = (rows.end - 1) / g.output[1], length = (columns.end - columns.first) * g.stride[2] * g.channels;
-    for (Index h = row * g.stride[1] + reach + 1; h <= (row + rows.end - rows.first) * g.stride[1] + reach; ++h) {
-      if (h >= g.input[1]) return;
-      const T* x = image + ((depth * g.stride[0] * g.input[1] + h) * g.input[2] + columns.first * g.stride[2]) * g.channels;
-      for (Index i = 0; i < length; i += 64 / Index(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
-    }
+    if (plan.streams) stream_fence();
   }
 
   // [count, R]: the generator's hidden features.
-  const T* reduce(const T* image, Range rows, Range columns, Index position, Index count, T* scratch) const {
-    T *hidden = scratch, *pooled = scratch + patches.hidden;
-    const T* in = static_cast<const T*>(layer.x) + position * g.channels;
-    if (patches.pools) {
-      const Index length = columns.end - columns.first;
-      for (Index row = rows.first; row < rows.end; ++row) {
-        pool(g, image, row, columns.first, length, pooled + (row - rows.first) * length * g.channels);
+  const T* reduce(const T* image, const Patch& patch, T* workspace) const {
+    T *hidden = workspace, *pooled = workspace + plan.hidden;
+    const T* in = elements(layer.input) + patch.position * g.channels;
+    if (plan.pools) {
+      const Index columns = length(patch.columns);
+      for (Index row = patch.rows.first; row < patch.rows.end; ++row) {
+        pool(g, image, row, patch.columns.first, columns, pooled + (row - patch.rows.first) * columns * g.channels);
       }
       in = pooled;
     }
     const Index channels = layer.hidden_channels;
-    const Product<T> product{in, g.channels, count, g.channels, static_cast<const T*>(layer.reduce_weight),
-                             static_cast<const T*>(layer.reduce_bias)};
-    if (layer.rms_eps <= 0) {
-      rectified_product(product, channels, hidden);
-      return hidden;
+    const Gemm<T> gemm{
+        in, g.channels, patch.count, g.channels, elements(layer.reduce_weight), elements(layer.reduce_bias), channels};
+    if (layer.rms_eps > 0) {
+      run_gemm(gemm, StoreEpilogue<T, false>{hidden, channels});
+      for (Index t = 0; t < patch.count; ++t) rms_norm_relu(hidden + t * channels, channels, layer.rms_eps);
+    } else {
+      run_gemm(gemm, StoreEpilogue<T, true>{hidden, channels});
     }
-    multiply(product, 0, channels, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
-      store(hidden + t * channels + c, v);
-    }});
-    for (Index t = 0; t < count; ++t) rms_norm_relu(hidden + t * channels, channels);
     return hidden;
   }
 
-  // relu(x / sqrt(mean of x * x + eps)), in place.
-  void rms_norm_relu(T* x, Index channels) const {
-    constexpr int W = kLanes<T>;
-    Vector<T, W> sums{};
-    Index c = 0;
-    for (; c + W <= channels; c += W) {
-      const auto v = load<Vector<T, W>>(x + c);
-      sums += v * v;
-    }
-    T sum = 0;
-    for (int i = 0; i < W; ++i) sum += sums[i];
-    for (; c < channels; ++c) sum += x[c] * x[c];
-    const T factor = T(1) / T(__builtin_sqrt(double(sum / T(channels)) + layer.rms_eps));
-#pragma omp simd
-    for (Index i = 0; i < channels; ++i) {
-      const T v = x[i] * factor;
-      x[i] = v < 0 ? T(0) : v;  // NaN stays NaN
-    }
-  }
-
-  // The kernels of some groups at `count` positions: [count, columns], whole panels of the span's columns.
-  Range generate(const T* hidden, Index count, Range groups, T* map) const {
-    const Index taps = volume(g.kernel);
+  // The kernels of some groups at `count` positions, as [count, columns]: whole panels of the span's columns, which are
+  // returned.
+  Range span(const T* hidden, Index count, Range groups, T* map) const {
+    const Index taps = volume(g.kernel), depth = layer.hidden_channels;
     const Range columns = {groups.first * taps / kPanel * kPanel,
-                           least(ceil_divide(groups.end * taps, kPanel) * kPanel, g.groups * taps)};
-    const Index step = columns.end - columns.first;
-    const Product<T> product{hidden, layer.hidden_channels, count, layer.hidden_channels,
-                             static_cast<const T*>(layer.span_weight), static_cast<const T*>(layer.span_bias)};
-    multiply(product, columns.first, columns.end, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
-      store(map + t * step + c - columns.first, v);
-    }});
+                           min(ceil_divide(groups.end * taps, kPanel) * kPanel, g.groups * taps)};
+    const T* bias = layer.span_bias ? elements(layer.span_bias) + columns.first : nullptr;
+    const Gemm<T> gemm{hidden, depth,          count, depth, elements(layer.span_weight) + columns.first * depth,
+                       bias,   length(columns)};
+    run_gemm(gemm, StoreEpilogue<T, false>{map, length(columns)});
     return columns;
   }
 
-  // Applies them: `made` are the span's columns that the map holds.
-  void aggregate(const T* image, const T* map, Range made, Range rows, Range columns, Range groups, T* y) const {
-    const Index taps = volume(g.kernel), length = columns.end - columns.first;
-    for (Index row = rows.first; row < rows.end; ++row) {
-      Run<const T, const T, T> tiles(g, row, columns.first, made.end - made.first);
-      const Index position = (row - rows.first) * length;
+  // Applies the kernels of some groups; `generated` are the span's columns that the map holds.
+  void aggregate(const T* image, const T* map, Range generated, const Patch& patch, Range groups, T* y) const {
+    const Index taps = volume(g.kernel), columns = length(patch.columns);
+    for (Index row = patch.rows.first; row < patch.rows.end; ++row) {
+      ApplySegment<T> segment(g, row, patch.columns.first, length(generated));
+      const Index position = (row - patch.rows.first) * columns;
       for (Index group = groups.first; group < groups.end; ++group) {
-        tiles.image = image + group * tiles.width;
-        tiles.k = map + position * tiles.k_step + group * taps - made.first;
-        tiles.y = y + position * g.channels + group * tiles.width;
-        apply_run<T>(g, tiles, length);
+        segment.image = image + group * segment.width;
+        segment.k = map + position * segment.k_step + group * taps - generated.first;
+        segment.y = y + position * g.channels + group * segment.width;
+        apply_segment<T>(g, segment, columns);
       }
     }
   }
 
-  // Scales, shifts and rectifies y as asked, and writes it to `to`: the output, or where it is.
-  template <class Store>
-  INVOLUTION_INLINE void finish(const T* y, T* to, Index count, Store&& put) const {
-    constexpr int W = kLanes<T>;
-    const T *scale = static_cast<const T*>(layer.scale), *shift = static_cast<const T*>(layer.shift);
-    const auto one = [&](auto v, Index c) INVOLUTION_BODY {
-      using V = decltype(v);
-      if (scale) v = v * load<V>(scale + c) + load<V>(shift + c);
-      return layer.relu ? (v < 0 ? V{} : v) : v;  // NaN stays NaN
-    };
-    for (Index t = 0; t < count; ++t, y += g.channels, to += g.channels) {
-      Index c = 0;
-      for (; c + W <= g.channels; c += W) put(to + c, one(load<Vector<T, W>>(y + c), c));
-      for (; c < g.channels; ++c) store(to + c, one(load<Vector<T, 1>>(y + c), c));
+  // Prefetches the input rows that the patch below this one reads and this one does not.
+  void prefetch_rows_below(const T* image, const Patch& patch) const {
+    const Index last = patch.rows.end - 1, depth = last / g.output[1], height = last % g.output[1];
+    const Index first_row = input_at(g, 1, height, g.kernel[1] - 1) + 1, rows = length(patch.rows) * g.stride[1];
+    const Index elements = length(patch.columns) * g.stride[2] * g.channels;
+    for (Index h = first_row; h < min(first_row + rows, g.input[1]); ++h) {
+      const Index position = (depth * g.stride[0] * g.input[1] + h) * g.input[2] + patch.columns.first * g.stride[2];
+      const T* x = image + position * g.channels;
+      for (Index i = 0; i < elements; i += 64 / Index(sizeof(T))) __builtin_prefetch(x + i, 0, 2);
     }
   }
 
-  // The convolution after the layer, and the sum with the shortcut.
-  void next(T* y, Index position, Index count) const {
-    const Index channels = layer.next_channels;
-    const Product<T> product{y, g.channels, count, g.channels, static_cast<const T*>(layer.next_weight),
-                             static_cast<const T*>(layer.next_bias)};
-    T* output = static_cast<T*>(layer.output) + position * channels;
-    const T* shortcut = layer.shortcut ? static_cast<const T*>(layer.shortcut) + position * channels : nullptr;
-    T* kept = layer.following_weight ? y + patches.y : nullptr;
-    const auto run = [&](auto streams) INVOLUTION_BODY {
-      multiply(product, 0, channels, NextTaker<T, decltype(streams)::value>{
-          output, shortcut, channels, bool(layer.next_relu), kept, patches.output_step});
+  // Scale, shift and ReLU, as asked, from y to `to`: the output, or y itself.
+  void finish(const T* y, T* to, Index count, bool streams) const {
+    constexpr int W = kLanes<T>;
+    const T *scale = elements(layer.scale), *shift = elements(layer.shift);
+    const auto finished = [&](auto v, Index c) INVOLUTION_BODY {
+      using V = decltype(v);
+      if (scale) v = v * load<V>(scale + c) + load<V>(shift + c);
+      return layer.relu ? rectified(v) : v;
     };
-    patches.streams ? run(std::true_type{}) : run(std::false_type{});
-    if (kept) follow(kept, position, count);
+    for (Index t = 0; t < count; ++t, y += g.channels, to += g.channels) {
+      Index c = 0;
+      for (; c + W <= g.channels; c += W) {
+        const auto v = finished(load<Vector<T, W>>(y + c), c);
+        if (streams) stream(to + c, v);
+        else store(to + c, v);
+      }
+      for (; c < g.channels; ++c) store(to + c, finished(load<Vector<T, 1>>(y + c), c));
+    }
   }
 
-  // What the next bottleneck begins with.
-  void follow(const T* output, Index position, Index count) const {
-    const Index channels = layer.following_channels;
-    const Product<T> product{output, patches.output_step, count, layer.next_channels,
-                             static_cast<const T*>(layer.following_weight), static_cast<const T*>(layer.following_bias)};
-    rectified_product(product, channels, static_cast<T*>(layer.following) + position * channels);
-  }
-
-  // relu(product) for all its columns.
-  static void rectified_product(const Product<T>& product, Index columns, T* out) {
-    multiply(product, 0, columns, Taker{[=](Index t, Index c, auto v) INVOLUTION_BODY {
-      store(out + t * columns + c, v < 0 ? decltype(v){} : v);
-    }});
+  // The expand convolution, its sum with the shortcut, and the next block's reduce convolution.
+  void expand(T* y, const Patch& patch) const {
+    const Index channels = layer.expand_channels, at = patch.position * channels;
+    T* output = static_cast<T*>(layer.output) + at;
+    const T* shortcut = layer.shortcut ? elements(layer.shortcut) + at : nullptr;
+    T* copy = layer.next_reduce_weight ? y + plan.y : nullptr;
+    const Gemm<T> gemm{
+        y, g.channels, patch.count, g.channels, elements(layer.expand_weight), elements(layer.expand_bias), channels};
+    const bool relu = layer.expand_relu;
+    if (plan.streams) {
+      run_gemm(gemm, ExpandEpilogue<T, true>{output, shortcut, channels, relu, copy, plan.output_step});
+    } else {
+      run_gemm(gemm, ExpandEpilogue<T, false>{output, shortcut, channels, relu, copy, plan.output_step});
+    }
+    if (!copy) return;
+    const Index next = layer.next_reduce_channels;
+    const Gemm<T> next_gemm{copy,
+                            plan.output_step,
+                            patch.count,
+                            channels,
+                            elements(layer.next_reduce_weight),
+                            elements(layer.next_reduce_bias),
+                            next};
+    T* next_output = static_cast<T*>(layer.next_reduce_output) + patch.position * next;
+    run_gemm(next_gemm, StoreEpilogue<T, true>{next_output, next});
   }
 };
 
 }  // namespace
 
 template <class T>
-void layer(const Geometry& g, const involution_layer& layer) {
-  const Patches patches(g, layer);
-  const Work<T> work{g, layer, patches};
-  in_parallel(g, patches.count(g), [&](Index item) {
-    work.run(item, static_cast<T*>(layer.scratch) + this_thread() * patches.scratch());
+void fused_layer(const Geometry& g, const involution_fused_layer& layer) {
+  const FusedLayer<T> fused{g, layer, PatchPlan(g, layer)};
+  parallel_for(worthwhile_threads(g), fused.plan.count(g), [&](Index item) {
+    T* workspace = static_cast<T*>(layer.workspace) + thread_index() * fused.plan.workspace();
+    fused.run(Patch(g, fused.plan, item), workspace);
   });
 }
 
-int64_t layer_scratch(const Geometry& g, const involution_layer& layer) { return Patches(g, layer).scratch(); }
+Index fused_layer_workspace(const Geometry& g, const involution_fused_layer& layer) {
+  return PatchPlan(g, layer).workspace();
+}
 
-template void layer<float>(const Geometry&, const involution_layer&);
-template void layer<double>(const Geometry&, const involution_layer&);
+template void fused_layer<float>(const Geometry&, const involution_fused_layer&);
+template void fused_layer<double>(const Geometry&, const involution_fused_layer&);
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

@@ -1,33 +1,30 @@
-// The multiply-adds that a core can do at best: what benchmarks hold the kernels against.
-#include "geometry.h"
+// Peak arithmetic rate: independent chains of multiply-adds in registers, against which benchmarks hold the kernels.
+#include "parallel.h"
+#include "vector.h"
 
 namespace involution {
 namespace INVOLUTION_ISA {
 
-// Runs `rounds` rounds of independent multiply-adds on every thread; returns how many operations those were, a
-// multiply-add being two.
-double multiply_add_rounds(int64_t threads, int64_t rounds) {
+double multiply_adds(Index threads, Index rounds) {
   constexpr int kChains = kRegisters - 4;
   using V = Vector<float, kLanes<float>>;
-  Geometry g{};
-  g.threads = threads;
-  g.batch = rounds + 100000;  // worth the threads
-  g.channels = 1;
-  for (int axis = 0; axis < 3; ++axis) g.output[axis] = g.kernel[axis] = 1;
-  in_parallel(g, threads, [&](Index) {
+  parallel_for(threads, threads, [&](Index) {
     V sum[kChains];
-    unroll<kChains>([&](auto i) INVOLUTION_BODY { sum[i] = V{} + float(i.value); });
+    INVOLUTION_UNROLL
+    for (int i = 0; i < kChains; ++i) sum[i] = V{} + float(i);
     V scale = V{} + 0.999f, shift = V{} + 0.001f;
     for (Index round = 0; round < rounds; ++round) {
-      keep(scale);
-      unroll<kChains>([&](auto i) INVOLUTION_BODY {
+      pin_in_register(scale);
+      INVOLUTION_UNROLL
+      for (int i = 0; i < kChains; ++i) {
         sum[i] = sum[i] * scale + shift;
-        keep(sum[i]);
-      });
+        pin_in_register(sum[i]);
+      }
     }
     V total{};
-    unroll<kChains>([&](auto i) INVOLUTION_BODY { total += sum[i]; });
-    asm volatile("" : : "m"(total));  // somebody wants it, or all of it is dead
+    INVOLUTION_UNROLL
+    for (int i = 0; i < kChains; ++i) total += sum[i];
+    asm volatile("" : : "m"(total));  // a use of the result, without which all of it would be removed
   });
   return 2.0 * kChains * kLanes<float> * double(rounds) * double(threads);
 }

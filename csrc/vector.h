@@ -1,8 +1,8 @@
-// What the kernels need of the machine: vectors of W numbers, and loops unrolled at compile time.
+// The machine: vectors of W lanes, their loads and stores, and unrolled loops.
 //
-// Each kernel file is compiled once per instruction set, with INVOLUTION_ISA naming a namespace of its own. Nothing of
-// the standard library is instantiated here: a shared inline function compiled for the newest CPU could be the copy
-// that the linker keeps for the oldest.
+// Every kernel file is compiled once per instruction set, in a namespace that INVOLUTION_ISA names. No template of the
+// standard library is instantiated here: of an inline function compiled for several instruction sets the linker keeps
+// one copy, which could be the one that the oldest CPU cannot run.
 #pragma once
 #include <cstdint>
 #include <type_traits>
@@ -12,13 +12,18 @@
 #include <immintrin.h>
 #endif
 
-#include "involution.h"
+#include "kernels.h"
 
 namespace involution {
 namespace INVOLUTION_ISA {
 
-using Geometry = involution_geometry;
-using Index = int64_t;
+#define INVOLUTION_INLINE inline __attribute__((always_inline))
+#define INVOLUTION_BODY __attribute__((always_inline))  // of a lambda
+
+// Unrolls the loop that follows, whose trip count (up to 64) is a constant, before arrays of vectors are assigned to
+// registers. In a nest, every trip count must be constant by itself, not through an outer loop's index; a condition
+// that depends on an outer index folds away.
+#define INVOLUTION_UNROLL _Pragma("GCC unroll 64")
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -34,10 +39,9 @@ constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 
+// Lanes of a whole vector.
 template <class T>
 constexpr int kLanes = kVectorBytes / int(sizeof(T));
-
-#define INVOLUTION_INLINE inline __attribute__((always_inline))
 
 template <class T, int W>
 struct VectorOf {
@@ -46,29 +50,26 @@ struct VectorOf {
 template <class T, int W>
 using Vector = typename VectorOf<T, W>::type;
 
-// 16-bit numbers as memory holds them; at work they are float. half.h converts them.
+// Elements of 16 bits in memory; half.h converts them from and to float.
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
 };
-
 template <class S>
-constexpr bool kIs16Bit = std::is_same_v<S, Half> || std::is_same_v<S, BFloat16>;
-template <class S>
-using Number = std::conditional_t<kIs16Bit<S>, float, S>;
+constexpr bool kIs16Bit = sizeof(S) == 2;
 
 template <class V, class S>
-V widened(const S* from);
+V load_widened(const S* from);
 template <class V, class S>
 void store_narrowed(S* to, V v);
 
-// A vector of numbers from memory that holds them as they are, or in 16 bits each.
+// Loads a vector; 16-bit elements are widened to float.
 template <class V, class S>
 INVOLUTION_INLINE V load(const S* from) {
   if constexpr (kIs16Bit<S>) {
-    return widened<V>(from);
+    return load_widened<V>(from);
   } else {
     V v;
     __builtin_memcpy(&v, from, sizeof v);
@@ -76,13 +77,14 @@ INVOLUTION_INLINE V load(const S* from) {
   }
 }
 
+// Stores a vector; into 16-bit elements it is rounded.
 template <class V, class S>
 INVOLUTION_INLINE void store(S* to, V v) {
   if constexpr (kIs16Bit<S>) store_narrowed(to, v);
   else __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Stores a vector at an aligned address past the cache, where the machine can: memory that is not read again soon.
+// Stores a vector at an aligned address past the cache (non-temporal) where the machine can.
 template <class V, class T>
 INVOLUTION_INLINE void stream(T* to, V v) {
 #if defined(__AVX512F__)
@@ -94,16 +96,25 @@ INVOLUTION_INLINE void stream(T* to, V v) {
   store(to, v);
 }
 
-// Orders streamed stores before whatever follows.
-INVOLUTION_INLINE void streams_end() {
+// Orders streamed stores before all later stores.
+INVOLUTION_INLINE void stream_fence() {
 #if defined(__AVX__)
   _mm_sfence();
 #endif
 }
 
-// Keeps a vector that several multiply-adds share in a register: GCC would load it again for each of them.
+// ReLU, lane by lane; NaN stays NaN.
 template <class V>
-INVOLUTION_INLINE void keep(V& v) {
+INVOLUTION_INLINE V rectified(V v) {
+  return v < 0 ? V{} : v;
+}
+
+// Two barriers to GCC's optimisers. Both emit no instruction.
+//
+// pin_in_register: a vector that several multiply-adds share stays in a register. Without it GCC makes its load a
+// memory operand of each of them and loads it that many times.
+template <class V>
+INVOLUTION_INLINE void pin_in_register(V& v) {
   if constexpr (sizeof(V) == kVectorBytes) {
 #if defined(__x86_64__)
     asm("" : "+v"(v));
@@ -113,48 +124,31 @@ INVOLUTION_INLINE void keep(V& v) {
   }
 }
 
-// Hides where a pointer or number comes from. Without it GCC carries an address of its own through the loops for every
-// unrolled access, far more than there are registers.
+// opaque: the value of a pointer or integer has no known origin. Without it GCC turns each unrolled access into an
+// address of its own that it carries through the loops, many more than there are registers.
 template <class P>
-INVOLUTION_INLINE void hide(P& p) {
+INVOLUTION_INLINE void opaque(P& p) {
   asm("" : "+r"(p));
 }
 
-// Numbers at equal distances, base[0], base[distance], ..., base[6 * distance], each within reach of one x86 address
-// (base + index * 1, 2, 4 or 8) from three index registers.
+// Elements at equal distances, base[0], base[distance], ..., base[6 * distance], each in reach of one x86 address
+// (base + index * 1, 2, 4 or 8) with three index registers in all.
 template <class T>
 struct Strided {
   Index one, three, five;  // multiples of the distance, in bytes
 
-  INVOLUTION_INLINE explicit Strided(Index distance)
-      : one(distance * Index(sizeof(T))), three(3 * one), five(5 * one) {
-    hide(one);
-    hide(three);
-    hide(five);
+  INVOLUTION_INLINE explicit Strided(Index distance) : one(distance * Index(sizeof(T))), three(3 * one), five(5 * one) {
+    opaque(one);
+    opaque(three);
+    opaque(five);
   }
-  template <int I>
-  INVOLUTION_INLINE T at(const T* base) const {
-    static_assert(I >= 0 && I < 7);
-    constexpr int times[] = {0, 1, 2, 1, 4, 1, 2};
-    const Index index = I == 3 || I == 6 ? three : I == 5 ? five : one;
-    return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + index * times[I]);
+  // base[i * distance]; i, below 7, is the index of an unrolled loop.
+  INVOLUTION_INLINE T at(const T* base, int i) const {
+    const Index index = i == 3 || i == 6 ? three : i == 5 ? five : one;
+    const int scale = i == 4 ? 4 : i == 2 || i == 6 ? 2 : i == 0 ? 0 : 1;
+    return *reinterpret_cast<const T*>(reinterpret_cast<const char*>(base) + index * scale);
   }
 };
-
-template <int I>
-using Constant = std::integral_constant<int, I>;
-
-template <int... I, class F>
-INVOLUTION_INLINE void unroll_sequence(std::integer_sequence<int, I...>, F&& body) {
-  (body(Constant<I>{}), ...);
-}
-
-// Calls body(0), ..., body(N - 1) with constants. (A pragma would leave arrays of vectors in memory.)
-template <int N, class F>
-INVOLUTION_INLINE void unroll(F&& body) {
-  unroll_sequence(std::make_integer_sequence<int, N>{}, body);
-}
-#define INVOLUTION_BODY __attribute__((always_inline))
 
 }  // namespace INVOLUTION_ISA
 }  // namespace involution

@@ -50,7 +50,7 @@ class LayerParts(NamedTuple):
         return sizes
 
 
-PANEL = 32  # columns of a packed weight panel, as in csrc
+PANEL = 32  # columns of a packed weight panel, as in csrc/gemm.h
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The CPU backend: loads the C++ kernels of csrc/ and calls them through their C ABI (csrc/involution.h).
 
-ctypes releases the GIL during a call. The library links libgomp by its plain name and torch is imported first, so
-both share one OpenMP runtime; every call passes torch's own thread count.
+ctypes releases the GIL during a call. The library links libgomp by its plain soname and torch is imported first, so
+that both share one OpenMP runtime; every call passes torch's thread count.
 """
 
 import ctypes
@@ -27,8 +27,8 @@ _FILE = "libinvolution.so"
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _16_BIT = (torch.float16, torch.bfloat16)
-_MOST_16_BIT_TAPS, _MOST_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
-_TENSORS = LayerParts._fields[:-3]  # in the order of involution_layer
+_MAX_16_BIT_TAPS, _MAX_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
+_TENSORS = LayerParts._fields[:-3]
 _WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
 
@@ -39,19 +39,17 @@ class _CGeometry(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
         *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
-        *((name, ctypes.c_int64) for name in ("channels_last", "threads", "adds")),
+        *((name, ctypes.c_int64) for name in ("channels_last", "threads", "accumulate")),
     ]
 
 
-class _CLayer(ctypes.Structure):
-    """`involution_layer` of csrc/involution.h."""
+class _CFusedLayer(ctypes.Structure):
+    """`involution_fused_layer` of csrc/involution.h, field by field."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "next_reduce_output", "scratch")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("hidden_channels", "expand_channels", "next_reduce_channels", "relu", "expand_relu")
-        ),
+        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "next_reduce_output", "workspace")),
+        *((name, ctypes.c_int64) for name in ("hidden_channels", "expand_channels", "next_reduce_channels")),
+        *((name, ctypes.c_int64) for name in ("relu", "expand_relu")),
         ("rms_eps", ctypes.c_double),
     ]
 
@@ -80,9 +78,9 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     taps, width = math.prod(geometry.kernel), geometry.channels // geometry.groups
     large = name != "correlate" and taps >= _LARGE_KERNEL and width >= _WIDE_GROUP
     channels_last = large or is_channels_last(tensors[0])
-    in_16_bits = channels_last and taps <= _MOST_16_BIT_TAPS
+    in_16_bits = channels_last and taps <= _MAX_16_BIT_TAPS
     if name == "correlate":
-        in_16_bits = in_16_bits and width <= _MOST_16_BIT_WIDTH
+        in_16_bits = in_16_bits and width <= _MAX_16_BIT_WIDTH
     dtype = torch.float32 if out.dtype in _16_BIT and not in_16_bits else out.dtype
     result_dtype = torch.float32 if dtype in _16_BIT and name == "adjoint" else dtype
     if channels_last:
@@ -107,46 +105,48 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
 def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
     """See reference.fused_layer."""
     dtype = _layer_dtype(outs[0].dtype)
-    held = [_as_kernel_takes(name, part, dtype) for name, part in zip(_TENSORS, parts.tensors(), strict=True)]
-    results = [_as_kernel_fills(out, dtype) for out in outs]
+    tensors = {
+        name: _as_kernel_input(name, tensor, dtype)
+        for name, tensor in zip(_TENSORS, parts.tensors(), strict=True)
+        if tensor is not None
+    }
+    results = [_as_kernel_output(out, dtype) for out in outs]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
-    c_layer = _CLayer(
-        *(None if tensor is None else tensor.data_ptr() for tensor in held),
-        results[0].data_ptr(),
-        results[-1].data_ptr(),
-        None,
-        parts.span_weight.shape[1],
-        outs[0].shape[1],
-        outs[-1].shape[1],
-        parts.relu,
-        parts.expand_relu,
-        parts.rms_eps,
+    c_layer = _CFusedLayer(
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        output=results[0].data_ptr(),
+        next_reduce_output=results[-1].data_ptr(),
+        hidden_channels=parts.span_weight.shape[1],
+        expand_channels=outs[0].shape[1],
+        next_reduce_channels=outs[-1].shape[1],
+        relu=parts.relu,
+        expand_relu=parts.expand_relu,
+        rms_eps=parts.rms_eps,
     )
-    scratch = torch.empty(_function("involution_layer_scratch")(c_geometry, c_layer) * c_geometry.threads, dtype=dtype)
-    c_layer.scratch = scratch.data_ptr()
-    _function(f"involution_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
-    _fill(outs, results)
+    elements = _function("involution_fused_layer_workspace")(c_geometry, c_layer) * c_geometry.threads
+    workspace = torch.empty(elements, dtype=dtype)
+    c_layer.workspace = workspace.data_ptr()
+    _function(f"involution_fused_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
+    _copy_back(outs, results)
 
 
 def _layer_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The fused layer's dtype for tensors of `dtype`: it has no kernel map, nearly all of what 16 bits would save."""
+    """The fused layer's dtype for tensors of `dtype`: float32 for 16-bit tensors, as it stores no kernel map."""
     return torch.float32 if dtype in _16_BIT else dtype
 
 
-def _as_kernel_takes(name: str, tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Images as [N, *S, C], weights packed, in the kernels' dtype; itself where it already is."""
-    if tensor is None:
-        return None
-    tensor = tensor.to(dtype) if tensor.dtype != dtype else tensor
+def _as_kernel_input(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Images as [N, *S, C], weights packed, in the kernels' dtype; the tensor itself where it already is."""
+    tensor = tensor.to(dtype) if tensor.dtype != dtype else tensor  # the check is faster than a `to` without effect
     if name in _WEIGHTS:
         return pack(tensor) if tensor.dim() == 2 else tensor.contiguous()
     if name in _IMAGES:
         return tensor if is_stored_channels_last(tensor) else tensor.movedim(1, -1).contiguous()
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    return tensor.contiguous()
 
 
-def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """The result itself if the kernels can fill it, else one of its shape that they can."""
+def _as_kernel_output(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """`out` itself if the kernels can write it, else an empty tensor of its shape that they can."""
     if out.dtype == dtype and (is_stored_channels_last(out) if out.dim() > 2 else out.is_contiguous()):
         return out
     if out.dim() <= 2:
@@ -154,24 +154,28 @@ def _as_kernel_fills(out: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(out.movedim(1, -1).shape, dtype=dtype).movedim(-1, 1)
 
 
-def _fill(outs: Sequence[Tensor], computed: Sequence[Tensor]) -> None:
-    for out, result in zip(outs, computed, strict=True):
+def _copy_back(outs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+    """Copies results into the outputs that the kernels could not write themselves."""
+    for out, result in zip(outs, results, strict=True):
         if result is not out:
             out.copy_(result)
 
 
 def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
-    """See reference.fused_layer_backward. Some positions at a time; their map is overwritten by its own gradient."""
+    """See reference.fused_layer_backward.
+
+    The kernel map is recomputed for some positions at a time, and then overwritten by its gradient.
+    """
     dtype = _layer_dtype(grad.dtype)
     assert parts.hidden is not None
     x, g, h = (image.to(dtype).movedim(1, -1).contiguous() for image in (parts.input, grad, parts.hidden))
     span, offset = parts.span_weight.to(dtype), None if parts.span_bias is None else parts.span_bias.to(dtype)
-    computed = [_as_kernel_fills(result, dtype) for result in results]
+    computed = [_as_kernel_output(result, dtype) for result in results]
     dx, dh = (image.movedim(1, -1) for image in computed[:2])
     dweight, dbias = computed[2:]
     for total in (dx, dweight, dbias):
         total.zero_()
-    row = math.prod(geometry.output[1:]) * len(span)  # numbers of the map in one row of the first spatial axis
+    row = math.prod(geometry.output[1:]) * len(span)  # elements of the kernel map per row of the first spatial axis
     images = max(1, _MAP_AT_ONCE // (row * geometry.output[0]))
     rows = geometry.output[0] if images > 1 else max(1, _MAP_AT_ONCE // row)
     threads = torch.get_num_threads()
@@ -195,26 +199,37 @@ def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tens
         dh[at] = (kernels @ span).view(dh[at].shape)
         dweight.addmm_(kernels.t(), features)
         dbias += kernels.sum(0)
-    _fill(results, computed)
+    _copy_back(results, computed)
 
 
-_MAP_AT_ONCE = 1 << 20  # numbers of the kernel map in a backward pass: well inside the last cache
+_MAP_AT_ONCE = 1 << 20  # elements of the kernel map in a step of the backward pass: fits the last-level cache
 
 
 @lru_cache(maxsize=1024)
-def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, adds: bool = False) -> _CGeometry:
+def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, accumulate: bool = False) -> _CGeometry:
     missing = 3 - len(geometry.input)
-    sizes = [(*(1,) * missing, *axes) for axes in (geometry.input, geometry.kernel, geometry.output, geometry.stride)]
-    padding = (*(0,) * missing, *geometry.padding)
-    dilation = (*(1,) * missing, *geometry.dilation)
-    return _CGeometry(*geometry[:3], *sizes, padding, dilation, channels_last, threads, adds)
+    ones, zeros = (1,) * missing, (0,) * missing
+    return _CGeometry(
+        batch=geometry.batch,
+        channels=geometry.channels,
+        groups=geometry.groups,
+        input=(*ones, *geometry.input),
+        kernel=(*ones, *geometry.kernel),
+        output=(*ones, *geometry.output),
+        stride=(*ones, *geometry.stride),
+        padding=(*zeros, *geometry.padding),
+        dilation=(*ones, *geometry.dilation),
+        channels_last=channels_last,
+        threads=threads,
+        accumulate=accumulate,
+    )
 
 
 def instruction_set() -> str:
     """The instruction set in use: avx512, avx2 or baseline.
 
     Raises:
-        RuntimeError: there is no library to ask.
+        RuntimeError: the library is not loaded.
     """
     name: bytes = _loaded().involution_instruction_set()
     return name.decode()
@@ -232,7 +247,7 @@ def peak_flops(seconds: float = 0.2) -> float:
         start = time.perf_counter()
         operations = _function("involution_multiply_adds")(threads, 500_000)
         rates.append(operations / (time.perf_counter() - start))
-    return statistics.quantiles([*rates, rates[-1]], n=10)[-1]  # the best but for a clock's mishap
+    return statistics.quantiles([*rates, rates[-1]], n=10)[-1]  # near the best: a single best could be a timer's error
 
 
 def why_not(tensor: Tensor | None) -> str:
@@ -280,11 +295,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
             function.restype = None
     for suffix in ("f32", "f64"):
-        function = getattr(loaded, f"involution_layer_{suffix}")
-        function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
+        function = getattr(loaded, f"involution_fused_layer_{suffix}")
+        function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CFusedLayer)]
         function.restype = None
-    loaded.involution_layer_scratch.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CLayer)]
-    loaded.involution_layer_scratch.restype = ctypes.c_int64
+    loaded.involution_fused_layer_workspace.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CFusedLayer)]
+    loaded.involution_fused_layer_workspace.restype = ctypes.c_int64
     loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
     loaded.involution_multiply_adds.restype = ctypes.c_double
     loaded.involution_instruction_set.restype = ctypes.c_char_p
@@ -307,4 +322,4 @@ def _path() -> Path | None:
     return installed if installed.exists() else None
 
 
-_AVAILABLE = not why_not(None)  # asked once, when this is imported: torch.compile could not trace the answer
+_AVAILABLE = not why_not(None)  # evaluated at import: torch.compile cannot trace the loading of the library

@@ -11,5 +11,6 @@ import torch
 if os.environ.get("INVOLUTION_BACKEND") == "triton" and not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels on CPU tensors; Triton reads this when it is imported
 
+from . import decompositions as decompositions
 from . import fused as fused
 from . import registration as registration

@@ -47,3 +47,11 @@ def logical_order(role: str, dims: int) -> tuple[int, ...]:
     """The permutation that brings a tensor of this role back from its channels-last memory order."""
     order = memory_order(role, dims)
     return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def in_layout_of(like: Tensor, role: str, result: Tensor) -> Tensor:
+    """A result in the memory layout that `allocate` would have given it."""
+    if not is_channels_last(like):
+        return result.contiguous()
+    dims = like.dim() - 2
+    return result.permute(memory_order(role, dims)).contiguous().permute(logical_order(role, dims))

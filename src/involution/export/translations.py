@@ -17,13 +17,16 @@ Value = Any  # a tensor of the ONNX graph
 
 
 def translations() -> dict[Any, Any]:
-    """What torch.onnx.export takes as custom_translation_table: our inference operators -> functions that add nodes."""
+    """What torch.onnx.export takes as custom_translation_table: operator -> function that adds its nodes.
+
+    Besides our operators for inference there is PyTorch's adaptive pooling, which UPerNet has: the exporter's own wants
+    fixed sizes.
+    """
     table = {"apply": apply, "correlate": correlate, "fused_layer": fused_layer}
+    functions = {getattr(torch.ops.involution, name).default: add for name, add in table.items()}
+    functions[torch.ops.aten._adaptive_avg_pool2d.default] = adaptive_average_pool
     # The exporter reads signatures, and lambdas have no annotations that it could misread.
-    return {
-        getattr(torch.ops.involution, name).default: lambda *values, add=add: add(*values)
-        for name, add in table.items()
-    }
+    return {operator: lambda *values, add=add: add(*values) for operator, add in functions.items()}
 
 
 def apply(
@@ -86,6 +89,25 @@ def correlate(
         op.ReduceSum(op.Mul(query, window), [2], keepdims=True) for window in _windows(x, kernel, stride, dilation)
     ]
     return _reshaped(op.Concat(*products, axis=2), (0, groups, *kernel), 3)
+
+
+def adaptive_average_pool(input: Value, output_size: Sequence[int]) -> Value:
+    """[N, C, H, W] -> [N, C, *output_size], as a product with a matrix of averages for either axis."""
+    rows, columns = (_averages(input, axis, cells) for axis, cells in zip((2, 3), output_size, strict=True))
+    return op.MatMul(rows, op.MatMul(input, op.Transpose(columns, perm=[1, 0])))
+
+
+def _averages(input: Value, axis: int, cells: int) -> Value:
+    """[cells, size]: every row averages the positions from floor(cell * size / cells) to its neighbour's ceil."""
+    size = op.Shape(input, start=axis, end=axis + 1)
+    bounds = op.Mul(_integers(range(cells + 1)), size)
+    starts = op.Unsqueeze(op.Div(op.Slice(bounds, [0], [cells]), _integers([cells])), [1])
+    rounded_up = op.Add(op.Slice(bounds, [1], [cells + 1]), _integers([cells - 1]))
+    ends = op.Unsqueeze(op.Div(rounded_up, _integers([cells])), [1])
+    positions = op.Range(op.Constant(value_int=0), op.Squeeze(size, [0]), op.Constant(value_int=1))
+    inside = op.And(op.GreaterOrEqual(positions, starts), op.Less(positions, ends))
+    members = op.CastLike(inside, input)
+    return op.Div(members, op.ReduceSum(members, [1], keepdims=True))
 
 
 def _aggregated(

@@ -1,0 +1,102 @@
+"""What is exported: the network of a checkpoint or of a name, and what its user must know besides."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from .. import zoo as zoo  # registers our models with timm
+
+COARSEST = 32  # stride of the coarsest feature level
+
+
+class Exportable(NamedTuple):
+    """A network in evaluation mode and how to call it.
+
+    `multiple`: heights and widths that stay free are multiples of it. `dynamic`: the axes that can stay free.
+    """
+
+    network: nn.Module
+    size: tuple[int, int]
+    outputs: tuple[str, ...]
+    metadata: dict[str, Any]
+    multiple: int = 1
+    dynamic: tuple[int, ...] = (0, 2, 3)
+
+
+class Logits(nn.Module):
+    """A segmenter that returns its logits alone: [N, 3, H, W] -> [N, num_classes, H, W]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of the images' size."""
+        logits: Tensor = self.network(images)["out"]
+        return logits
+
+
+class Detections(nn.Module):
+    """A detector of one image: [1, 3, H, W] -> boxes [n, 4], labels [n], scores [n] and, where it has them, masks."""
+
+    def __init__(self, network: nn.Module, outputs: tuple[str, ...]) -> None:
+        super().__init__()
+        self.network, self.outputs = network, outputs
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What is found in the image."""
+        found = self.network([images[0]])[0]
+        return tuple(found[name] for name in self.outputs)
+
+
+def exportable(model: str, pretrained: bool = False) -> Exportable:
+    """The network of a checkpoint of `involution fit`, or of a name of timm's.
+
+    Raises:
+        FileNotFoundError: model looks like a file, but there is none.
+        ValueError: model is neither; a checkpoint carries no preprocessing.
+    """
+    if Path(model).is_file():
+        if pretrained:
+            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
+        return _of_checkpoint(Path(model))
+    if timm.is_model(model.partition(".")[0]):
+        return _of_name(model, pretrained)
+    if Path(model).suffix:
+        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
+    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
+
+
+def _of_name(name: str, pretrained: bool) -> Exportable:
+    network = timm.create_model(name, pretrained=pretrained).eval()
+    config = resolve_model_data_config(network)
+    metadata = {"model": name, "task": "classify", "preprocessing": config}
+    return Exportable(network, tuple(config["input_size"][1:]), ("logits",), metadata)
+
+
+def _of_checkpoint(file: Path) -> Exportable:
+    from ..engine.predict import task_of
+
+    module: Any = task_of(file, "model").load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    module.eval()
+    given = module.preprocessing
+    if given is None:
+        raise ValueError(f"model must carry its preprocessing, got {file}, which was trained on data that name none")
+    metadata = {
+        "model": module.hparams["model_name"],
+        "task": module.task,
+        "classes": module.classes,
+        "preprocessing": given._asdict(),
+    }
+    network = module.net.to(memory_format=torch.contiguous_format)
+    if module.task == "classify":
+        return Exportable(network, (given.image_size,) * 2, ("logits",), metadata)
+    if module.task == "segment":
+        side = max(2, round(given.resize / COARSEST)) * COARSEST
+        return Exportable(Logits(network), (side, side), ("logits",), metadata, COARSEST)
+    outputs = ("boxes", "labels", "scores", *(("masks",) if module.hparams["model_name"] == "mask_rcnn" else ()))
+    return Exportable(Detections(network, outputs), (given.min_size,) * 2, outputs, metadata, dynamic=())

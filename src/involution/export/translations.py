@@ -126,8 +126,9 @@ def _aggregated(
     """
     x = _reshaped(padded, (0, groups, channels // groups), 2)
     total = last = None
-    for index, window in enumerate(_windows(x, kernel, stride, dilation)):
-        product = op.Mul(window, op.Slice(weights, [index], [index + 1], [2]))
+    taps = op.Split(weights, axis=2, num_outputs=_count(kernel)) if _count(kernel) > 1 else [weights]
+    for window, weight in zip(_windows(x, kernel, stride, dilation), taps, strict=True):
+        product = op.Mul(window, weight)
         if last is not None:
             total = last if total is None else op.Add(total, last)
         last = product

@@ -124,3 +124,17 @@ def test_an_exported_program_is_the_same_without_kernels(monkeypatch: pytest.Mon
             programs.append([str(node.target) for node in torch.export.export(layer, (x,)).graph.nodes])
     assert programs[0] == programs[1]
     assert "involution.fused_layer.default" in programs[0]
+
+
+def test_fakes_with_symbolic_sizes_are_the_registered_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch would run a registered decomposition in their place: slow, and of other strides."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a decomposition ran where a fake should")
+
+    for operator in BY_SLICES:
+        monkeypatch.setitem(torch._decomp.decomposition_table, operator, refuse)
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            torch.export.export(Involution2d(16, 3).eval(), (torch.randn(2, 16, 8, 9),), dynamic_shapes=dynamic)

@@ -44,8 +44,8 @@ def _export(options: argparse.Namespace) -> None:
     size = tuple(options.image_size or made.size)
     if min(size) < 1:
         raise ValueError(f"image-size must be positive, got {list(size)}")
-    dynamic = () if options.static else made.dynamic
-    example = torch.rand(2 if 0 in dynamic else 1, 3, *size)
+    dynamic = () if options.static else (0, 2, 3)
+    example = torch.rand(1 if options.static else 2, 3, *size)
     program = trace(made.network, example, dynamic, made.multiple)
     metadata = made.metadata | {"image_size": list(size)}
     if options.to == "onnx":
@@ -54,7 +54,7 @@ def _export(options: argparse.Namespace) -> None:
         to_pt2(program, file, metadata, keep=not options.decompose)
     else:
         to_aoti(program, file, metadata)
-    free = "any batch and image size" if dynamic else f"{example.shape[0]} image of {size[0]}x{size[1]}"
+    free = "any batch and image size" if dynamic else f"one image of {size[0]}x{size[1]}"
     if dynamic and made.multiple > 1:
         free += f" in multiples of {made.multiple}"
     print(f"wrote {file}: {free}; outputs {', '.join(made.outputs)}")

@@ -16,7 +16,7 @@ COARSEST = 32  # stride of the coarsest feature level
 class Exportable(NamedTuple):
     """A network in evaluation mode and how to call it.
 
-    `multiple`: heights and widths that stay free are multiples of it. `dynamic`: the axes that can stay free.
+    `multiple`: heights and widths that stay free are multiples of it.
     """
 
     network: nn.Module
@@ -24,7 +24,6 @@ class Exportable(NamedTuple):
     outputs: tuple[str, ...]
     metadata: dict[str, Any]
     multiple: int = 1
-    dynamic: tuple[int, ...] = (0, 2, 3)
 
 
 class Logits(nn.Module):
@@ -40,25 +39,12 @@ class Logits(nn.Module):
         return logits
 
 
-class Detections(nn.Module):
-    """A detector of one image: [1, 3, H, W] -> boxes [n, 4], labels [n], scores [n] and, where it has them, masks."""
-
-    def __init__(self, network: nn.Module, outputs: tuple[str, ...]) -> None:
-        super().__init__()
-        self.network, self.outputs = network, outputs
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What is found in the image."""
-        found = self.network([images[0]])[0]
-        return tuple(found[name] for name in self.outputs)
-
-
 def exportable(model: str, pretrained: bool = False) -> Exportable:
     """The network of a checkpoint of `involution fit`, or of a name of timm's.
 
     Raises:
         FileNotFoundError: model looks like a file, but there is none.
-        ValueError: model is neither; a checkpoint carries no preprocessing.
+        ValueError: model is neither, or a detector; a checkpoint carries no preprocessing.
     """
     if Path(model).is_file():
         if pretrained:
@@ -81,7 +67,10 @@ def _of_name(name: str, pretrained: bool) -> Exportable:
 def _of_checkpoint(file: Path) -> Exportable:
     from ..engine.predict import task_of
 
-    module: Any = task_of(file, "model").load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    task: Any = task_of(file, "model")
+    if task.task == "detect":
+        raise ValueError(f"model must be a classifier or a segmenter, got {file}, a detector, which export has not")
+    module = task.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     module.eval()
     given = module.preprocessing
     if given is None:
@@ -95,8 +84,5 @@ def _of_checkpoint(file: Path) -> Exportable:
     network = module.net.to(memory_format=torch.contiguous_format)
     if module.task == "classify":
         return Exportable(network, (given.image_size,) * 2, ("logits",), metadata)
-    if module.task == "segment":
-        side = max(2, round(given.resize / COARSEST)) * COARSEST
-        return Exportable(Logits(network), (side, side), ("logits",), metadata, COARSEST)
-    outputs = ("boxes", "labels", "scores", *(("masks",) if module.hparams["model_name"] == "mask_rcnn" else ()))
-    return Exportable(Detections(network, outputs), (given.min_size,) * 2, outputs, metadata, dynamic=())
+    side = max(2, round(given.resize / COARSEST)) * COARSEST
+    return Exportable(Logits(network), (side, side), ("logits",), metadata, COARSEST)

@@ -297,6 +297,6 @@ BY_WINDOWS = _table(
 )
 for _operator, _function in BY_SLICES.items():
     register_decomposition(_operator)(_function)
-    # With symbolic sizes a FakeTensor prefers a registered decomposition to the operator's fake, unless this table has an
-    # entry too: then the fake of registration.py or fused.py runs, and the entry itself is never called.
+    # With symbolic sizes a FakeTensor prefers a registered decomposition to the operator's fake, unless this table has
+    # an entry too: then the fake of registration.py or fused.py runs, and the entry itself is never called.
     register_decomposition(_operator, type="meta")(_function)

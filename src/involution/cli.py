@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 _TRAINING = {
     "fit": "train a model, validating after every epoch",
@@ -13,6 +14,8 @@ _TRAINING = {
     "predict": "run a checkpoint over images",
 }
 _EXTRAS = {  # the modules that each extra of pyproject.toml installs
+    "zoo": ("timm",),
+    "export": ("timm", "onnx", "onnxscript"),
     "bench": ("timm", "matplotlib", "rich"),
     "tasks": (
         *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
@@ -40,11 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"involution {version('involution')}")
         return 0
-    verbs: dict[str, Callable[[list[str]], int]] = {"cost": _cost, "bench": _bench, "doctor": _doctor}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "export": _export,
+        "cost": _cost,
+        "bench": _bench,
+        "doctor": _doctor,
+    }
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
         print(
-            f"involution: verb must be one of {', '.join([*_TRAINING, 'cost', 'bench', 'doctor'])}, got {verb!r}",
+            f"involution: verb must be one of {', '.join([*_TRAINING, 'export', 'cost', 'bench', 'doctor'])}, "
+            f"got {verb!r}",
             file=sys.stderr,
         )
         return 2
@@ -56,6 +65,7 @@ def _help() -> str:
     return f"""usage: involution VERB [options]
 
 {training}
+  export    write a checkpoint or a timm name for ONNX, torch.export or AOTInductor
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time kernels and networks on this machine
   doctor    print backends, versions, instruction set, threads; with a checkpoint
@@ -85,6 +95,18 @@ def _cost(rest: list[str]) -> int:
     from .cost.command import main as cost
 
     return cost(rest)
+
+
+def _export(rest: list[str]) -> int:
+    if _lacks("export", "zoo"):
+        return 1
+    if {"onnx", "--to=onnx"} & set(rest) and _lacks("export --to onnx", "export"):
+        return 1
+    if any(Path(argument).is_file() for argument in rest) and _lacks("export CHECKPOINT", "tasks"):
+        return 1
+    from .export.command import main as export
+
+    return export(rest)
 
 
 def _bench(rest: list[str]) -> int:

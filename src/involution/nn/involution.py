@@ -100,7 +100,7 @@ class _Involution(nn.Module):
         if (
             isinstance(generator, BottleneckGenerator)
             and generator.is_fusable()
-            and (self.memory_efficient or (not torch.is_grad_enabled() and selection.fuses(input)))
+            and (self.memory_efficient or (not torch.is_grad_enabled() and _fuses(input)))
         ):
             span, hidden = generator.span, generator.hidden(input)
             return fused_layer(
@@ -121,6 +121,11 @@ class _Involution(nn.Module):
         if max(self.dilation) > 1:
             parts.append(f"dilation={self.dilation}")
         return ", ".join(map(str, [*parts, f"group_channels={self.group_channels}"]))
+
+
+def _fuses(input: Tensor) -> bool:
+    """Whether the fused layer runs: an exported program has it on every machine, whatever kernels this one has."""
+    return torch.compiler.is_exporting() or selection.fuses(input)
 
 
 class Involution1d(_Involution):

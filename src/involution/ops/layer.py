@@ -74,8 +74,8 @@ def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """A layer's output positions per axis: ceil(S / stride)."""
-    return [-(-size // step) for size, step in zip(input, stride, strict=True)]
+    """A layer's output positions per axis: ceil(S / stride), in the form of a convolution's, which symbols compare."""
+    return [(size - 1) // step + 1 for size, step in zip(input, stride, strict=True)]
 
 
 def layer_window(

@@ -47,3 +47,11 @@ def logical_order(role: str, dims: int) -> tuple[int, ...]:
     """The inverse of `memory_order`: from channels-last memory order to the logical axes."""
     order = memory_order(role, dims)
     return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def in_layout_of(like: Tensor, role: str, result: Tensor) -> Tensor:
+    """A result in the memory layout that `allocate` would have given it."""
+    if not is_channels_last(like):
+        return result.contiguous()
+    dims = like.dim() - 2
+    return result.permute(memory_order(role, dims)).contiguous().permute(logical_order(role, dims))

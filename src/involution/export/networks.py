@@ -1,0 +1,90 @@
+"""What is exported: the network of a checkpoint or of a name, and what its user must know besides."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from .. import zoo as zoo  # registers our models with timm
+
+COARSEST = 32  # stride of the coarsest feature level
+
+
+class Exportable(NamedTuple):
+    """A network in evaluation mode and how to call it.
+
+    `multiple`: heights and widths that stay free are multiples of it.
+    """
+
+    network: nn.Module
+    size: tuple[int, int]
+    outputs: tuple[str, ...]
+    metadata: dict[str, Any]
+    multiple: int = 1
+
+
+class Logits(nn.Module):
+    """A segmenter that returns its logits alone: [N, 3, H, W] -> [N, num_classes, H, W]."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits of the images' size."""
+        logits: Tensor = self.network(images)["out"]
+        return logits
+
+
+def exportable(model: str, pretrained: bool = False) -> Exportable:
+    """The network of a checkpoint of `involution fit`, or of a name of timm's.
+
+    Raises:
+        FileNotFoundError: model looks like a file, but there is none.
+        ValueError: model is neither, or a detector; a checkpoint carries no preprocessing.
+    """
+    if Path(model).is_file():
+        if pretrained:
+            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
+        return _of_checkpoint(Path(model))
+    if timm.is_model(model.partition(".")[0]):
+        return _of_name(model, pretrained)
+    if Path(model).suffix:
+        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
+    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
+
+
+def _of_name(name: str, pretrained: bool) -> Exportable:
+    network = timm.create_model(name, pretrained=pretrained).eval()
+    config = resolve_model_data_config(network)
+    metadata = {"model": name, "task": "classify", "preprocessing": config}
+    return Exportable(network, tuple(config["input_size"][1:]), ("logits",), metadata)
+
+
+def _of_checkpoint(file: Path) -> Exportable:
+    from ..engine.checkpoints import module_class
+    from ..tasks.classify import Classifier
+    from ..tasks.segment import Segmenter
+
+    kind = module_class(file, "model")
+    if not issubclass(kind, Classifier | Segmenter):
+        raise ValueError(f"model must be a classifier or a segmenter, got {file}, a {kind.__name__}")
+    module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    module.eval()
+    given = module.preprocessing
+    if given is None:
+        raise ValueError(f"model must carry its preprocessing, got {file}, which was trained on data that name none")
+    metadata = {
+        "model": module.hparams["model_name"],
+        "task": "classify" if isinstance(module, Classifier) else "segment",
+        "classes": module.classes,
+        "preprocessing": given._asdict(),
+    }
+    network = module.net.to(memory_format=torch.contiguous_format)
+    if isinstance(module, Classifier):
+        return Exportable(network, (given.image_size,) * 2, ("logits",), metadata)
+    side = max(2, round(given.resize / COARSEST)) * COARSEST
+    return Exportable(Logits(network), (side, side), ("logits",), metadata, COARSEST)

@@ -1,0 +1,302 @@
+"""The operators in torch's standard ones, for runtimes that have no others.
+
+There are two forms of the maps, each a table operator -> function. BY_SLICES accumulates one slice of the padded image
+a tap, for runtimes that execute operators one by one: nothing is unfolded. It is registered with torch, and so what a
+plain torch.onnx.export finds. BY_WINDOWS reduces over a strided view of all windows, for compilers such as Inductor
+that fuse the product into the sum: ten nodes instead of two hundred, to trace and to compile.
+
+Both trace with symbolic sizes. Padding is zeros that are multiplied: a weight outside the image must be finite, which
+the kernels do not ask for.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+from torch.nn import functional as F
+
+from . import fused as fused  # registers the operators
+from .arguments import same_padding
+from .geometry import Index
+from .layer import LayerParts, average_windows, finish, unpack
+from .layouts import in_layout_of
+
+Aggregate = Callable[[Tensor, Tensor, Sequence[tuple[int, int]], Sequence[int], Sequence[int]], Tensor]
+_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def apply(
+    input: Tensor,
+    kernel_map: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
+    sides = _sides(input.shape[2:], size[2:], kernel_map.shape[2 : 2 + len(stride)], stride, padding, dilation)
+    return _by_slices(input, kernel_map, sides, stride, dilation)
+
+
+def apply_by_windows(
+    input: Tensor,
+    kernel_map: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """As `apply`."""
+    sides = _sides(input.shape[2:], size[2:], kernel_map.shape[2 : 2 + len(stride)], stride, padding, dilation)
+    return _by_windows(input, kernel_map, sides, stride, dilation)
+
+
+def adjoint(
+    grad: Tensor,
+    kernel_map: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """dx, the gradient of `apply` with respect to its input."""
+    kernel = kernel_map.shape[2 : 2 + len(stride)]
+    g, k = _widened(grad).unflatten(1, (kernel_map.shape[1], -1)), _widened(kernel_map)
+    dx: Any = None
+    for tap, _ in _windows(kernel, stride, dilation):
+        spread = _spread(g * k[:, :, *tap].unsqueeze(2), stride)
+        before_and_after = [(u * d, (extent - 1 - u) * d) for u, extent, d in zip(tap, kernel, dilation, strict=True)]
+        shifted = _pad(spread, before_and_after)
+        dx = shifted if dx is None else dx + shifted
+    dx = dx.flatten(1, 2)
+    cut = [(-p, full + p - have) for p, full, have in zip(padding, size[2:], dx.shape[2:], strict=True)]
+    return in_layout_of(grad, "input", _pad(dx, cut).to(grad.dtype))
+
+
+def correlate(
+    grad: Tensor,
+    input: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """dk[n, g, u, o] = sum over c in group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding]."""
+    kernel = size[2 : 2 + len(stride)]
+    x = _pad(_widened(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
+    x, g = x.unflatten(1, (size[1], -1)), _widened(grad).unflatten(1, (size[1], -1))
+    dots = [(g * x[window]).sum(2) for _, window in _windows(kernel, stride, dilation)]
+    dk = torch.stack(dots, dim=2).unflatten(2, tuple(kernel))
+    return in_layout_of(grad, "kernel_map", dk.to(grad.dtype))
+
+
+def correlate_by_windows(
+    grad: Tensor,
+    input: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """As `correlate`."""
+    dims = len(stride)
+    kernel = size[2 : 2 + dims]
+    x = _pad(_widened(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
+    windows = _strided(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
+    g = _widened(grad).unflatten(1, (size[1], -1))
+    dots = (windows * g[(..., *[None] * dims)]).sum(2)  # [N, G, *O, *K]
+    dk = dots.movedim(tuple(range(-dims, 0)), tuple(range(2, 2 + dims)))
+    return in_layout_of(grad, "kernel_map", dk.to(grad.dtype))
+
+
+def fused_layer(
+    input: Tensor,
+    hidden: Tensor,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    aggregate: Aggregate | None = None,
+) -> Tensor:
+    """The span convolution, the involution with its kernels, and the norm and ReLU after it."""
+    parts = LayerParts(input, hidden, None, None, span_weight, span_bias, scale, shift, relu=relu)
+    return _layer(parts, hidden, kernel_size, stride, dilation, aggregate or _by_slices)
+
+
+def fused_bottleneck(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    rms_eps: float,
+    span_weight: Tensor,
+    span_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    relu: bool,
+    expand_weight: Tensor | None,
+    expand_bias: Tensor | None,
+    shortcut: Tensor | None,
+    expand_relu: bool,
+    next_reduce_weight: Tensor | None,
+    next_reduce_bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    aggregate: Aggregate | None = None,
+) -> list[Tensor]:
+    """The fused layer from its reduction on, with the expansion, the shortcut and the next reduction where given."""
+    parts = LayerParts(input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu=relu)
+    hidden = _pointwise(average_windows(input, stride) if max(stride) > 1 else input, reduce_weight, reduce_bias)
+    if rms_eps > 0:
+        wide = _widened(hidden)
+        hidden = (wide * (wide.square().mean(1, keepdim=True) + rms_eps).rsqrt()).to(hidden.dtype)
+    y = _layer(parts, hidden.relu(), kernel_size, stride, dilation, aggregate or _by_slices)
+    if expand_weight is not None:
+        y = _pointwise(y, expand_weight, expand_bias)
+        y = y if shortcut is None else y + shortcut
+        y = y.relu() if expand_relu else y
+    if next_reduce_weight is None:
+        return [y]
+    return [y, _pointwise(y, next_reduce_weight, next_reduce_bias).relu()]
+
+
+def _layer(
+    parts: LayerParts,
+    hidden: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    aggregate: Aggregate,
+) -> Tensor:
+    kernel_map = _pointwise(hidden, parts.span_weight, parts.span_bias).unflatten(1, (-1, *kernel_size))
+    y = aggregate(parts.input, kernel_map, same_padding(kernel_size, dilation), stride, dilation)
+    return finish(y, parts)
+
+
+def _by_slices(
+    input: Tensor,
+    kernel_map: Tensor,
+    sides: Sequence[tuple[int, int]],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The sum over taps of a slice of the padded image times the tap's weights.
+
+    Every product comes before the sum of those before it. A runtime that keeps this order has two products alive, and
+    onnxruntime, which otherwise makes all of them first, then does too.
+    """
+    x = _pad(_widened(input), sides).unflatten(1, (kernel_map.shape[1], -1))
+    k = _widened(kernel_map)
+    total: Any = None
+    last: Any = None
+    for tap, window in _windows(kernel_map.shape[2 : 2 + len(stride)], stride, dilation):
+        product = x[window] * k[:, :, *tap].unsqueeze(2)
+        if last is not None:
+            total = last if total is None else total + last
+        last = product
+    y = last if total is None else total + last
+    return in_layout_of(input, "output", y.flatten(1, 2).to(input.dtype))
+
+
+def _by_windows(
+    input: Tensor,
+    kernel_map: Tensor,
+    sides: Sequence[tuple[int, int]],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """The sum over the last axes of all windows, a view of the padded image, times their weights."""
+    dims = len(stride)
+    x = _pad(_widened(input), sides).unflatten(1, (kernel_map.shape[1], -1))
+    windows = _strided(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
+    weights = _widened(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
+    y = (windows * weights).sum(tuple(range(-dims, 0)))
+    return in_layout_of(input, "output", y.flatten(1, 2).to(input.dtype))
+
+
+def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution of [N, C, *S]; the weight [out, in] may be packed."""
+    weight = unpack(weight, bias)
+    return _CONVOLVE[image.dim() - 2](image, weight.view(*weight.shape, *[1] * (image.dim() - 2)), bias)
+
+
+def _windows(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], Index]]:
+    """Every tap, and the index of what it sees in a padded image; slices count from both ends of an axis."""
+    for tap in product(*(range(extent) for extent in kernel)):
+        seen = []
+        for u, extent, step, d in zip(tap, kernel, stride, dilation, strict=True):
+            after = (extent - 1 - u) * d
+            seen.append(slice(u * d, -after if after else None, step))
+        yield tap, (..., *seen)
+
+
+def _strided(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """All windows of a padded image [N, G, C/G, *S], without a copy: [N, G, C/G, *O, *K]."""
+    for axis, (extent, step, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=3):
+        x = x.unfold(axis, (extent - 1) * d + 1, step)[..., ::d]
+    return x
+
+
+def _sides(
+    input: Sequence[int],
+    output: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[tuple[int, int]]:
+    """How far every axis is padded, or cut where negative, for the windows of all output positions."""
+    sides = []
+    for size, positions, extent, step, left, d in zip(input, output, kernel, stride, padding, dilation, strict=True):
+        reach = (positions - 1) * step + (extent - 1) * d + 1
+        sides.append((left, reach - left - size))
+    return sides
+
+
+def _pad(image: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
+    """Zeros before and after every one of the last axes; negative numbers cut."""
+    return F.pad(image, [side for pair in reversed(sides) for side in pair])
+
+
+def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
+    """Output positions at the places that a stride leaves between them, zeros in between: O -> (O - 1) * stride + 1."""
+    for axis, step in enumerate(stride, start=-len(stride)):
+        if step > 1:
+            image = F.pad(image.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)
+            image = F.pad(image, (0, 1 - step)).movedim(-1, axis)
+    return image
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _table(**functions: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
+    return {getattr(torch.ops.involution, name).default: function for name, function in functions.items()}
+
+
+BY_SLICES = _table(
+    apply=apply, adjoint=adjoint, correlate=correlate, fused_layer=fused_layer, fused_bottleneck=fused_bottleneck
+)
+BY_WINDOWS = _table(
+    apply=apply_by_windows,
+    adjoint=adjoint,
+    correlate=correlate_by_windows,
+    fused_layer=partial(fused_layer, aggregate=_by_windows),
+    fused_bottleneck=partial(fused_bottleneck, aggregate=_by_windows),
+)
+for _operator, _function in BY_SLICES.items():
+    register_decomposition(_operator)(_function)
+    # With symbolic sizes a FakeTensor prefers a registered decomposition to the operator's fake, unless this table has
+    # an entry too: then the fake of registration.py or fused.py runs, and the entry itself is never called.
+    register_decomposition(_operator, type="meta")(_function)

@@ -68,7 +68,7 @@ def adjoint(
     g, k = _widened(grad).unflatten(1, (kernel_map.shape[1], -1)), _widened(kernel_map)
     dx: Any = None
     for tap, _ in _windows(kernel, stride, dilation):
-        spread = _spread(g * k[:, :, *tap].unsqueeze(2), stride)
+        spread = _spread(g * k[_tap(tap)].unsqueeze(2), stride)
         before_and_after = [(u * d, (extent - 1 - u) * d) for u, extent, d in zip(tap, kernel, dilation, strict=True)]
         shifted = _pad(spread, before_and_after)
         dx = shifted if dx is None else dx + shifted
@@ -198,7 +198,7 @@ def _by_slices(
     total: Any = None
     last: Any = None
     for tap, window in _windows(kernel_map.shape[2 : 2 + len(stride)], stride, dilation):
-        product = x[window] * k[:, :, *tap].unsqueeze(2)
+        product = x[window] * k[_tap(tap)].unsqueeze(2)
         if last is not None:
             total = last if total is None else total + last
         last = product
@@ -226,6 +226,11 @@ def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution of [N, C, *S]; the weight [out, in] may be packed."""
     weight = unpack(weight, bias)
     return _CONVOLVE[image.dim() - 2](image, weight.view(*weight.shape, *[1] * (image.dim() - 2)), bias)
+
+
+def _tap(tap: tuple[int, ...]) -> Index:
+    """The index of one tap's weights in a kernel map."""
+    return (slice(None), slice(None), *tap)
 
 
 def _windows(

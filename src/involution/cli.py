@@ -13,6 +13,7 @@ _TRAINING = {
     "predict": "run a checkpoint over images",
 }
 _COST_EXTRA = ("timm", "rich")
+_CONVERT_EXTRA = ("timm", "safetensors")
 _BENCH_EXTRA = ("timm", "matplotlib", "rich")
 _TASKS_EXTRA = (
     *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
@@ -39,11 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb == "--version":
         print(f"involution {version('involution')}")
         return 0
-    verbs: dict[str, Callable[[list[str]], int]] = {"cost": _cost, "bench": _bench, "doctor": _doctor}
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "cost": _cost,
+        "bench": _bench,
+        "convert": _convert,
+        "doctor": _doctor,
+    }
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
         print(
-            f"involution: verb must be one of {', '.join([*_TRAINING, 'cost', 'bench', 'doctor'])}, got {verb!r}",
+            f"involution: verb must be one of {', '.join([*_TRAINING, 'convert', 'cost', 'bench', 'doctor'])}, got {verb!r}",
             file=sys.stderr,
         )
         return 2
@@ -55,6 +61,8 @@ def _help() -> str:
     return f"""usage: involution VERB [options]
 
 {training}
+  convert   weights of the official repository, PaddleClas or involution fit
+            into .safetensors or a checkpoint
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time the kernels and networks on this machine
   doctor    show what runs here: backends, versions, instruction set, threads;
@@ -84,6 +92,27 @@ def _cost(rest: list[str]) -> int:
     from .cost.command import main as cost
 
     return cost(rest)
+
+
+def _convert(rest: list[str]) -> int:
+    if _lacks("convert", _CONVERT_EXTRA, "zoo"):
+        return 1
+    if any(argument.endswith(".ckpt") for argument in rest[1:]) and _lacks("convert to .ckpt", _TASKS_EXTRA, "tasks"):
+        return 1
+    from .engine.convert import main as convert
+
+    try:
+        convert(rest)
+    except (OSError, ValueError) as error:  # the weights, or the output's name
+        print(f"involution convert: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        needs = f"{error.name}, not installed here: pip install 'involution[tasks]'"
+        print(f"involution convert: a detector or segmenter needs {needs}", file=sys.stderr)
+        return 1
+    except SystemExit as exit:  # argparse's way out
+        return int(exit.code or 0)
+    return 0
 
 
 def _bench(rest: list[str]) -> int:

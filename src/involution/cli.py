@@ -48,10 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
-        print(
-            f"involution: verb must be one of {', '.join([*_TRAINING, 'convert', 'cost', 'bench', 'doctor'])}, got {verb!r}",
-            file=sys.stderr,
-        )
+        known = ", ".join([*_TRAINING, "convert", "cost", "bench", "doctor"])
+        print(f"involution: verb must be one of {known}, got {verb!r}", file=sys.stderr)
         return 2
     return verbs[verb](rest)
 

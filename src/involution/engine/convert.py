@@ -1,7 +1,7 @@
-"""`involution convert`: a file of weights, whoever has written it, into .safetensors or a checkpoint of `involution fit`.
+"""`involution convert`: a file of weights, whoever wrote it, into .safetensors or a checkpoint of `involution fit`.
 
-Classifiers and backbones become timm's: no part of a task is loaded for them. Detectors and segmenters, and checkpoints,
-are built by their task's Lightning module, whose package has a `convert` module for other people's names.
+Classifiers and backbones become timm's, and no task is loaded for them. Detectors and segmenters, and checkpoints, are
+built by their task's Lightning module; its package has a module `convert` for other people's names.
 """
 
 import argparse

@@ -182,11 +182,23 @@ def _content(file: Path) -> tuple[Any, dict[str, Any]]:
             from safetensors import safe_open
 
             with safe_open(file, framework="pt") as opened:
-                record = json.loads((opened.metadata() or {}).get(RECORD, "{}"))
+                record = _record((opened.metadata() or {}).get(RECORD, "{}"))
                 return {name: opened.get_tensor(name) for name in opened.keys()}, record  # noqa: SIM118  (no mapping)
         return torch.load(file, map_location="cpu", weights_only=True), {}
     except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
         raise ValueError(f"weights must be a checkpoint or a state dict, got {file}: {error!r}") from error
+
+
+def _record(text: str) -> dict[str, Any]:
+    """What our checkpoints carry, from JSON, which has no tuples: preprocessing and colours are of those."""
+    record: dict[str, Any] = json.loads(text)
+    carried = record.get("involution", {})
+    for name, value in (carried.get("preprocessing") or {}).items():
+        if isinstance(value, list):
+            carried["preprocessing"][name] = tuple(value)
+    if "palette" in carried:
+        carried["palette"] = [tuple(colour) for colour in carried["palette"]]
+    return record
 
 
 def _classes(meta: Any) -> list[str] | None:

@@ -1,8 +1,8 @@
 """PaddleClas's weights (.pdparams), read without Paddle, and without running what a file may ask for.
 
-A .pdparams file is a bare pickle of a dict, name -> numpy array. A pickle may name any function of Python and call it, so
-the reader admits the handful of names that arrays are pickled with, and has for each of them a class of its own: no code
-of numpy's, and none of the file's, takes part.
+A .pdparams file is a bare pickle of a dict, name -> numpy array. A pickle may name any function of Python and call it.
+The reader admits the few names that arrays are pickled with, and has for each of them a class of its own: no code of
+numpy's, and none of the file's, takes part.
 """
 
 import io

@@ -44,8 +44,8 @@ _TOP1 = {  # depth: official, PaddleClas
 def pretrained() -> list[Published]:
     """All published weights of RedNet for ImageNet that are known.
 
-    PaddleClas's are what `pretrained=True` downloads. The official ones are links in a table, to be opened in a browser;
-    `involution convert` reads the files. Accuracies are the publishers', measured by them.
+    PaddleClas's are what `pretrained=True` downloads. The official ones are links in a table, to be opened in a
+    browser; `involution convert` reads the files. Accuracies are the publishers', measured by them.
     """
     found = []
     for depth, (official, paddle) in _TOP1.items():

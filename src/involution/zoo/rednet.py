@@ -2,8 +2,8 @@
 
 Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
 rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
-rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. Of the paper's networks PaddleClas publishes
-weights, which `pretrained=True` downloads (see `involution.zoo.pretrained`); of the others none are published, and it
+rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. PaddleClas publishes weights of the paper's
+networks, which `pretrained=True` downloads (see `involution.zoo.pretrained`); there are none of the others, for which it
 raises timm's own RuntimeError.
 """
 

@@ -30,7 +30,7 @@ _MODULES = {
     "bbox_head.retina_cls": "head.classification_head.cls_logits",
     "bbox_head.retina_reg": "head.regression_head.bbox_reg",
 }
-# A convolution has weight and bias behind the prefix, or behind conv.; an involution's are those of its two convolutions.
+# Behind the prefix a convolution has weight and bias, an involution what `involution_name` knows.
 _CONVOLUTIONS = (
     (re.compile(r"rpn_head\.rpn_conv\.()"), "rpn.head.conv.0.0."),
     (re.compile(r"roi_head\.mask_head\.convs\.(\d+)\.(?:conv\.|0\.)"), "roi_heads.mask_head.{}.0."),

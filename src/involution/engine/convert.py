@@ -95,23 +95,25 @@ def _module(content: Checkpoint, task: str, file: Path) -> Any:
     package = f"..tasks.{task}"
     kind = getattr(importlib.import_module(package, __package__), TASKS[task])
     weights, classes, record = content
-    if "hyper_parameters" in record:
-        given = record["hyper_parameters"]
-        module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
-        module.on_load_checkpoint(record)
-    else:
-        converted = importlib.import_module(f"{package}.convert", __package__).converted
-        arguments, weights, preprocessing = converted(weights, file)
-        module = kind(**arguments)
-        module.preprocessing = preprocessing
-        if classes is not None and len(classes) == module.num_classes:
-            module.classes = classes
+    with torch.device("meta"):  # without values, which would take seconds to sample and be replaced
+        if "hyper_parameters" in record:
+            given = record["hyper_parameters"]
+            module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
+            module.on_load_checkpoint(record)
+        else:
+            converted = importlib.import_module(f"{package}.convert", __package__).converted
+            arguments, weights, preprocessing = converted(weights, file)
+            module = kind(**arguments)
+            module.preprocessing = preprocessing
+            if classes is not None and len(classes) == module.num_classes:
+                module.classes = classes
+    module.hparams["_class_path"] = f"{kind.__module__}.{kind.__qualname__}"  # what the command line makes it by
     check(weights, module.net.state_dict(), f"weights must be those of the {task} network, got {file}")
-    module.net.load_state_dict(weights)
+    module.net.load_state_dict(weights, assign=True)
     return module
 
 
-def _write_classifier(found: Classifier, record: Mapping[str, Any], output: Path) -> str:
+def _write_classifier(found: Classifier, record: dict[str, Any], output: Path) -> str:
     if not record and found.classes:
         record = {"involution": {"classes": found.classes}}
     _write(found.weights, record, output)
@@ -156,8 +158,11 @@ def _write_checkpoint(module: Any, output: Path) -> str:
     )
 
 
-def _write(weights: Mapping[str, Tensor], record: Mapping[str, Any], output: Path) -> None:
-    """A .safetensors file, atomically; the record goes into its metadata."""
+def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) -> None:
+    """A .safetensors file, atomically; the record goes into its metadata, without what is for Lightning alone."""
+    if "hyper_parameters" in record:
+        given = {name: value for name, value in record["hyper_parameters"].items() if not name.startswith("_")}
+        record = {**record, "hyper_parameters": given}
     metadata = {"format": "pt"} | ({RECORD: json.dumps(record)} if record else {})
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.part")

@@ -55,7 +55,7 @@ def our_name(name: str) -> str:
 
 
 def name_in_detector(name: str) -> str:
-    """Of a tensor of a detector or segmenter: backbone.layer1... -> backbone.body.layer1...; other parts' names stay."""
+    """Of a tensor of a detector or segmenter: backbone.stem.2.bias -> backbone.body.stem.bn2.bias; others stay."""
     found = _BACKBONE.match(name)
     return f"backbone.body.{rednet_name(name[found.end() :])}" if found else name
 

@@ -3,7 +3,7 @@
 Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
 rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
 rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. PaddleClas publishes weights of the paper's
-networks, which `pretrained=True` downloads (see `involution.zoo.pretrained`); there are none of the others, for which it
+networks, which `pretrained=True` downloads (see `involution.zoo.pretrained`); of the others there are none, and it
 raises timm's own RuntimeError.
 """
 
@@ -608,7 +608,7 @@ def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:
     except (URLError, ConnectionError, TimeoutError) as error:
         raise RuntimeError(
             f"pretrained=True must download weights of {variant}, which failed: {error}. With the file at hand, "
-            'pretrained_cfg_overlay={"file": "NAME.pdparams"} takes it in their place; '
+            'pretrained_cfg_overlay={"file": "NAME.pdparams", "custom_load": True} takes it in their place; '
             "involution.zoo.pretrained() says where there are some"
         ) from error
     return model

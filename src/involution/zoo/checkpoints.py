@@ -141,8 +141,8 @@ def load_published(network: nn.Module, file: Path) -> None:
     first: Any = network.get_submodule("stem.conv1")
     if "stem.conv1.weight" in weights:
         weights["stem.conv1.weight"] = adapt_input_conv(first.in_channels, weights["stem.conv1.weight"])
-    sizes = [weights[name].shape[:1] for name in ("fc.weight", "fc.bias") if name in weights]
-    if sizes and any(size != (network.num_classes,) for size in sizes):
+    classes = len(own["fc.bias"]) if "fc.bias" in own else 0
+    if any(len(weights[name]) != classes for name in ("fc.weight", "fc.bias") if name in weights):
         weights = {name: one for name, one in weights.items() if not name.startswith(_CLASSIFIER)}
         weights |= {name: one for name, one in own.items() if name.startswith(_CLASSIFIER)}
     check(weights, own, f"pretrained weights must fit the model, got {file}")

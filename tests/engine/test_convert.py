@@ -170,6 +170,14 @@ def test_the_weights_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureF
     assert file.read_bytes() == before
 
 
+def test_hyperparameters_of_another_module_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    carried = {"task": "classify", "classes": ["a"], "preprocessing": None}
+    content = {"state_dict": {"net.a": torch.zeros(1)}, "hyper_parameters": {"depth": 3}, "involution": carried}
+    torch.save(content, tmp_path / "a.ckpt")
+    assert main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")]) == 1
+    assert "hyperparameters must be Classifier's, got" in capsys.readouterr().err
+
+
 def test_a_backbone_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save(timm.create_model("rednet14_cifar", num_classes=0).state_dict(), tmp_path / "a.pth")
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "a.ckpt")]) == 1

@@ -98,7 +98,10 @@ def _module(content: Checkpoint, task: str, file: Path) -> Any:
     with torch.device("meta"):  # without values, which would take seconds to sample and be replaced
         if "hyper_parameters" in record:
             given = record["hyper_parameters"]
-            module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
+            try:
+                module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
+            except TypeError as error:
+                raise ValueError(f"hyperparameters must be {kind.__name__}'s, got {file}: {error}") from error
             module.on_load_checkpoint(record)
         else:
             converted = importlib.import_module(f"{package}.convert", __package__).converted

@@ -49,7 +49,8 @@ def read_checkpoint(file: Path) -> Checkpoint:
     content, record = _content(file)
     classes = None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        record = {name: content[name] for name in ("hyper_parameters", "involution") if name in content} or record
+        carried = {name: content.get(name) for name in ("hyper_parameters", "involution")}
+        record = {name: value for name, value in carried.items() if isinstance(value, dict)} or record
         classes = _classes(content.get("meta"))
         content = content["state_dict"]
     if not (isinstance(content, dict) and content and all(isinstance(one, Tensor) for one in content.values())):

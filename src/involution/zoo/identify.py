@@ -113,8 +113,8 @@ def classifier(content: Checkpoint, source: str, backbone: bool = False) -> Clas
         raise ValueError(f"weights must be of a classifier or backbone, got {source}, of a detector or segmenter")
     given = record.get("hyper_parameters", {})
     if "model_name" in given:
-        kwargs = given.get("model_kwargs") or {}
-        found = Identity(given["model_name"], {"num_classes": given["num_classes"], **kwargs})
+        sizes = {"num_classes": given["num_classes"]} if "num_classes" in given else {}
+        found = Identity(given["model_name"], sizes | (given.get("model_kwargs") or {}))
     else:
         found = identify(weights, source)
     with torch.device("meta"):

@@ -14,7 +14,7 @@ _TRAINING = {
     "predict": "run a checkpoint over images",
 }
 _EXTRAS = {  # the modules that each extra of pyproject.toml installs
-    "zoo": ("timm",),
+    "zoo": ("timm", "safetensors"),
     "export": ("timm", "onnx", "onnxscript"),
     "bench": ("timm", "matplotlib", "rich"),
     "tasks": (
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"involution {version('involution')}")
         return 0
     verbs: dict[str, Callable[[list[str]], int]] = {
+        "convert": _convert,
         "export": _export,
         "cost": _cost,
         "bench": _bench,
@@ -52,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
     if verb not in verbs:
         print(
-            f"involution: verb must be one of {', '.join([*_TRAINING, 'export', 'cost', 'bench', 'doctor'])}, "
-            f"got {verb!r}",
+            f"involution: verb must be one of {', '.join(dict.fromkeys([*_TRAINING, *verbs]))}, got {verb!r}",
             file=sys.stderr,
         )
         return 2
@@ -65,6 +65,8 @@ def _help() -> str:
     return f"""usage: involution VERB [options]
 
 {training}
+  convert   weights of the official repository, PaddleClas or involution fit
+            into .safetensors or a checkpoint
   export    write a checkpoint or a timm name for ONNX, torch.export or AOTInductor
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time kernels and networks on this machine
@@ -95,6 +97,27 @@ def _cost(rest: list[str]) -> int:
     from .cost.command import main as cost
 
     return cost(rest)
+
+
+def _convert(rest: list[str]) -> int:
+    if _lacks("convert", "zoo"):
+        return 1
+    if any(argument.endswith(".ckpt") for argument in rest[1:]) and _lacks("convert to .ckpt", "tasks"):
+        return 1
+    from .engine.convert import main as convert
+
+    try:
+        convert(rest)
+    except (OSError, ValueError) as error:  # the weights, or the output's name
+        print(f"involution convert: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        needs = f"{error.name}, not installed here: pip install 'involution[tasks]'"
+        print(f"involution convert: a detector or segmenter needs {needs}", file=sys.stderr)
+        return 1
+    except SystemExit as exit:  # argparse's exit
+        return int(exit.code or 0)
+    return 0
 
 
 def _export(rest: list[str]) -> int:

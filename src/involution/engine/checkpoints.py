@@ -71,6 +71,11 @@ def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModu
         stored = content["involution"]
     except Exception as error:  # torch raises errors of many kinds for other files
         raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+    return named_class(stored, checkpoint, argument)
+
+
+def named_class(stored: dict[str, Any], checkpoint: Path, argument: str) -> type[TaskModule]:
+    """The class that a checkpoint's entry `involution` names; for the arguments and errors see `module_class`."""
     if "module" not in stored:
         raise ValueError(f"{argument} must name its module class under involution.module, got {checkpoint} without it")
     name = str(stored["module"])

@@ -12,7 +12,9 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(missing, name="timm") from error
 
 from . import resnet
+from .identify import load_checkpoint
+from .pretrained import Published, pretrained
 from .rednet import RedNet
 from .warm_start import WarmStart, load_resnet
 
-__all__ = ["RedNet", "WarmStart", "load_resnet", "resnet"]
+__all__ = ["Published", "RedNet", "WarmStart", "load_checkpoint", "load_resnet", "pretrained", "resnet"]

@@ -1,57 +1,91 @@
-"""Loads weights from files into networks; errors name every key that does not fit."""
+"""Weights from files into networks, with a word on every key that does not fit.
 
-from collections.abc import Callable
+Files are checkpoints of `involution fit`, state dicts (.pt, .pth), .safetensors, and other people's: the official
+repository's (mmcls, mmdet 2.x, mmseg 0.x) and PaddleClas's. Nothing in a file is run.
+"""
+
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones lack
+from .official import is_whole, name_in_detector, our_name, renamed
+from .paddle import read_pdparams
+
+_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones do without
 _BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
+RECORD = "involution"  # the entry of a .safetensors file's metadata that has what our checkpoints carry, as JSON
 
 
-def read_weights(file: Path) -> dict[str, Tensor]:
-    """The network's tensors by name, from a checkpoint of `involution fit`, a state dict (.pt, .pth) or .safetensors.
+class Checkpoint(NamedTuple):
+    """What a file of weights holds.
+
+    `weights` are the network's tensors by our names; in a detector or segmenter of mmdet or mmseg, the backbone's are
+    called backbone.body..., and the other parts' names are the file's. `classes` are the classes' names, if the file
+    has them. `record` is what our own checkpoints carry, `hyper_parameters` and `involution`; of other files it is
+    empty.
+    """
+
+    weights: dict[str, Tensor]
+    classes: list[str] | None
+    record: dict[str, Any]
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """Reads a file of weights of any kind named above.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of these.
+        ValueError: it is none of these, asks for code to be run, or names a tensor twice.
     """
     if not file.is_file():
         raise FileNotFoundError(f"weights must be a file, got {file}")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(file)
-        else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a file in another format
-        raise ValueError(f"weights must be a checkpoint or a state dict, got {file}: {error!r}") from error
+    if file.suffix == ".pdparams":
+        return Checkpoint(renamed(read_pdparams(file), our_name, file), None, {})
+    content, record = _content(file)
+    classes = None
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        carried = {name: content.get(name) for name in ("hyper_parameters", "involution")}
+        record = {name: value for name, value in carried.items() if isinstance(value, dict)} or record
+        classes = _classes(content.get("meta"))
         content = content["state_dict"]
     if not (isinstance(content, dict) and content and all(isinstance(one, Tensor) for one in content.values())):
         raise ValueError(f"weights must be a checkpoint or a state dict, got {file}, which contains something else")
     network = {name.removeprefix("net."): one for name, one in content.items() if name.startswith("net.")}
-    return network or content
+    weights = renamed(network or content, name_in_detector if is_whole(content) else our_name, file)
+    return Checkpoint(weights, record.get("involution", {}).get("classes", classes), record)
 
 
-def network_of(file: Path) -> str:
-    """The network of a checkpoint of `involution fit`, such as rednet50; other files do not name theirs."""
-    content: Any = {}
-    if file.suffix != ".safetensors":
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    given = content.get("hyper_parameters", {})
-    return str(given.get("backbone", given.get("model_name", "a network that it does not name")))
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The network's tensors by our names: see `Checkpoint`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, asks for code to be run, or names a tensor twice.
+    """
+    return read_checkpoint(file).weights
 
 
-def load_backbone(body: nn.Module, file: Path, network: str) -> list[str]:
+def body(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the backbone, by the names that it has alone, without a classifier."""
+    prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
+    return {
+        name.removeprefix(prefix): one
+        for name, one in weights.items()
+        if name.startswith(prefix) and not name.startswith(_CLASSIFIER)
+    }
+
+
+def load_backbone(module: nn.Module, file: Path, network: str) -> list[str]:
     """Fills a backbone with the weights of a classifier, or of the backbone of a detector or segmenter.
 
     Args:
-        body: made by timm with features_only.
-        file: see `read_weights`; a classifier's last layer, and everything outside the backbone, is ignored.
+        module: made by timm with features_only.
+        file: see `read_checkpoint`; a classifier's last layer, and everything outside the backbone, is ignored.
         network: the name of the backbone's network, for errors.
 
     Returns:
@@ -61,12 +95,14 @@ def load_backbone(body: nn.Module, file: Path, network: str) -> list[str]:
         FileNotFoundError: there is no such file.
         ValueError: its tensors are not exactly the network's, by name and shape.
     """
-    weights = read_weights(file)
+    weights, _, record = read_checkpoint(file)
+    kept = body(weights)
+    given = record.get("hyper_parameters", {})
+    other = given.get("backbone", given.get("model_name", "a network that it does not name"))
+    check(kept, module.state_dict(), f"backbone_weights must be of the backbone, {network}, got {file} of {other}")
+    module.load_state_dict(kept)
     prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
-    left_out = [name for name in weights if name.startswith(_CLASSIFIER) or not name.startswith(prefix)]
-    kept = {name.removeprefix(prefix): one for name, one in weights.items() if name not in left_out}
-    _fill(body, kept, lambda: f"backbone_weights must be of the backbone, {network}, got {file} of {network_of(file)}")
-    return left_out
+    return [name for name in weights if name.removeprefix(prefix) not in kept]
 
 
 def load_network(network: nn.Module, file: Path) -> list[str]:
@@ -74,7 +110,7 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
 
     Args:
         network: a timm model.
-        file: see `read_weights`; the last layer is ignored if it is for another number of classes.
+        file: see `read_checkpoint`; the last layer is left out where it is for another number of classes.
 
     Returns:
         The names of the ignored tensors.
@@ -89,14 +125,45 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
         for name, one in weights.items()
         if name.startswith(_CLASSIFIER) and name in own and own[name].shape != one.shape
     ]
-    complaint = f"checkpoint_path must fit the model, got {file}"
-    _fill(network, weights | {name: own[name] for name in left_out}, lambda: complaint)
+    weights |= {name: own[name] for name in left_out}
+    check(weights, own, f"checkpoint_path must fit the model, got {file}")
+    network.load_state_dict(weights)
     return left_out
 
 
-def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: Callable[[], str]) -> None:
-    """Loads weights that must match a module's state dict exactly."""
-    wanted = module.state_dict()
+def load_published(network: nn.Module, file: Path) -> None:
+    """Fills a RedNet with published weights as timm does: `pretrained=True` comes here once the file is on the disk.
+
+    The last layer stays as it is where the network has another number of classes or none; the first convolution is
+    adapted to another number of input channels.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it lacks tensors, has others or of other shapes.
+    """
+    weights, own = read_weights(file), network.state_dict()
+    first: Any = network.get_submodule("stem.conv1")
+    if "stem.conv1.weight" in weights:
+        weights["stem.conv1.weight"] = adapt_input_conv(first.in_channels, weights["stem.conv1.weight"])
+    classes = len(own["fc.bias"]) if "fc.bias" in own else 0
+    if any(len(weights[name]) != classes for name in ("fc.weight", "fc.bias") if name in weights):
+        weights = {name: one for name, one in weights.items() if not name.startswith(_CLASSIFIER)}
+        weights |= {name: one for name, one in own.items() if name.startswith(_CLASSIFIER)}
+    check(weights, own, f"pretrained weights must fit the model, got {file}")
+    network.load_state_dict(weights)
+
+
+def check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complaint: str) -> None:
+    """Refuses weights that are not all of a module's, and no others.
+
+    Args:
+        weights: by name.
+        wanted: the module's state dict.
+        complaint: what the message begins with.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape, in one message.
+    """
     shapes = [
         f"{name} {list(one.shape)} for {list(wanted[name].shape)}"
         for name, one in weights.items()
@@ -109,10 +176,41 @@ def _fill(module: nn.Module, weights: dict[str, Tensor], complaint: Callable[[],
     }
     if any(problems.values()):
         found = "; ".join(f"{kind}: {_some(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{complaint()}: {found}")
-    module.load_state_dict(weights)
+        raise ValueError(f"{complaint}: {found}")
+
+
+def _content(file: Path) -> tuple[Any, dict[str, Any]]:
+    """What is in a file of torch's or of safetensors, and the record in the latter's metadata."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(file, framework="pt") as opened:
+                record = _record((opened.metadata() or {}).get(RECORD, "{}"))
+                return {name: opened.get_tensor(name) for name in opened.keys()}, record  # noqa: SIM118  (no mapping)
+        return torch.load(file, map_location="cpu", weights_only=True), {}
+    except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
+        raise ValueError(f"weights must be a checkpoint or a state dict, got {file}: {error!r}") from error
+
+
+def _record(text: str) -> dict[str, Any]:
+    """What our checkpoints carry, from JSON, which has no tuples: preprocessing and colours are of those."""
+    record: dict[str, Any] = json.loads(text)
+    carried = record.get("involution", {})
+    for name, value in (carried.get("preprocessing") or {}).items():
+        if isinstance(value, list):
+            carried["preprocessing"][name] = tuple(value)
+    if "palette" in carried:
+        carried["palette"] = [tuple(colour) for colour in carried["palette"]]
+    return record
+
+
+def _classes(meta: Any) -> list[str] | None:
+    """The classes' names that mmcls, mmdet and mmseg keep with the weights."""
+    names = meta.get("CLASSES") if isinstance(meta, dict) else None
+    return [str(name) for name in names] if isinstance(names, list | tuple) and names else None
 
 
 def _some(names: list[str]) -> str:
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + rest
+    rest = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + rest

@@ -1,18 +1,18 @@
 """RedNet: ResNet with involutions in the bottlenecks and the stem (Li et al., CVPR 2021, section 3.2).
 
-Importing this module registers with timm
-
-    rednet26, 38, 50, 101, 152             the paper's networks
-    rednetv2_26, 38, 50, 101, 152          the same with scale-invariant kernel generators, which train at any depth
-    rednet14_cifar, rednet26_cifar         for images of 32x32; also as rednetv2_14_cifar and rednetv2_26_cifar
-
-No weights are published in timm's format: `pretrained=True` raises timm's RuntimeError.
+Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
+rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
+rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. PaddleClas publishes weights of the paper's
+networks, which `pretrained=True` downloads (see `involution.zoo.pretrained`); of the others there are none, and it
+raises timm's own RuntimeError.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from ..nn import (
 )
 from ..nn.attention import RELATIVE_POSITIONS
 from ..nn.generators import KERNEL_INITS, KernelInit
+from .checkpoints import load_published
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
 
@@ -251,6 +252,18 @@ class RedNet(nn.Module):
         for module in self.modules():
             if isinstance(module, BottleneckGenerator):
                 module.init_kernels()
+
+    def load_pretrained(self, checkpoint_path: str | Path) -> None:
+        """Fills the network with published weights; timm calls this for `pretrained=True`.
+
+        Args:
+            checkpoint_path: see `involution.zoo.checkpoints.load_published`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds no weights, or others than this network's.
+        """
+        load_published(self, Path(checkpoint_path))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Regular expressions that group parameters from stem to head, for layer-wise learning rates.
@@ -541,7 +554,7 @@ def _stages(
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:
-    """timm's default_cfg of a variant; without a url, because there are no weights to download."""
+    """timm's record of a variant."""
     return {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
@@ -558,6 +571,16 @@ def _cfg(**entries: Any) -> dict[str, Any]:
     }
 
 
+def _paddle_cfg(name: str) -> dict[str, Any]:
+    """Of a variant whose weights PaddleClas publishes; `RedNet.load_pretrained` reads their format."""
+    return _cfg(
+        url=f"https://paddle-imagenet-models-name.bj.bcebos.com/dygraph/{name}_pretrained.pdparams",
+        custom_load=True,
+        license="apache-2.0",
+        origin_url="https://github.com/PaddlePaddle/PaddleClas",
+    )
+
+
 def _cifar_cfg() -> dict[str, Any]:
     return _cfg(
         num_classes=10,
@@ -571,11 +594,11 @@ def _cifar_cfg() -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        "rednet26": _cfg(),
-        "rednet38": _cfg(),
-        "rednet50": _cfg(),
-        "rednet101": _cfg(),
-        "rednet152": _cfg(),
+        "rednet26.paddle_in1k": _paddle_cfg("RedNet26"),
+        "rednet38.paddle_in1k": _paddle_cfg("RedNet38"),
+        "rednet50.paddle_in1k": _paddle_cfg("RedNet50"),
+        "rednet101.paddle_in1k": _paddle_cfg("RedNet101"),
+        "rednet152.paddle_in1k": _paddle_cfg("RedNet152"),
         "rednetv2_26": _cfg(),
         "rednetv2_38": _cfg(),
         "rednetv2_50": _cfg(),
@@ -589,8 +612,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-# Number of layers -> blocks in each stage.
-_DEPTHS = {
+# Blocks in each stage, by the network's layers.
+DEPTHS = {
     14: (1, 1, 1, 1),
     26: (1, 2, 4, 1),
     38: (2, 3, 5, 2),
@@ -604,89 +627,96 @@ _V2 = {"generator_norm_layer": "rms"}
 
 
 def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:
-    model: RedNet = build_model_with_cfg(RedNet, variant, pretrained, **kwargs)
+    try:
+        model: RedNet = build_model_with_cfg(RedNet, variant, pretrained, **kwargs)
+    except (URLError, ConnectionError, TimeoutError) as error:
+        raise RuntimeError(
+            f"pretrained=True must download weights of {variant}, which failed: {error}. With the file at hand, "
+            'pretrained_cfg_overlay={"file": "NAME.pdparams", "custom_load": True} takes it in their place; '
+            "involution.zoo.pretrained() says where there are some"
+        ) from error
     return model
 
 
 @register_model
 def rednet26(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-26; 9.23 M parameters."""
-    return _rednet("rednet26", pretrained, **{"layers": _DEPTHS[26], **kwargs})
+    return _rednet("rednet26", pretrained, **{"layers": DEPTHS[26], **kwargs})
 
 
 @register_model
 def rednet38(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-38; 12.39 M parameters."""
-    return _rednet("rednet38", pretrained, **{"layers": _DEPTHS[38], **kwargs})
+    return _rednet("rednet38", pretrained, **{"layers": DEPTHS[38], **kwargs})
 
 
 @register_model
 def rednet50(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-50; 15.54 M parameters."""
-    return _rednet("rednet50", pretrained, **{"layers": _DEPTHS[50], **kwargs})
+    return _rednet("rednet50", pretrained, **{"layers": DEPTHS[50], **kwargs})
 
 
 @register_model
 def rednet101(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-101; 25.65 M parameters."""
-    return _rednet("rednet101", pretrained, **{"layers": _DEPTHS[101], **kwargs})
+    return _rednet("rednet101", pretrained, **{"layers": DEPTHS[101], **kwargs})
 
 
 @register_model
 def rednet152(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-152; 33.98 M parameters."""
-    return _rednet("rednet152", pretrained, **{"layers": _DEPTHS[152], **kwargs})
+    return _rednet("rednet152", pretrained, **{"layers": DEPTHS[152], **kwargs})
 
 
 @register_model
 def rednetv2_26(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-26 with scale-invariant kernel generators; 9.23 M parameters."""
-    return _rednet("rednetv2_26", pretrained, **{**_V2, "layers": _DEPTHS[26], **kwargs})
+    return _rednet("rednetv2_26", pretrained, **{**_V2, "layers": DEPTHS[26], **kwargs})
 
 
 @register_model
 def rednetv2_38(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-38 with scale-invariant kernel generators; 12.39 M parameters."""
-    return _rednet("rednetv2_38", pretrained, **{**_V2, "layers": _DEPTHS[38], **kwargs})
+    return _rednet("rednetv2_38", pretrained, **{**_V2, "layers": DEPTHS[38], **kwargs})
 
 
 @register_model
 def rednetv2_50(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-50 with scale-invariant kernel generators; 15.54 M parameters."""
-    return _rednet("rednetv2_50", pretrained, **{**_V2, "layers": _DEPTHS[50], **kwargs})
+    return _rednet("rednetv2_50", pretrained, **{**_V2, "layers": DEPTHS[50], **kwargs})
 
 
 @register_model
 def rednetv2_101(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-101 with scale-invariant kernel generators; 25.65 M parameters."""
-    return _rednet("rednetv2_101", pretrained, **{**_V2, "layers": _DEPTHS[101], **kwargs})
+    return _rednet("rednetv2_101", pretrained, **{**_V2, "layers": DEPTHS[101], **kwargs})
 
 
 @register_model
 def rednetv2_152(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """RedNet-152 with scale-invariant kernel generators; 33.98 M parameters."""
-    return _rednet("rednetv2_152", pretrained, **{**_V2, "layers": _DEPTHS[152], **kwargs})
+    return _rednet("rednetv2_152", pretrained, **{**_V2, "layers": DEPTHS[152], **kwargs})
 
 
 @register_model
 def rednet14_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """For images of 32x32: one block a stage, 64 to 512 channels, no downsampling in the stem; 10 classes."""
-    return _rednet("rednet14_cifar", pretrained, **{**_CIFAR, "layers": _DEPTHS[14], **kwargs})
+    return _rednet("rednet14_cifar", pretrained, **{**_CIFAR, "layers": DEPTHS[14], **kwargs})
 
 
 @register_model
 def rednet26_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """For images of 32x32: RedNet-26's depths, 64 to 512 channels, no downsampling in the stem; 10 classes."""
-    return _rednet("rednet26_cifar", pretrained, **{**_CIFAR, "layers": _DEPTHS[26], **kwargs})
+    return _rednet("rednet26_cifar", pretrained, **{**_CIFAR, "layers": DEPTHS[26], **kwargs})
 
 
 @register_model
 def rednetv2_14_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """rednet14_cifar with scale-invariant kernel generators."""
-    return _rednet("rednetv2_14_cifar", pretrained, **{**_V2, **_CIFAR, "layers": _DEPTHS[14], **kwargs})
+    return _rednet("rednetv2_14_cifar", pretrained, **{**_V2, **_CIFAR, "layers": DEPTHS[14], **kwargs})
 
 
 @register_model
 def rednetv2_26_cifar(pretrained: bool = False, **kwargs: Any) -> RedNet:
     """rednet26_cifar with scale-invariant kernel generators."""
-    return _rednet("rednetv2_26_cifar", pretrained, **{**_V2, **_CIFAR, "layers": _DEPTHS[26], **kwargs})
+    return _rednet("rednetv2_26_cifar", pretrained, **{**_V2, **_CIFAR, "layers": DEPTHS[26], **kwargs})

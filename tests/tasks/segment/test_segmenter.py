@@ -193,7 +193,7 @@ def test_inference_options_of_predict(trained: Path, tmp_path: Path, capsys: pyt
     assert not np.array_equal(found[0], found[1])
     assert not np.array_equal(found[0], found[2])
     assert main([*command, "--output", str(tmp_path / "out"), "--window_stride", "[12, 16]"]) == 1
-    assert "window_stride wants a window, got (12, 16) without one" in capsys.readouterr().err
+    assert "window_stride needs a window, got (12, 16) without one" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_masks: Callable[..., Path], tmp_path: Path) -> None:

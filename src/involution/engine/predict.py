@@ -45,12 +45,12 @@ class ImageFiles(IterableDataset[Sample]):
     Args:
         files: to read.
         reader: the preprocessing.
-        pictures: the samples of the first so many files carry their pixels.
         on_error: "raise", or "skip" to continue with the next file, after a warning.
+        pictures: the samples of the first so many files carry their pixels.
     """
 
-    def __init__(self, files: list[Path], reader: Reader, pictures: int, on_error: str) -> None:
-        self.files, self.reader, self.pictures, self.on_error = files, reader, pictures, on_error
+    def __init__(self, files: list[Path], reader: Reader, on_error: str, pictures: int = 0) -> None:
+        self.files, self.reader, self.on_error, self.pictures = files, reader, on_error, pictures
 
     def __iter__(self) -> Iterator[Sample]:
         worker = get_worker_info()
@@ -131,7 +131,7 @@ def _predict(model: TaskModule, files: list[Path], writer: PredictionWriter, opt
     batches = -(-len(files) // batch_size)
     if workers is None:
         workers = min(cores(), batches) if batches > 1 else 0
-    dataset = ImageFiles(files, model.read, writer.pictures, options.data.on_error)
+    dataset = ImageFiles(files, model.read, options.data.on_error, writer.pictures)
     collate = partial(_batch, model.collate)
     ahead = 1 if workers else None  # batches ahead per worker: decoded photographs are large
     loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, prefetch_factor=ahead)

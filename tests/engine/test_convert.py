@@ -92,7 +92,7 @@ def test_a_convolution_twins_checkpoint_converts_too(tmp_path: Path) -> None:
     out = str(tmp_path / "OUT.safetensors")
     same(timm.create_model("resnet14_cifar", num_classes=3, checkpoint_path=out), module.net)
     record = read_checkpoint(tmp_path / "OUT.safetensors").record
-    assert record["involution"]["task"] == "classify"
+    assert record["involution"]["module"] == "involution.tasks.classify.module.Classifier"
     assert json.dumps(record)
 
 
@@ -171,7 +171,7 @@ def test_the_weights_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_hyperparameters_of_another_module_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    carried = {"task": "classify", "classes": ["a"], "preprocessing": None}
+    carried = {"module": "involution.tasks.classify.module.Classifier", "classes": ["a"], "preprocessing": None}
     content = {"state_dict": {"net.a": torch.zeros(1)}, "hyper_parameters": {"depth": 3}, "involution": carried}
     torch.save(content, tmp_path / "a.ckpt")
     assert main(["convert", str(tmp_path / "a.ckpt"), str(tmp_path / "b.ckpt")]) == 1

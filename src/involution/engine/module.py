@@ -172,7 +172,7 @@ class TaskModule(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what `involution predict` needs besides the weights: module class, class names and preprocessing."""
-        if "callbacks" not in checkpoint:  # save_weights_only: Lightning skips the callbacks' own hook
+        if self._trainer is not None and "callbacks" not in checkpoint:  # Lightning skips the callbacks' own hook
             for callback in (one for one in self.trainer.callbacks if isinstance(one, FiniteLoss)):  # type: ignore[attr-defined]
                 callback.on_save_checkpoint(self.trainer, self, checkpoint)
         checkpoint["involution"] = {

@@ -114,9 +114,6 @@ def runs() -> Iterator[Run]:
             for row, options in members.items() if seed in FAMILY_SEEDS[lr] else ():
                 name, rate = f"family/{lr}/{row}", ("--model.lr", lr)
                 yield Run(name, "rednet14_cifar", PAPER | options, COMPARED_EPOCHS, seed, rate)
-    for seed in STARTS_SEEDS:
-        for row, options in STARTS.items():
-            yield Run(f"starts/26/{row}", "rednet26_cifar", SHARED | options, STARTS_EPOCHS, seed, BETTER)
     for recipe, (options, further) in RECIPES.items():
         for family, start in (("rednet", PAPER), ("resnet", SHARED)):
             yield Run(f"{recipe}/{family}", f"{family}14_cifar", start | options, COMPARED_EPOCHS, 0, further)
@@ -201,7 +198,7 @@ def report(lines: list[dict[str, Any]]) -> None:
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
     """The tables in Markdown, of the finished runs."""
     parts = {}
-    for group in ("twins", "first", "family", "starts"):
+    for group in ("twins", "first", "family"):
         parts[group] = twins_table(lines, group)
     base = next((line["test_accuracy"] for line in lines if line["name"] == BASELINE), None)
     rows = [

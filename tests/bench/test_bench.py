@@ -11,7 +11,6 @@ from involution import cli, involution3d
 from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roof import Roof
-from involution.ops.backends.triton import Tile
 
 SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
 
@@ -122,13 +121,3 @@ def test_all_is_every_subject_wherever_it_stands(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(command, "run", lambda subject, *_: asked.append(subject) or [])
     assert command.main(["layers", "all", "--out", str(tmp_path)]) == 0
     assert asked == list(command.SUBJECTS)
-
-
-def test_what_tiles_ask_of_the_second_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile for the image asks for every sector once; smaller ones fetch rows around them again."""
-    case = Case("small", 16, 8, 8, 3, 1)  # 64 positions: images of 2 KiB, a map of 9 * 64 * 2 bytes, whole sectors
-    monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(64, 1, 16, 1)])
-    assert paper.asked_of_l2("apply", case) == 2 * 64 * 16 * 2 + 9 * 64 * 2
-    assert paper.asked_of_l2("adjoint", case) >= 2 * 64 * 16 * 2 + 8 * 64 * 2  # taps outside are not asked for
-    monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(8, 1, 16, 1)])  # a row: two or three are read
-    assert paper.asked_of_l2("apply", case) == (64 + 2 * 16 + 6 * 24) * 16 * 2 + 8 * math.ceil(9 * 8 * 2 / 32) * 32

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops.backends import cpu
-from . import kernels
+from . import instructions, kernels
 from .baselines import Prototype
 from .cases import CASES, NECK, Case
 from .family import family
@@ -31,7 +31,9 @@ SUBJECTS = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; returns 0, or 2 for a wrong call."""
+    """Runs the command; returns 0, or 2 for a wrong call. `instructions` has options, and a verdict, of its own."""
+    if arguments[:1] == ["instructions"]:
+        return instructions.main(arguments[1:])
     options = parse(arguments)
     if options is None:
         return 2
@@ -82,7 +84,9 @@ def parse(arguments: Sequence[str]) -> Any:
     """The options, or None after saying what is wrong."""
     parser = argparse.ArgumentParser(prog="involution bench", description=__doc__)
     what = ", ".join(SUBJECTS)
-    parser.add_argument("what", nargs="*", default=["against"], help=f"of {what}; or all (default: against)")
+    parser.add_argument(
+        "what", nargs="*", default=["against"], help=f"of {what}; all (default: against); or instructions"
+    )
     parser.add_argument("--case", default="C64@56", help=f"of {', '.join([*CASES, NECK.name])}; or all")
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")

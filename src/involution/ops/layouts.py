@@ -31,12 +31,13 @@ def memory_order(role: str, dims: int) -> tuple[int, ...]:
     return (0, *range(2, 2 + dims), 1)
 
 
-def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
+def allocate(role: str, size: Sequence[int], like: Tensor, channels_last: bool | None = None) -> Tensor:
     """An uninitialised result of this role: channels-last exactly if `like` (an image) is and is not also contiguous.
 
-    The kernels and their fakes both call this, so that strides never disagree.
+    The kernels and their fakes both call this, so that strides never disagree. `channels_last` overrides what `like`
+    says of the layout.
     """
-    if not is_channels_last(like):
+    if not (is_channels_last(like) if channels_last is None else channels_last):
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
     order = memory_order(role, like.dim() - 2)
     return torch.empty_permuted(tuple(size), order, dtype=like.dtype, device=like.device)
@@ -47,3 +48,11 @@ def logical_order(role: str, dims: int) -> tuple[int, ...]:
     """The permutation that brings a tensor of this role back from its channels-last memory order."""
     order = memory_order(role, dims)
     return tuple(order.index(axis) for axis in range(len(order)))
+
+
+def map_is_channels_last(kernel_map: Tensor, image: Tensor) -> bool:
+    """Whether a kernel map lies in memory as [N, *O, G, *K]; where it lies both ways, or neither, the image says."""
+    channels_last = kernel_map.permute(memory_order("kernel_map", image.dim() - 2)).is_contiguous()
+    if channels_last != kernel_map.is_contiguous():
+        return channels_last
+    return is_channels_last(image)

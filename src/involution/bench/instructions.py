@@ -1,7 +1,7 @@
 """involution bench instructions: what the compiled GPU kernels execute, counted without a GPU.
 
-Every kernel is compiled ahead of time as a launch would compile it, disassembled and counted. A bound in BOUNDS that is
-broken, or a register that spills, makes the command exit with 1. Times are derived, not measured: "issue" is the time in
+Every kernel is compiled ahead of time as a launch would compile it, disassembled and counted. A broken bound, or a
+register that spills, makes the command exit with 1. Times are derived, not measured: "issue" is the time in
 which a GPU's schedulers hand out so many instructions, one per clock each; "memory" that of the bytes which must move.
 """
 
@@ -155,7 +155,7 @@ def bound(row: Row) -> float:
     """The most instructions per multiply-add that a row may have; infinite where there is no bound."""
     if row["what"] not in MAPS or row["target"] == "sm_75":
         return math.inf
-    case = CASES[row["case"]] if row["case"] in CASES else NECK
+    case = CASES.get(row["case"], NECK)
     if row["what"] == "adjoint" and case.stride > 1:
         return STRIDED_ADJOINT[row["layout"]] * (1.0 if case.name == "C128@56/2" else _SLACK)
     first = case.name == "C64@56" and row["dtype"] != "bf16" and row["target"] in ("sm_80", "sm_90")

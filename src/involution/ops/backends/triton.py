@@ -84,8 +84,10 @@ def _map_launch(kernel: str, name: str, geometry: Geometry, channels_last: bool,
     constants["WIDE"] = _is_wide(geometry)
     made, classes = geometry.output, 1
     if name == "adjoint":
-        names = zip(("STEP", "BACK", "INVERSE"), zip(*map(residues, window["STRIDE"], window["DILATION"])))
-        constants |= dict(names)
+        axes = [
+            residues(stride, dilation) for stride, dilation in zip(window["STRIDE"], window["DILATION"], strict=True)
+        ]
+        constants |= dict(zip(("STEP", "BACK", "INVERSE"), zip(*axes, strict=True), strict=True))
         del constants["DILATION"]
         made = tuple(-(-size // stride) for size, stride in zip(geometry.input, geometry.stride, strict=True))
         classes = math.prod(map(min, geometry.input, geometry.stride))

@@ -59,7 +59,8 @@ def apply_channels_last(
     x, k, y, in_depth, in_height, in_width, out_depth, out_height, out_width, rows, groups: tl.constexpr,
     width: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     DIMS: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, TUNED_FOR: tl.constexpr = "",
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    TUNED_FOR: tl.constexpr = "",
 ):  # fmt: skip
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
     TAPS: tl.constexpr = ceil_div(KERNEL[2], CHUNKS)
@@ -118,7 +119,8 @@ def adjoint_channels_last(
     grad, k, dx, in_depth, in_height, in_width, out_depth, out_height, out_width, rows, groups: tl.constexpr,
     width: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, STEP: tl.constexpr,
     BACK: tl.constexpr, INVERSE: tl.constexpr, DIMS: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr,
-    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, TUNED_FOR: tl.constexpr = "",
+    BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    TUNED_FOR: tl.constexpr = "",
 ):  # fmt: skip
     """dx[n, c, i] = sum over (u, o) with o*stride + u*dilation - padding = i of k[n, g(c), u, o] * grad[n, c, o].
 
@@ -188,7 +190,8 @@ def correlate_channels_last(
     grad, x, dk, in_depth, in_height, in_width, out_depth, out_height, out_width, rows, groups: tl.constexpr,
     width: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     DIMS: tl.constexpr, UNIT: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr, TUNED_FOR: tl.constexpr = "",
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr,
+    TUNED_FOR: tl.constexpr = "",
 ):  # fmt: skip
     """dk[n, g, u, o] = sum over the channels c of group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding].
 

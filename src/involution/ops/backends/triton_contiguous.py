@@ -232,8 +232,8 @@ def correlate_contiguous(
         for part in range(PARTS):
             if PARTS > 1:
                 grads = _columns(
-                    grad + (part * WIDTH * outputs + o), outputs, is_block, column, out_width, part * WIDTH, dtype, width, WIDTH,
-                    COLUMNS,
+                    grad + (part * WIDTH * outputs + o), outputs, is_block, column, out_width, part * WIDTH, dtype,
+                    width, WIDTH, COLUMNS,
                 )  # fmt: skip
             for s in tl.static_range(steps(COLUMNS, TAPS, STRIDE[2], DILATION[2], UNIT)):
                 here = is_row & (v + s * UNIT >= 0) & (v + s * UNIT < in_width)

@@ -1,7 +1,7 @@
 """The fused layer for channels-last tensors: the span convolution and apply, without the kernel map.
 
-The kernels of one tap, for a tile's positions and groups, are a matrix product of the tile's features and the tap's rows
-of the span weight (tl.dot), and are applied where they are: in registers.
+The kernels of one tap, for a tile's positions and groups, are a matrix product of the tile's features and the tap's
+rows of the span weight (tl.dot), and are applied where they are: in registers.
 """
 
 import triton
@@ -28,7 +28,7 @@ def fused_kernel(
     out_depth, out_height, out_width = in_bits(out_depth, out_height, out_width, WIDE)
     inputs, outputs = in_depth * in_height * in_width, out_depth * out_height * out_width
     o, rest = tile(outputs, BLOCKS, WIDE)
-    g, channel, is_group, is_channel, n = channels(rest, groups, width, GROUPS, WIDTH)
+    g, channel, _, is_channel, n = channels(rest, groups, width, GROUPS, WIDTH)
     n = n.to(tl.int64)
     is_output = o < outputs
     depth, height, column = block_start(o, out_height, out_width, 1, DIMS)

@@ -45,7 +45,7 @@ def tap_at(step, column, taps, stride, dilation, unit):
 
 @triton.constexpr_function
 def tap_from_last(step, column, taps, back, unit):
-    """The same in an adjoint, where the next tap reads `back` output columns lower: the first step is the last tap's."""
+    """The same in an adjoint, where the next tap reads `back` columns lower: the first step is the last tap's."""
     distance = step * unit - column
     tap = taps - 1 - distance // back
     return tap if distance % back == 0 and 0 <= tap < taps else -1

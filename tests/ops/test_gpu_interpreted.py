@@ -96,7 +96,7 @@ def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypat
     weight, bias = torch.randn(18, hidden, dtype=dtype), torch.randn(18, dtype=dtype)
     with backend("triton"):
         y = fused_layer(x, h, weight, bias, 3)
-    assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_kernel"]
+    assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_channels_last"]
     with backend("reference"):
         torch.testing.assert_close(y, fused_layer(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)
 

@@ -16,15 +16,19 @@ def apply_one_thread(
     """An output element a thread."""
     e = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     column, row, channel = e % out_width, e // out_width % out_height, e // out_width // out_height
-    k += channel // width * (KERNEL * KERNEL) * out_height * out_width + row * out_width + column
+    positions = out_height * out_width
+    k += channel // width * (KERNEL * KERNEL) * positions + row * out_width + column
+    i, j = row * STRIDE - PADDING, column * STRIDE - PADDING
+    x += (channel * in_height + i) * in_width + j
     total = tl.zeros([BLOCKS], tl.float32)
     for a in tl.static_range(KERNEL):
+        is_row = (e < elements) & (i + a >= 0) & (i + a < in_height)
         for b in tl.static_range(KERNEL):
-            i, j = row * STRIDE + a - PADDING, column * STRIDE + b - PADDING
-            here = (e < elements) & (i >= 0) & (i < in_height) & (j >= 0) & (j < in_width)
-            value = tl.load(x + (channel * in_height + i) * in_width + j, here, 0.0).to(tl.float32)
-            weight = tl.load(k + (a * KERNEL + b) * out_height * out_width, here, 0.0).to(tl.float32)
-            total += weight * value
+            here = is_row & (j + b >= 0) & (j + b < in_width)
+            value = tl.load(x + b, here, 0.0).to(tl.float32)
+            total += tl.load(k, here, 0.0).to(tl.float32) * value
+            k += positions
+        x += in_width
     tl.store(y + e, total.to(y.dtype.element_ty), e < elements)
 
 

@@ -39,29 +39,60 @@ class Launch(NamedTuple):
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.apply."""
-    _call("apply", (input, kernel_map, out), map_is_channels_last(kernel_map, input), geometry)
+    _call("apply", (input, kernel_map, out), geometry)
 
 
 def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.adjoint."""
-    _call("adjoint", (grad, kernel_map, out), map_is_channels_last(kernel_map, grad), geometry)
+    _call("adjoint", (grad, kernel_map, out), geometry)
 
 
 def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> None:
     """See reference.correlate."""
-    _call("correlate", (grad, input, out), map_is_channels_last(out, input), geometry)
+    _call("correlate", (grad, input, out), geometry)
 
 
-def _call(name: str, tensors: Sequence[Tensor], channels_last: bool, geometry: Geometry) -> None:
-    """Brings the tensors into one layout, which is the kernel map's, runs the kernel, and fills the last."""
+def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
+    """Runs a map's kernel on tensors of one layout, which is brought about where it is not yet so."""
+    strides = tuple(tensor.stride() for tensor in tensors)
+    for channels_last, wanted in enumerate(_dense_strides(name, geometry)):
+        if strides == wanted:
+            _launch(plan(name, geometry, bool(channels_last), tensors[2].dtype), tensors)
+            return
+    _call_in_the_maps_layout(name, tensors, geometry)
+
+
+@lru_cache(maxsize=1024)
+def _dense_strides(name: str, geometry: Geometry) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The strides of a map's three tensors where all are contiguous, and where all are channels-last."""
+    sizes = {
+        "input": (geometry.batch, geometry.channels, *geometry.input),
+        "kernel_map": (geometry.batch, geometry.groups, *geometry.kernel, *geometry.output),
+        "output": (geometry.batch, geometry.channels, *geometry.output),
+    }
+    roles, dims = _ROLES[name], len(geometry.input)
+    contiguous = tuple(_strides(sizes[role], range(len(sizes[role]))) for role in roles)
+    return contiguous, tuple(_strides(sizes[role], memory_order(role, dims)) for role in roles)
+
+
+def _strides(size: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor whose axes lie in memory in this order, the last one innermost."""
+    strides, distance = [0] * len(size), 1
+    for axis in reversed(order):
+        strides[axis] = distance
+        distance *= size[axis]
+    return tuple(strides)
+
+
+def _call_in_the_maps_layout(name: str, tensors: Sequence[Tensor], geometry: Geometry) -> None:
+    """Copies operands to the kernel map's layout, the largest's, and the result from it, where they have another."""
+    roles, dims = _ROLES[name], len(geometry.input)
+    channels_last = map_is_channels_last(tensors[roles.index("kernel_map")], tensors[int(name == "correlate")])
     if channels_last:
-        dims = len(geometry.input)
-        tensors = [t.permute(memory_order(role, dims)) for t, role in zip(tensors, _ROLES[name], strict=True)]
+        tensors = [t.permute(memory_order(role, dims)) for t, role in zip(tensors, roles, strict=True)]
     first, second, out = tensors
     result = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    operands = first.contiguous(), second.contiguous(), result
-    choice = plan(name, geometry, channels_last, out.dtype)
-    _launch(choice, operands)
+    _launch(plan(name, geometry, channels_last, out.dtype), (first.contiguous(), second.contiguous(), result))
     if result is not out:
         out.copy_(result)
 

@@ -1,14 +1,15 @@
 """The configuration of a test process: backends, instruction sets, threads, and the number of random examples."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from involution.ops.backends import cpu, selection, triton
+from involution.ops.backends.triton_tiles import power_of_two
 from involution.ops.geometry import Geometry
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # this process tests Triton's kernels, on CPU tensors
@@ -22,11 +23,23 @@ INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "baseline") if LIBRARY.i
 LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
 
 
-def one_tile(name: str, geometry: Geometry, *rest: Any) -> list[triton.Tile]:
-    """One program per image: the interpreter's time is proportional to operations, not to elements."""
+def one_tile(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> list[triton.Tile]:
+    """One program for an image: the interpreter's time is per operation, however many elements it has.
+
+    For contiguous tensors a group's channels are operations of their own, up to 16 of them.
+    """
+    tile = TILES(name, geometry, channels_last, dtype)[0]
     width, groups = geometry.channels // geometry.groups, geometry.groups
-    positions = max(np.prod(geometry.input), np.prod(geometry.output))
-    return [triton.Tile(*(1 << (int(size) - 1).bit_length() for size in (max(16, positions), groups, width)), 1)]
+    positions = power_of_two(int(max(np.prod(geometry.input), np.prod(geometry.output))))
+    if channels_last:
+        return [tile._replace(blocks=positions, groups=power_of_two(groups), width=power_of_two(width))]
+    return [tile._replace(blocks=positions)]
+
+
+def use_tiles(patch: pytest.MonkeyPatch, tiles: Callable[..., list[triton.Tile]]) -> None:
+    """Launches with other tiles: what was decided before is forgotten."""
+    triton.plan.cache_clear()
+    patch.setattr(triton, "tiles", tiles)
 
 
 def examples(count: int) -> int:

@@ -12,7 +12,6 @@ from involution import cli, involution3d
 from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, registry, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roofline import Roofline
-from involution.ops.backends.triton import Tile
 
 SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
 
@@ -173,13 +172,3 @@ def test_a_subject_whose_extra_is_missing_says_so(
     assert cli.main(["bench", "overhead", "loading"]) == 1
     error = capsys.readouterr().err
     assert error == "involution bench loading needs lightning, not installed here: pip install 'involution[tasks]'\n"
-
-
-def test_l2_traffic_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tile for the image reads every sector once; smaller ones read the rows around them again."""
-    case = Case("small", 16, 8, 8, 3, 1)  # 64 positions: images of 2 KiB, a map of 9 * 64 * 2 bytes, whole sectors
-    monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(64, 1, 16, 1)])
-    assert paper.l2_bytes("apply", case) == 2 * 64 * 16 * 2 + 9 * 64 * 2
-    assert paper.l2_bytes("adjoint", case) >= 2 * 64 * 16 * 2 + 8 * 64 * 2  # taps outside are not read
-    monkeypatch.setattr(paper.gpu, "tiles", lambda *_: [Tile(8, 1, 16, 1)])  # a row: two or three are read
-    assert paper.l2_bytes("apply", case) == (64 + 2 * 16 + 6 * 24) * 16 * 2 + 8 * math.ceil(9 * 8 * 2 / 32) * 32

@@ -1,9 +1,7 @@
 from collections.abc import Iterator
 
 import pytest
-from harness import INTERPRETED, one_tile
-
-from involution.ops.backends import triton
+from harness import INTERPRETED, one_tile, use_tiles
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,5 +9,5 @@ def _one_tile_where_interpreted() -> Iterator[None]:
     """The interpreter is slow; test_gpu_interpreted.py tries the tiles that are launched on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         if INTERPRETED:
-            patch.setattr(triton, "tiles", one_tile)
+            use_tiles(patch, one_tile)
         yield

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from harness import backend
+from harness import TILES, backend, use_tiles
 from torch import Tensor
 
 from involution import Involution2d, involution1d, involution2d, involution3d
@@ -118,8 +118,7 @@ def test_compiled_and_under_autocast(channels_last: bool) -> None:
 @both_layouts
 @pytest.mark.parametrize("choice", range(3))
 def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = gpu.tiles
-    monkeypatch.setattr(gpu, "tiles", lambda *call: [(tiles(*call) * 3)[choice]])
+    use_tiles(monkeypatch, lambda *call: [(TILES(*call) * 3)[choice]])
     for case in CALLS:
         x, k, window = tensors(case, torch.float32, channels_last)
         y = OPERATOR[x.dim() - 2](x, k, **window)
@@ -128,7 +127,7 @@ def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.Monkey
 
 
 def test_autotuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("INVOLUTION_AUTOTUNE", "1")
+    monkeypatch.setattr(gpu, "_AUTOTUNE", True)
     for case in CALLS:
         x, k, window = tensors(case, torch.float32, True)
         y = OPERATOR[x.dim() - 2](x, k, **window)

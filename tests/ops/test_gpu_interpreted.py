@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import INTERPRETED, TILES, backend
+from harness import INTERPRETED, TILES, backend, use_tiles
 
 from involution import involution2d
 from involution.nn import LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d
@@ -30,9 +30,10 @@ def results(channels_last: bool, name: str = "triton") -> list[torch.Tensor]:
 
 @both_layouts
 def test_distances_beyond_32_bits(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "tiles", TILES)
+    use_tiles(monkeypatch, TILES)
     want = results(channels_last)
     monkeypatch.setattr(gpu, "_is_wide", lambda geometry: True)
+    gpu.plan.cache_clear()
     for got, wanted in zip(results(channels_last), want, strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
@@ -57,7 +58,7 @@ def test_windows_that_reach_beyond_32_bits(channels_last: bool) -> None:
 @both_layouts
 @pytest.mark.parametrize("choice", range(3))
 def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "tiles", lambda *call: [(TILES(*call) * 3)[choice]])
+    use_tiles(monkeypatch, lambda *call: [(TILES(*call) * 3)[choice]])
     for got, wanted in zip(results(channels_last), results(channels_last, "reference"), strict=True):
         torch.testing.assert_close(got, wanted)
 
@@ -66,7 +67,7 @@ def test_every_tile(channels_last: bool, choice: int, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("layer", [LocalSelfAttention1d, LocalSelfAttention2d, LocalSelfAttention3d])
 def test_local_self_attention(layer: Any, channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its output and all gradients: the three maps in a row."""
-    monkeypatch.setattr(gpu, "tiles", TILES)
+    use_tiles(monkeypatch, TILES)
     torch.manual_seed(0)
     attention = layer(12, 3, stride=2, heads=2, relative_position="factorised", dtype=torch.float64)
     x = torch.randn(1, 12, *(5, 4, 3)[: layer.dims], dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_local_self_attention(layer: Any, channels_last: bool, monkeypatch: pyte
 def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond 256, and in float64, the map is stored."""
     launched: list[str] = []
-    monkeypatch.setattr(gpu, "tiles", TILES)
+    use_tiles(monkeypatch, TILES)
     kernel = gpu._kernel
     monkeypatch.setattr(gpu, "_kernel", lambda name: launched.append(name) or kernel(name))
     torch.manual_seed(0)
@@ -95,7 +96,7 @@ def test_few_and_many_hidden_features(hidden: int, dtype: torch.dtype, monkeypat
     weight, bias = torch.randn(18, hidden, dtype=dtype), torch.randn(18, dtype=dtype)
     with backend("triton"):
         y = fused_layer(x, h, weight, bias, 3)
-    assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_kernel"]
+    assert launched == ["fused_kernel" if hidden == 3 and dtype == torch.float32 else "apply_channels_last"]
     with backend("reference"):
         torch.testing.assert_close(y, fused_layer(x, h, weight, bias, 3), rtol=1e-5, atol=1e-4)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..ops.backends import cpu
-from . import family, kernels, loading, memory, models, paper  # noqa: F401  (registers their subjects)
+from . import family, instructions, kernels, loading, memory, models, paper  # noqa: F401  (registers their subjects)
 from .cases import CASES, NECK, Case
 from .registry import SUBJECTS, Settings, Workload
 from .report import print_tables, write
@@ -31,8 +31,10 @@ def main(arguments: Sequence[str], lacks: Callable[[str, str], bool] = lambda wh
         lacks: reports which packages of an extra are missing for a verb and subject, and returns whether any are.
 
     Returns:
-        The exit code: 0, 1 where packages are missing, 2 for a wrong call.
+        The exit code: 0, 1 where packages are missing (or a bound of `instructions` is broken), 2 for a wrong call.
     """
+    if arguments[:1] == ["instructions"]:
+        return instructions.main(arguments[1:])
     options = parse(arguments)
     if options is None:
         return 2
@@ -70,7 +72,12 @@ def parse(arguments: Sequence[str]) -> Any:
         epilog=_list_subjects(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="*", default=["against"], help="subjects (see below), or all (default: against)")
+    parser.add_argument(
+        "what",
+        nargs="*",
+        default=["against"],
+        help="subjects (see below); all (default: against); or instructions, with options of its own",
+    )
     parser.add_argument("--case", default="C64@56", help=f"of {', '.join([*CASES, NECK.name])}; or all")
     parser.add_argument("--batch", type=int, nargs="+", default=[32])
     parser.add_argument("--seconds", type=float, default=2.0, help="for each measurement")

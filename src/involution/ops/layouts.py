@@ -31,12 +31,12 @@ def memory_order(role: str, dims: int) -> tuple[int, ...]:
     return (0, *range(2, 2 + dims), 1)
 
 
-def allocate(role: str, size: Sequence[int], like: Tensor) -> Tensor:
+def allocate(role: str, size: Sequence[int], like: Tensor, channels_last: bool | None = None) -> Tensor:
     """An uninitialised result of this role: channels-last exactly if `like` (an image) is and is not also contiguous.
 
-    Kernels and fakes both call this, so that their strides agree.
+    Kernels and fakes both call this, so that their strides agree. `channels_last` overrides the layout of `like`.
     """
-    if not is_channels_last(like):
+    if not (is_channels_last(like) if channels_last is None else channels_last):
         return torch.empty(tuple(size), dtype=like.dtype, device=like.device)
     order = memory_order(role, like.dim() - 2)
     return torch.empty_permuted(tuple(size), order, dtype=like.dtype, device=like.device)
@@ -55,3 +55,11 @@ def in_layout_of(like: Tensor, role: str, result: Tensor) -> Tensor:
         return result.contiguous()
     dims = like.dim() - 2
     return result.permute(memory_order(role, dims)).contiguous().permute(logical_order(role, dims))
+
+
+def map_is_channels_last(kernel_map: Tensor, image: Tensor) -> bool:
+    """Whether a kernel map is stored as [N, *O, G, *K]; if it is stored both ways, or neither, the image decides."""
+    channels_last = kernel_map.permute(memory_order("kernel_map", image.dim() - 2)).is_contiguous()
+    if channels_last != kernel_map.is_contiguous():
+        return channels_last
+    return is_channels_last(image)

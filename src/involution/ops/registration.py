@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula  # takes 0.1 s: loads
 
 from .backends import selection
 from .geometry import DTYPES, MAPS, Geometry, Map, geometry
-from .layouts import allocate
+from .layouts import allocate, map_is_channels_last
 
 _ARGUMENT = {"input": "input", "kernel_map": "kernel_map", "output": "grad"}  # role -> argument name
 _MAKER = {map.makes: map for map in MAPS}
@@ -112,7 +112,7 @@ def _run(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: 
         )
     sizes = _geometry(map, first.shape, second.shape, tuple(size), *(tuple(axes) for axes in window))
     backend = selection.backend_for(first)
-    out = allocate(map.makes, size, like=first)
+    out = _fake(map, first, second, size, *window)
     if out.numel():
         getattr(backend, map.name)(first, second, out, sizes)
     return out
@@ -124,7 +124,13 @@ def _geometry(map: Map, first: Sequence[int], second: Sequence[int], size: tuple
 
 
 def _fake(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
-    return allocate(map.makes, size, like=first)
+    """The result, not filled: in the layout of a network's image or, where the first is a gradient, of the other.
+
+    A gradient may have any layout (a sum's is expanded). The kernel map decides, which is the largest of the three.
+    """
+    if map.takes[0] == "output" and map.takes[1] == "kernel_map":
+        return allocate(map.makes, size, like=first, channels_last=map_is_channels_last(second, first))
+    return allocate(map.makes, size, like=second if map.takes[0] == "output" else first)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

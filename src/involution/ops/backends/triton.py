@@ -1,14 +1,14 @@
-"""The GPU backend: launches the Triton kernels of triton_kernels.py, on the tensors' device and its current stream.
+"""The GPU backend: launches the Triton kernels of triton_*.py, on the tensors' device and its current stream.
 
 With TRITON_INTERPRET=1 in the environment the same kernels run on CPU tensors, interpreted: slow, and for tests.
 """
 
+import importlib
 import importlib.util
 import math
 import os
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,23 +16,25 @@ from torch import Tensor
 
 from ..geometry import MAPS, Geometry
 from ..layer import LayerParts, unpack
-from ..layouts import is_channels_last, memory_order
+from ..layouts import map_is_channels_last, memory_order
 from . import reference
+from .triton_tiles import Tile, fused_tile, last_axis, power_of_two, residues, tiles
 
 DEVICES = ("cuda", "xpu")  # "cuda" is AMD's too
 _OLDEST = (7, 0)  # NVIDIA's compute capability that Triton compiles for
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
-_MAP_AT_ONCE = 1 << 24  # numbers of the kernel map in a fused layer's backward pass
+_MAP_AT_ONCE = 1 << 24  # elements of the kernel map in a fused layer's passes
 
 
-class Tile(NamedTuple):
-    """What one program makes, and with how many warps; all powers of two."""
+class Launch(NamedTuple):
+    """What a call launches: decided once for its sizes, layout and dtype, and remembered."""
 
-    positions: int
-    groups: int
-    width: int  # channels of a group
-    warps: int
-    registers: int | None = None  # a thread may have, where NVIDIA's assembler by itself spills some to use fewer
+    kernel: str
+    numbers: tuple[int, ...]  # the arguments after the tensors
+    constants: dict[str, Any]
+    tile: Tile
+    blocks: dict[str, int]  # the constants that the tile decides
+    programs: int
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -51,31 +53,207 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
-    """Brings both operands into the layout of the first, runs the kernel, and fills `out` (last)."""
-    channels_last = is_channels_last(tensors[0])
+    """Runs a map's kernel on tensors of one layout, which is brought about where it is not yet so."""
+    strides = tuple(tensor.stride() for tensor in tensors)
+    for channels_last, wanted in enumerate(_dense_strides(name, geometry)):
+        if strides == wanted:
+            _launch(plan(name, geometry, bool(channels_last), tensors[2].dtype), tensors)
+            return
+    _call_in_the_maps_layout(name, tensors, geometry)
+
+
+@lru_cache(maxsize=1024)
+def _dense_strides(name: str, geometry: Geometry) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """The strides of a map's three tensors where all are contiguous, and where all are channels-last."""
+    sizes = {
+        "input": (geometry.batch, geometry.channels, *geometry.input),
+        "kernel_map": (geometry.batch, geometry.groups, *geometry.kernel, *geometry.output),
+        "output": (geometry.batch, geometry.channels, *geometry.output),
+    }
+    roles, dims = _ROLES[name], len(geometry.input)
+    contiguous = tuple(_strides(sizes[role], range(len(sizes[role]))) for role in roles)
+    return contiguous, tuple(_strides(sizes[role], memory_order(role, dims)) for role in roles)
+
+
+def _strides(size: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor whose axes lie in memory in this order, the last one innermost."""
+    strides, distance = [0] * len(size), 1
+    for axis in reversed(order):
+        strides[axis] = distance
+        distance *= size[axis]
+    return tuple(strides)
+
+
+def _call_in_the_maps_layout(name: str, tensors: Sequence[Tensor], geometry: Geometry) -> None:
+    """Copies operands to the kernel map's layout, the largest's, and the result from it, where they have another."""
+    roles, dims = _ROLES[name], len(geometry.input)
+    channels_last = map_is_channels_last(tensors[roles.index("kernel_map")], tensors[int(name == "correlate")])
     if channels_last:
-        orders = (memory_order(role, len(geometry.input)) for role in _ROLES[name])
-        tensors = tuple(t.permute(order) for t, order in zip(tensors, orders, strict=True))  # type: ignore[assignment]
-    first, second, out = tensors[0].contiguous(), tensors[1].contiguous(), tensors[2]
+        tensors = [t.permute(memory_order(role, dims)) for t, role in zip(tensors, roles, strict=True)]
+    first, second, out = tensors
     result = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    *axes, (rows,) = _sizes(geometry)
-    chunks = -(-geometry.kernel[-1] // 8)
-    sizes = (*axes, (rows * chunks,))
-    made = geometry.input if name == "adjoint" else geometry.output
-    choice = tiles(name, geometry, channels_last, result.dtype)
-    tensors = first, second, result
-    _launch(
-        f"{name}_kernel", tensors, sizes, geometry, made, choice, {"CHANNELS_LAST": channels_last, "CHUNKS": chunks}
-    )
+    _launch(plan(name, geometry, channels_last, out.dtype), (first.contiguous(), second.contiguous(), result))
     if result is not out:
         out.copy_(result)
 
 
+@lru_cache(maxsize=1024)
+def plan(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> tuple[Launch, ...]:
+    """What a map may launch, the default first: see triton_tiles."""
+    layout = "channels_last" if channels_last else "contiguous"
+    return tuple(
+        _map_launch(f"{name}_{layout}", name, geometry, channels_last, tile)
+        for tile in tiles(name, geometry, channels_last, dtype)
+    )
+
+
+def _map_launch(kernel: str, name: str, geometry: Geometry, channels_last: bool, tile: Tile) -> Launch:
+    axis = last_axis(name, geometry, tile.columns)
+    window = {axes.upper(): _three(getattr(geometry, axes), int(axes != "padding")) for axes in _WINDOW}
+    width = geometry.channels // geometry.groups
+    constants = {"width": width} | window | {"DIMS": len(geometry.input), "CHUNKS": axis.chunks}
+    constants["WIDE"] = _is_wide(geometry)
+    made, classes = geometry.output, 1
+    if name == "adjoint":
+        axes = [
+            residues(stride, dilation) for stride, dilation in zip(window["STRIDE"], window["DILATION"], strict=True)
+        ]
+        constants |= dict(zip(("STEP", "BACK", "INVERSE"), zip(*axes, strict=True), strict=True))
+        del constants["DILATION"]
+        made = tuple(-(-size // stride) for size, stride in zip(geometry.input, geometry.stride, strict=True))
+        classes = math.prod(map(min, geometry.input, geometry.stride))
+    blocks = {"BLOCKS": tile.blocks, "COLUMNS": tile.columns, "WIDTH": tile.width, "UNIT": axis.unit}
+    groups = geometry.groups
+    if channels_last:
+        constants["groups"] = groups
+        blocks["GROUPS"] = tile.groups
+        groups = -(-groups // tile.groups)
+    of_image = math.prod(made[:-1]) * -(-made[-1] // tile.columns)
+    parts = 1 if name == "correlate" else -(-width // tile.width)
+    programs = -(-of_image // tile.blocks) * parts * groups * classes * geometry.batch
+    rows = math.prod(geometry.kernel[:-1]) * axis.chunks
+    sizes = (*_three(geometry.input, 1), *_three(geometry.output, 1), rows)
+    return Launch(kernel, sizes, constants, tile, blocks, programs)
+
+
+_WINDOW = ("kernel", "stride", "padding", "dilation")
+
+
+def _is_wide(geometry: Geometry) -> bool:
+    """Whether one image's offsets, positions that a window reaches outside of it, or a residue's leave 32 bits."""
+    inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
+    reach = math.prod(
+        output * stride + (kernel - 1) * dilation + padding
+        for output, stride, kernel, dilation, padding in zip(
+            geometry.output, geometry.stride, geometry.kernel, geometry.dilation, geometry.padding, strict=True
+        )
+    )
+    largest = max(geometry.channels * max(inputs, outputs), geometry.groups * taps * outputs, 2 * reach)
+    return max(largest, max(geometry.stride) ** 2) >= 2**31
+
+
+def _three(axes: Sequence[int], missing: int) -> tuple[int, ...]:
+    return (*(missing,) * (3 - len(axes)), *axes)
+
+
+def _launch(choice: Sequence[Launch], tensors: Sequence[Tensor | None]) -> None:
+    """Runs a kernel on the tensors' device, which becomes the current one for the time."""
+    device = next(tensor.device for tensor in tensors if tensor is not None)
+    if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
+        _start(choice, tensors, device)
+    else:
+        with torch.accelerator.device_index(device.index):
+            _start(choice, tensors, device)
+
+
+def _start(choice: Sequence[Launch], tensors: Sequence[Tensor | None], device: torch.device) -> None:
+    launch = choice[0]
+    if _AUTOTUNE and not interpreted():
+        programs = {tuple(some.blocks.values()): some.programs for some in choice}
+        tuned = _tuned(launch.kernel, tuple((some.tile, tuple(some.blocks.items())) for some in choice))
+        size = math.prod(launch.numbers[:3]).bit_length()  # image sizes within a factor of two are one class
+        tuned[lambda meta: (programs[tuple(meta[name] for name in launch.blocks)],)](
+            *tensors, *launch.numbers, **launch.constants, TUNED_FOR=f"{_device_name(device)}, 2^{size}"
+        )
+    else:
+        compiler = _compiler_options(launch.tile, device)
+        kernel = _kernel(launch.kernel)
+        kernel[(launch.programs,)](*tensors, *launch.numbers, **launch.constants, **launch.blocks, **compiler)
+
+
+_AUTOTUNE = os.environ.get("INVOLUTION_AUTOTUNE") == "1"
+
+
+@cache
+def _compiler_options(tile: Tile, device: torch.device) -> dict[str, int]:
+    return compiler_options(tile, device.type == "cuda" and torch.version.hip is None)
+
+
+def compiler_options(tile: Tile, nvidia: bool) -> dict[str, int]:
+    """What a tile says of warps and registers, as Triton's compiler takes it."""
+    return {"num_warps": tile.warps} | ({"maxnreg": tile.registers} if nvidia and tile.registers else {})
+
+
+def kernel_of(launch: Launch) -> Any:
+    """The Triton kernel of a launch."""
+    return _kernel(launch.kernel)
+
+
+_FILES = {"contiguous": "triton_contiguous", "channels_last": "triton_channels_last", "fused_kernel": "triton_fused"}
+
+
+@cache
+def _kernel(name: str) -> Any:
+    """A kernel by its name; its module loads Triton."""
+    file = next(file for end, file in _FILES.items() if name.endswith(end))
+    return getattr(importlib.import_module(f".{file}", __package__), name)
+
+
+@cache
+def _tuned(name: str, choice: tuple[tuple[Tile, tuple[tuple[str, int], ...]], ...]) -> Any:
+    """The kernel with the fastest of the tiles, found at the first call with such a window, size and device."""
+    import triton
+
+    nvidia = torch.version.hip is None and torch.cuda.is_available()
+    configs = [triton.Config(dict(blocks), **compiler_options(tile, nvidia)) for tile, blocks in choice]
+    kernel = _kernel(name)
+    key = [argument for argument in kernel.arg_names if argument in _TUNED_BY]
+    return triton.autotune(configs, key=key, cache_results=True)(kernel)
+
+
+_TUNED_BY = ("groups", "width", "KERNEL", "STRIDE", "DILATION", "BACK", "TUNED_FOR")
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return str(torch.get_device_module(device).get_device_name(device))
+
+
 def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
-    """See reference.fused_layer. In one kernel, except in float64 and for more features than the registers hold."""
-    most = {2: 256, 4: 128}.get(outs[0].dtype.itemsize, 0)  # features whose tile fits the registers
-    fits = parts.input.dtype != torch.float64 and parts.span_weight.shape[1] <= min(most, 16 * geometry.groups)
-    reference.fused_layer(parts, outs, geometry, _fused if fits else _in_steps)
+    """See reference.fused_layer. In one kernel where that wins, else the map is made and applied."""
+    fits = can_fuse(geometry, parts.input.dtype, parts.span_weight.shape[1])
+    reference.fused_layer(parts, outs, geometry, _fused if fits and fusing_wins(parts.input.device) else _in_steps)
+
+
+_FUSING_WINS = ((8, 6), (8, 9), (12, 0))
+
+
+@cache
+def fusing_wins(device: torch.device) -> bool:
+    """Whether the fused kernel's instructions take less time than the kernel map's way through memory and back.
+
+    By count (involution bench instructions) they do on consumer cards, whose memory is slow for their arithmetic; on
+    A100, H100 and B200 the steps win, and below sm_80 the matrix units do not help.
+    """
+    if device.type == "cpu":  # interpreted
+        return True
+    return device.type == "cuda" and torch.version.hip is None and _capability(device) in _FUSING_WINS
+
+
+def can_fuse(geometry: Geometry, dtype: torch.dtype, features: int) -> bool:
+    """Whether the fused kernel is for such a layer: its features' tile must fit the registers."""
+    most = {2: 256, 4: 128}.get(dtype.itemsize, 0)
+    return features <= min(most, 16 * geometry.groups)
 
 
 def _in_steps(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
@@ -89,17 +267,34 @@ def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> 
     result = in_memory if in_memory.is_contiguous() else torch.empty(in_memory.shape, dtype=y.dtype, device=y.device)
     weight = unpack(parts.span_weight, parts.span_bias).contiguous()
     vectors = (None if t is None else t.contiguous() for t in (parts.span_bias, parts.scale, parts.shift))
-    sizes = (*_sizes(geometry), (features.shape[-1],))
-    options = {
-        "HIDDEN": max(16, _power_of_two(features.shape[-1])),
-        "RELU": parts.relu,
-        "PRECISION": "tf32" if x.device.type == "cuda" and torch.version.hip is None and _tf32() else "ieee",
+    tf32 = x.device.type == "cuda" and torch.version.hip is None and _tf32()
+    launch = fused_plan(geometry, y.dtype, features.shape[-1], parts.relu, tf32)
+    _launch([launch], (x, features, weight, *vectors, result))
+    return y if result is in_memory else result.movedim(-1, 1)
+
+
+@lru_cache(maxsize=1024)
+def fused_plan(geometry: Geometry, dtype: torch.dtype, features: int, relu: bool, tf32: bool) -> Launch:
+    """What the fused layer launches."""
+    tile = fused_tile(geometry, dtype, features)
+    window = {axes.upper(): _three(getattr(geometry, axes), int(axes != "padding")) for axes in _WINDOW}
+    constants = window | {
+        "features": features,
+        "groups": geometry.groups,
+        "width": geometry.channels // geometry.groups,
+        "DIMS": len(geometry.input),
+        "WIDE": _is_wide(geometry),
+        "HIDDEN": max(16, power_of_two(features)),
+        "RELU": relu,
+        "PRECISION": "tf32" if tf32 else "ieee",
         "UPCAST": interpreted(),
     }
-    tensors = (x, features, weight, *vectors, result)
-    choice = tiles("fused", geometry, True, y.dtype, features.shape[-1])
-    _launch("fused_kernel", tensors, sizes, geometry, geometry.output, choice, options)
-    return y if result is in_memory else result.movedim(-1, 1)
+    blocks = {"BLOCKS": tile.blocks, "GROUPS": tile.groups, "WIDTH": tile.width}
+    width = geometry.channels // geometry.groups
+    of_image = -(-math.prod(geometry.output) // tile.blocks) * -(-geometry.groups // tile.groups)
+    sizes = (*_three(geometry.input, 1), *_three(geometry.output, 1), math.prod(geometry.kernel[:-1]))
+    programs = of_image * -(-width // tile.width) * geometry.batch
+    return Launch("fused_kernel", sizes, constants, tile, blocks, programs)
 
 
 def _tf32() -> bool:
@@ -109,138 +304,9 @@ def _tf32() -> bool:
 
 
 def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tensor], geometry: Geometry) -> None:
-    """See reference.fused_layer_backward. The map is made again for some images at a time."""
+    """See reference.fused_layer_backward. The map is recomputed for some images at a time."""
     image = geometry.groups * math.prod(geometry.kernel) * math.prod(geometry.output)
     reference.fused_layer_backward(grad, parts, results, geometry, (adjoint, correlate), max(1, _MAP_AT_ONCE // image))
-
-
-def _sizes(geometry: Geometry) -> tuple[tuple[int, ...], ...]:
-    """Groups and their width, the three axes of the input and of the output, and the kernel's rows of taps."""
-    width, rows = geometry.channels // geometry.groups, math.prod(geometry.kernel[:-1])
-    return (geometry.groups, width), _three(geometry.input, 1), _three(geometry.output, 1), (rows,)
-
-
-def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype, hidden: int = 0) -> list[Tile]:
-    """The tiles to choose from for a kernel, the first being the default; none depends on an image's size.
-
-    Small ones: what a thread keeps must fit its registers, and a warp alone needs no barriers. `hidden` are the fused
-    layer's features.
-    """
-    width, groups = _power_of_two(geometry.channels // geometry.groups), _power_of_two(geometry.groups)
-    aligned = geometry.channels % 16 == 0
-    numbers = 512 if aligned and dtype != torch.float64 else 128  # of a warp
-    if name == "fused":
-        half = dtype.itemsize == 2  # else its products take more registers
-        groups, width = min(16 if half else 8, groups), min(16, width)
-        widest = max(groups * width, _power_of_two(hidden))
-        some = (
-            (p, _between(2, p * widest // numbers, 8 if half else 4)) for p in ((32, 16) if aligned and half else (16,))
-        )
-        return [
-            Tile(positions, groups, width, warps, None if half and groups > 2 else 255) for positions, warps in some
-        ]
-    registers = None if numbers == 512 and channels_last else 255
-    if name == "correlate":  # has all channels of a group
-        taken = max(8, width)  # a row of eight sums, or weights, takes as much as eight channels
-        groups = min(groups, max(1, 64 // taken)) if channels_last else 1
-        warps = _between(1 if channels_last else 4, groups * taken // numbers, 8)
-        some = ((_between(1, count // (groups * taken), count), warps) for count in (numbers, 2 * numbers))
-        return [Tile(positions, groups, width, warps, registers) for positions, warps in some]
-    if channels_last:  # neighbours in memory are channels: 64 of them fill a line
-        width, taken = min(16, width), max(8, min(16, width))
-        groups = min(groups, 64 // taken)
-        return [Tile(warps * numbers // (groups * taken), groups, width, warps, registers) for warps in (1, 2, 4)]
-    return [Tile(positions, 1, min(4, width), 4, registers) for positions in (numbers // 8, numbers // 4)]
-
-
-def _launch(
-    name: str,
-    tensors: Sequence[Tensor | None],
-    sizes: Sequence[Sequence[int]],
-    geometry: Geometry,
-    made: Sequence[int],
-    choice: Sequence[Tile],
-    options: dict[str, Any] | None = None,
-) -> None:
-    """Runs a kernel: one program for every tile of the `made` positions, of every block of channels, of every image."""
-    groups, width = sizes[0]
-
-    def grid(meta: dict[str, Any]) -> tuple[int]:
-        blocks = -(-groups // meta["GROUPS"]) * -(-width // meta["WIDTH"])
-        return (-(-math.prod(made) // meta["POSITIONS"]) * blocks * geometry.batch,)
-
-    numbers = [number for some in sizes for number in some]
-    window = {axes.upper(): _three(getattr(geometry, axes), int(axes != "padding")) for axes in _WINDOW}
-    constants = window | {"WIDE": _is_wide(geometry)} | (options or {})
-    device = next(tensor.device for tensor in tensors if tensor is not None)
-    with _current(device):
-        if os.environ.get("INVOLUTION_AUTOTUNE") == "1" and not interpreted():
-            _tuned(name, tuple(choice))[grid](*tensors, *numbers, **constants)
-        else:
-            tile = choice[0]
-            blocks = {"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width}
-            compiler = compiler_options(tile, device.type == "cuda" and torch.version.hip is None)
-            _kernel(name)[grid](*tensors, *numbers, **constants, **blocks, **compiler)
-
-
-def compiler_options(tile: Tile, nvidia: bool) -> dict[str, int]:
-    """What a tile says of warps and registers, as Triton's compiler takes it."""
-    return {"num_warps": tile.warps} | ({"maxnreg": tile.registers} if nvidia and tile.registers else {})
-
-
-def _is_wide(geometry: Geometry) -> bool:
-    """Whether one image's distances, or positions that a window reaches outside of it, leave 32 bits."""
-    inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
-    reach = math.prod(
-        output * stride + (kernel - 1) * dilation + padding
-        for output, stride, kernel, dilation, padding in zip(
-            geometry.output, geometry.stride, geometry.kernel, geometry.dilation, geometry.padding, strict=True
-        )
-    )
-    return max(geometry.channels * max(inputs, outputs), geometry.groups * taps * outputs, 2 * reach) >= 2**31
-
-
-_WINDOW = ("kernel", "stride", "padding", "dilation")
-
-
-def _three(axes: Sequence[int], missing: int) -> tuple[int, ...]:
-    return (*(missing,) * (3 - len(axes)), *axes)
-
-
-def _power_of_two(number: int) -> int:
-    """The least one that is not below."""
-    return 1 << (number - 1).bit_length()
-
-
-def _between(least: int, number: int, most: int) -> int:
-    return max(least, min(number, most))
-
-
-def _current(device: torch.device) -> AbstractContextManager[Any]:
-    return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
-
-
-@cache
-def _kernel(name: str) -> Any:
-    from . import triton_kernels  # loads Triton
-
-    return getattr(triton_kernels, name)
-
-
-@cache
-def _tuned(name: str, choice: tuple[Tile, ...]) -> Any:
-    """The kernel with the fastest of the tiles, found at the first call with such groups, layout and window."""
-    import triton
-
-    configs = [
-        triton.Config(
-            {"POSITIONS": tile.positions, "GROUPS": tile.groups, "WIDTH": tile.width},
-            **compiler_options(tile, torch.version.hip is None and torch.cuda.is_available()),
-        )
-        for tile in choice
-    ]
-    key = ["groups", "width", "KERNEL", "STRIDE", "DILATION", "CHANNELS_LAST"]
-    return triton.autotune(configs, key=key, cache_results=True)(_kernel(name))
 
 
 def interpreted() -> bool:
@@ -267,10 +333,15 @@ def why_not(tensor: Tensor | None) -> str:
     if tensor.device.type not in DEVICES:
         return f"the tensors are on {tensor.device}"
     if tensor.device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(tensor.device)
+        capability = _capability(tensor.device)
         if capability < _OLDEST:
             return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton wants 7.0"
     return ""
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 _TRITON = importlib.util.find_spec("triton") is not None

@@ -21,6 +21,7 @@ from .view import Box, Grid, View
 
 PREVIEW = 512  # longer side, in pixels, of the image below a drawing
 CELL = 1.7  # a panel's width in inches
+HEADINGS = ("footprints", *["sum of kernel"] * 3, *["kernel"] * 3, "receptive field")
 Pixel = tuple[int, int]  # x, y
 
 
@@ -100,10 +101,9 @@ def draw_sheet(picture: Picture, rows: Sequence[Shown], title: str) -> Figure:
     columns = 8 if rows[0].fields else 7
     figure, axes = _panels(len(rows), columns, picture.image, title, left=2.3)
     calls = [shown.call for shown in rows]
-    for axis, text in zip(
-        axes[0], ("footprints", *["sum of kernel"] * 3, *["kernel"] * 3, "receptive field"), strict=False
-    ):
-        axis.set_title(text, fontsize=8, pad=12)
+    for axis, text in zip(axes[0], HEADINGS, strict=False):
+        place = axis.get_position(original=True)
+        figure.text(place.x0 + place.width / 2, place.y1, text, fontsize=8, ha="center", va="bottom")
     for row, shown in zip(axes, rows, strict=True):
         _label(row[0], _facts(shown.call, calls_of(calls, shown.call) > 1))
         _footprints(row[0], picture, shown, picture.pixels)
@@ -128,10 +128,14 @@ _BOX: dict[str, Any] = {"bbox": {"facecolor": "white", "alpha": 0.7, "linewidth"
 
 def _facts(call: Call, numbered: bool) -> str:
     values = call.statistics
-    return (
-        f"{call.name}{f', call {call.number}' if numbered else ''}\n{call.kernel}, {call.groups} groups\n"
-        f"{call.output_size[0]}x{call.output_size[1]} positions\nsum {values.sum:.3g} +- {values.sum_spread:.3g}\n"
-        f"spread {values.spread:.3g}, {values.negative:.0%} negative"
+    return "\n".join(
+        [
+            f"{call.name}, call {call.number}" if numbered else call.name,
+            f"{call.kernel}, {call.groups} group{'s' if call.groups > 1 else ''}",
+            f"{call.output_size[0]}x{call.output_size[1]} positions",
+            f"sum {values.sum:.3g} +- {values.sum_spread:.3g}",
+            f"spread {values.spread:.3g}, {values.negative:.0%} negative",
+        ]
     )
 
 
@@ -140,12 +144,12 @@ def _panels(
 ) -> tuple[Figure, "np.ndarray[Any, Any]"]:
     """A figure of equal panels with the image's aspect ratio (within 1:2); `left` is the labels' width in inches."""
     ratio = 1.0 if square else min(2.0, max(0.5, image.height / image.width))
-    width, height = left + CELL * columns + 0.1, 0.55 + (CELL * ratio + 0.2) * rows
+    width, height = left + CELL * columns + 0.1, 0.75 + (CELL * ratio + 0.2) * rows
     figure = Figure(figsize=(max(width, 4.0), height), dpi=110)
     figure.suptitle(title, fontsize=9, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
-        *(left / figure.get_figwidth(), 0.05 / height, (width - 0.1) / figure.get_figwidth(), 1 - 0.5 / height),
+        *(left / figure.get_figwidth(), 0.05 / height, (width - 0.1) / figure.get_figwidth(), 1 - 0.7 / height),
         wspace=0.06,
         hspace=0.2 / (CELL * ratio),
     )
@@ -190,14 +194,16 @@ def _heat(axis: Axes, picture: Picture, shown: Shown, group: int) -> None:
 
 
 def _kernel(axis: Axes, picture: Picture, shown: Shown, pixel: Pixel, group: int) -> None:
-    """The K x K weights over the part of the image around them; red is positive, blue negative, white 0."""
+    """The K x K weights over the part of the image around them: red is positive, blue negative, transparent 0."""
     box = shown.footprint(picture, pixel)
     kernel = shown.kernel(shown.position(picture, pixel), group)
     largest = max(kernel.abs().max().item(), 1e-12)
+    opacity = 0.9 * (kernel.abs() / largest).float().numpy()
     _image(axis, picture, grey=True)
     (left, top, right, bottom), margin = box, 0.15 * max(box[2] - box[0], box[3] - box[1])
     axis.set(xlim=(left - margin, right + margin), ylim=(bottom + margin, top - margin))
-    _over(axis, kernel, box, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=0.8)
+    _over(axis, kernel, box, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=opacity)
+    _outline(axis, box, "black")
 
 
 def _footprints(axis: Axes, picture: Picture, shown: Shown, pixels: Sequence[Pixel]) -> None:

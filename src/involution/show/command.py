@@ -35,7 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     for file, image in zip(options.images, images, strict=True):
         _check_inside(options.at, image, file)
     model = subject(options.model, options.pretrained)
-    chosen = _chosen(model, options.layers)
+    chosen = chosen_layers(model, options.layers)
     print(f"{model.title}: {len(model.layers())} involutions, {len(chosen)} of them drawn")
     for file, image, name in zip(options.images, images, picture_names(options.images), strict=True):
         _show(model, chosen, file, image, options.output / Path(name).stem, options)
@@ -73,8 +73,12 @@ def _check_inside(pixels: Sequence[Pixel], image: Image.Image, file: Path) -> No
             raise ValueError(f"at must be inside {file} of {image.width}x{image.height} pixels, got {x},{y}")
 
 
-def _chosen(model: Subject, layers: str | None) -> list[str]:
-    """The names of the layers to draw; those that run on regions cannot be drawn over an image."""
+def chosen_layers(model: Subject, layers: str | None) -> list[str]:
+    """The layers that the option --layers names; those that run on regions cannot be drawn over an image.
+
+    Raises:
+        ValueError: the model has no involution, or no such layer, or a layer runs on regions of interest.
+    """
     regions = model.of_regions()
     over_image = [name for name in model.layers() if name not in regions]
     if layers is None:

@@ -95,18 +95,20 @@ def _of_name(name: str, pretrained: bool) -> Subject:
         torch.manual_seed(0)
         network = timm.create_model(name, pretrained=pretrained).eval().requires_grad_(False)
     transform = create_transform(**resolve_model_data_config(network))
-    return Subject(f"{name} ({'pretrained' if pretrained else 'random weights'})", network, _runner(network, transform))
+    return Subject(f"{name} ({'pretrained' if pretrained else 'random weights'})", network, runner(network, transform))
 
 
 def _of_checkpoint(file: Path) -> Subject:
     kind = module_class(file, "model")
     module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     module.eval().requires_grad_(False)
-    run = _detection_runner(module) if isinstance(module, Detector) else _runner(module, module.evaluation)
+    run = _detection_runner(module) if isinstance(module, Detector) else runner(module, module.evaluation)
     return Subject(f"{file} ({kind.__name__}, {module.hparams['model_name']})", module.net, run)
 
 
-def _runner(network: nn.Module, transform: Any) -> Run:
+def runner(network: nn.Module, transform: Any) -> Run:
+    """Runs images through a network after a torchvision Compose, see `preprocess`."""
+
     def run(image: Image.Image) -> tuple[Tensor, View]:
         x, view = preprocess(transform, image)
         batch = x.unsqueeze(0).requires_grad_(torch.is_grad_enabled())

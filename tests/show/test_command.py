@@ -105,7 +105,7 @@ def test_a_checkpoint_of_every_task(
     options = ["--at", "20,10", "--output", str(output), *(["--layers", layers] if layers else [])]
     assert main(["show", str(file), str(image), *options]) == 0
     text = capsys.readouterr().out
-    assert f"{file} {title}: " in text
+    assert f"{file.name} {title}: " in text
     assert "random weights" not in text
     assert f"{image}, 50x40, seen at {seen}" in text
     names = {one.name for one in (output / "photograph").iterdir()}

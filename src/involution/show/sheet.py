@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -145,7 +146,8 @@ def _panels(
     """A figure of equal panels with the image's aspect ratio (within 1:2); `left` is the labels' width in inches."""
     ratio = 1.0 if square else min(2.0, max(0.5, image.height / image.width))
     width, height = left + CELL * columns + 0.1, 0.75 + (CELL * ratio + 0.2) * rows
-    figure = Figure(figsize=(max(width, 4.0), height), dpi=110)
+    longest = 0.08 * max(map(len, title.split("\n"))) + 0.2
+    figure = Figure(figsize=(max(width, longest), height), dpi=110)
     figure.suptitle(title, fontsize=9, x=0.01, y=1 - 0.06 / height, ha="left", va="top")
     axes = figure.subplots(rows, columns, squeeze=False)
     figure.subplots_adjust(
@@ -194,16 +196,30 @@ def _heat(axis: Axes, picture: Picture, shown: Shown, group: int) -> None:
 
 
 def _kernel(axis: Axes, picture: Picture, shown: Shown, pixel: Pixel, group: int) -> None:
-    """The K x K weights over the part of the image around them: red is positive, blue negative, transparent 0."""
+    """The K x K weights over the part of the image around them: red is positive, blue negative, white 0.
+
+    Colours follow the square root, because the centre's weight is often ten times the others'.
+    """
     box = shown.footprint(picture, pixel)
     kernel = shown.kernel(shown.position(picture, pixel), group)
     largest = max(kernel.abs().max().item(), 1e-12)
-    opacity = 0.9 * (kernel.abs() / largest).float().numpy()
+    norm = FuncNorm((_signed_root, _signed_square), vmin=-largest, vmax=largest)
+    opacity = 0.4 + 0.5 * (kernel.abs() / largest).float().sqrt().numpy()
     _image(axis, picture, grey=True)
     (left, top, right, bottom), margin = box, 0.15 * max(box[2] - box[0], box[3] - box[1])
     axis.set(xlim=(left - margin, right + margin), ylim=(bottom + margin, top - margin))
-    _over(axis, kernel, box, cmap="RdBu_r", vmin=-largest, vmax=largest, alpha=opacity)
+    _over(axis, kernel, box, cmap="RdBu_r", norm=norm, alpha=opacity)
     _outline(axis, box, "black")
+
+
+def _signed_root(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    found: np.ndarray[Any, Any] = np.sign(values) * np.sqrt(np.abs(values))
+    return found
+
+
+def _signed_square(values: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    found: np.ndarray[Any, Any] = np.sign(values) * np.square(values)
+    return found
 
 
 def _footprints(axis: Axes, picture: Picture, shown: Shown, pixels: Sequence[Pixel]) -> None:

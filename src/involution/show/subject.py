@@ -103,7 +103,7 @@ def _of_checkpoint(file: Path) -> Subject:
     module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
     module.eval().requires_grad_(False)
     run = _detection_runner(module) if isinstance(module, Detector) else runner(module, module.evaluation)
-    return Subject(f"{file} ({kind.__name__}, {module.hparams['model_name']})", module.net, run)
+    return Subject(f"{file.name} ({kind.__name__}, {module.hparams['model_name']})", module.net, run)
 
 
 def runner(network: nn.Module, transform: Any) -> Run:

@@ -1,5 +1,6 @@
 """`involution show`: names and checkpoints of every task, the pictures, and the errors."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +256,11 @@ def test_the_default_of_a_detector_is_its_stages_its_pyramid_and_its_head(tmp_pa
     stages = [f"backbone.body.{one}.conv2" for one in ("stem", *(f"layer{stage}.0" for stage in (1, 2, 3, 4)))]
     levels = [f"backbone.fpn.layer_blocks.{level}" for level in range(4)]
     assert chosen == [*stages, *levels, "rpn.head.conv.0.0"]
+
+
+def test_the_documented_options_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "show.md").read_text()
+    main(["show", "--help"])
+    assert set(re.findall(r"--[a-z][a-z-]+", page)) - {"--trainer"} == set(
+        re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)
+    ) - {"--help", "--receptive-field"}

@@ -43,7 +43,7 @@ def test_unknown_verb(capsys):
     assert main(["fti"]) == 2
     captured = capsys.readouterr()
     assert "'fti'" in captured.err
-    assert "fit, validate, test, predict, convert, export, cost, bench, doctor" in captured.err
+    assert "fit, validate, test, predict, convert, export, cost, bench, show, doctor" in captured.err
     assert captured.out == ""
 
 

@@ -17,6 +17,7 @@ _EXTRAS = {  # the modules that each extra of pyproject.toml installs
     "zoo": ("timm", "safetensors"),
     "export": ("timm", "onnx", "onnxscript"),
     "bench": ("timm", "matplotlib", "rich"),
+    "show": ("matplotlib",),
     "tasks": (
         *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
         "faster_coco_eval",
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "export": _export,
         "cost": _cost,
         "bench": _bench,
+        "show": _show,
         "doctor": _doctor,
     }
     verbs |= dict.fromkeys(_TRAINING, lambda rest: _train(verb, rest))
@@ -70,6 +72,7 @@ def _help() -> str:
   export    write a checkpoint or a timm name for ONNX, torch.export or AOTInductor
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time kernels and networks on this machine
+  show      draw the kernels that a checkpoint or a timm name generates for images
   doctor    print backends, versions, instruction set, threads; with a checkpoint
             or a timm name, diagnose why its loss is NaN
 
@@ -138,6 +141,22 @@ def _bench(rest: list[str]) -> int:
     from .bench.command import main as bench
 
     return bench(rest, _lacks)
+
+
+def _show(rest: list[str]) -> int:
+    if _lacks("show", "show") or _lacks("show", "tasks"):
+        return 1
+    from .engine.errors import EXPECTED, one_line
+    from .show.command import main as show
+
+    try:
+        show(rest)
+    except EXPECTED as error:  # the model, an image or an option
+        print(f"involution show: {one_line(error)}", file=sys.stderr)
+        return 1
+    except SystemExit as exit:  # from argparse
+        return int(exit.code or 0)
+    return 0
 
 
 def _train(verb: str, rest: list[str]) -> int:

@@ -6,52 +6,45 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..nn import Involution2d
+from .layers import Layer, each_call, involutions
 
 
 def catch_kernel_maps(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Runs the model on a batch in evaluation mode and records the kernel maps that its layers generate.
 
     Args:
-        model: contains Involution2d layers; its training mode is restored afterwards.
+        model: contains Involution2d or LocalSelfAttention2d layers; its training mode is restored afterwards.
         images: the model's input, [N, C, H, W].
-        layers: names as in model.named_modules(), in the order wanted; None takes all Involution2d layers.
+        layers: names as in model.named_modules(), in the order wanted; None takes all.
 
     Returns:
         name -> kernel map [N, G, Kh, Kw, Ho, Wo], detached.
 
     Raises:
-        ValueError: a name is not that of an Involution2d layer, or the model has none.
-        RuntimeError: a layer did not run its generator.
+        ValueError: a name is not that of such a layer, or the model has none.
+        RuntimeError: a layer did not run.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Involution2d)}
+    found = involutions(model)
     wanted = list(found) if layers is None else list(layers)
     unknown = [name for name in wanted if name not in found]
     if unknown or not wanted:
-        raise ValueError(f"layers must be of {', '.join(found) or 'a model with Involution2d layers'}, got {unknown}")
+        raise ValueError(f"layers must be of {', '.join(found) or 'a model with involutions'}, got {unknown}")
     caught: dict[str, Tensor] = {}
-    hooks = [_keep(caught, name, found[name]) for name in wanted]
+
+    def keep(name: str, layer: Layer, x: Tensor, kernel_map: Tensor, output: Tensor) -> None:
+        caught[name] = kernel_map
+
     was_training = model.training
     try:
-        with torch.no_grad():
+        with each_call({name: found[name] for name in wanted}, keep), torch.no_grad():
             model.eval()(images)
     finally:
         model.train(was_training)
-        for hook in hooks:
-            hook.remove()
     silent = [name for name in wanted if name not in caught]
     if silent:
-        raise RuntimeError(f"these layers did not run their generator: {', '.join(silent)}")
+        raise RuntimeError(f"these layers did not run: {', '.join(silent)}")
     return {name: caught[name] for name in wanted}
-
-
-def _keep(caught: dict[str, Tensor], name: str, layer: Involution2d) -> RemovableHandle:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], kernel_map: Tensor) -> None:
-        caught[name] = kernel_map.detach()
-
-    return layer.generator.register_forward_hook(hook)
 
 
 def kernel_heat(kernel_map: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+"""What is shown: the network of a checkpoint or of a timm name, and how an image runs through it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+
+from .. import zoo as zoo  # registers our models with timm
+from ..engine.checkpoints import module_class
+from ..tasks.detect import Detector
+from .layers import Call, Layer, Statistics, each_call, involutions
+from .view import View, preprocess
+
+Run = Callable[[Image.Image], tuple[Tensor, View]]
+
+
+class Subject(NamedTuple):
+    """A network in evaluation mode. `run` runs an image through it and returns the input [1, 3, H, W] and the view.
+
+    With gradients enabled, the input is a leaf that requires them.
+    """
+
+    title: str
+    network: nn.Module
+    run: Run
+
+    def layers(self) -> dict[str, Layer]:
+        """Its involutions by name.
+
+        Raises:
+            ValueError: it has none.
+        """
+        found = involutions(self.network)
+        if not found:
+            raise ValueError(f"model must have involutions, got {self.title}, which has none")
+        return found
+
+    def of_regions(self) -> set[str]:
+        """The layers that run on regions of interest, whose positions are not the image's."""
+        heads = {name for name, module in self.network.named_modules() if isinstance(module, RoIHeads)}
+        return {name for name in self.layers() if any(name.startswith(f"{head}.") for head in heads)}
+
+    def calls(self, image: Image.Image, chosen: list[str]) -> tuple[list[Call], Tensor, View]:
+        """Runs an image.
+
+        Returns:
+            The calls of all involutions in the order of execution, those of chosen layers with kernel map and output;
+            the network's input; and the view.
+        """
+        calls: list[Call] = []
+        regions = self.of_regions()
+
+        def use(name: str, layer: Any, x: Tensor, kernel_map: Tensor, output: Tensor) -> None:
+            number = sum(call.name == name for call in calls)
+            sizes = (x.shape[2], x.shape[3]), (output.shape[2], output.shape[3])
+            kept = (kernel_map[0], output[0]) if name in chosen else (None, None)
+            groups, values = kernel_map.shape[1], Statistics.of(kernel_map)
+            calls.append(Call(name, layer, number, *sizes, groups, values, name in regions, *kept))
+
+        with each_call(self.layers(), use):
+            x, view = self.run(image)
+        return calls, x, view
+
+
+def subject(model: str, pretrained: bool = False) -> Subject:
+    """The network of a checkpoint of `involution fit`, of any task, or of a name of timm's.
+
+    Args:
+        model: the file or the name. A name's weights are random, from seed 0.
+        pretrained: download a name's weights instead.
+
+    Raises:
+        FileNotFoundError: model looks like a file, but there is none.
+        ValueError: model is neither, or the checkpoint cannot be read.
+    """
+    if Path(model).is_file():
+        if pretrained:
+            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
+        return _of_checkpoint(Path(model))
+    if timm.is_model(model.partition(".")[0]):
+        return _of_name(model, pretrained)
+    if Path(model).suffix:
+        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
+    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
+
+
+def _of_name(name: str, pretrained: bool) -> Subject:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = timm.create_model(name, pretrained=pretrained).eval().requires_grad_(False)
+    transform = create_transform(**resolve_model_data_config(network))
+    return Subject(f"{name} ({'pretrained' if pretrained else 'random weights'})", network, runner(network, transform))
+
+
+def _of_checkpoint(file: Path) -> Subject:
+    kind = module_class(file, "model")
+    module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    module.eval().requires_grad_(False)
+    run = _detection_runner(module) if isinstance(module, Detector) else runner(module, module.evaluation)
+    return Subject(f"{file.name} ({kind.__name__}, {module.hparams['model_name']})", module.net, run)
+
+
+def runner(network: nn.Module, transform: Any) -> Run:
+    """Runs images through a network after a torchvision Compose, see `preprocess`."""
+
+    def run(image: Image.Image) -> tuple[Tensor, View]:
+        x, view = preprocess(transform, image)
+        batch = x.unsqueeze(0).requires_grad_(torch.is_grad_enabled())
+        network(batch)
+        return batch, view
+
+    return run
+
+
+def _detection_runner(module: Detector) -> Run:
+    """A detector resizes, normalises and pads images itself: its network's input is what its transform returns."""
+
+    def run(image: Image.Image) -> tuple[Tensor, View]:
+        caught: list[Any] = []
+
+        def hook(_: nn.Module, __: Any, output: tuple[Any, Any]) -> None:
+            output[0].tensors = output[0].tensors.detach().requires_grad_(torch.is_grad_enabled())
+            caught.append(output[0])
+
+        handle = module.net.transform.register_forward_hook(hook)
+        try:
+            module([module.evaluation(image)])
+        finally:
+            handle.remove()
+        height, width = caught[0].image_sizes[0]
+        return caught[0].tensors, View((width / image.width, height / image.height), (0.0, 0.0), (width, height))
+
+    return run
+
+
+def receptive_field(output: Tensor, x: Tensor, column: int, row: int) -> Tensor:
+    """The effective receptive field of an output position (Luo et al. 2016).
+
+    Args:
+        output: [C, Ho, Wo], computed from x with gradients.
+        x: the network's input, [1, 3, H, W].
+        column: of the position.
+        row: of the position.
+
+    Returns:
+        [H, W]: the sum over x's channels of the absolute gradient of the position's sum over channels.
+    """
+    [gradient] = torch.autograd.grad(output[:, row, column].sum(), x, retain_graph=True)
+    return gradient[0].abs().sum(0)

@@ -124,7 +124,7 @@ def test_blocks_that_start_as_their_shortcut_are_a_note() -> None:
     nn.init.zeros_(network[2].weight)  # type: ignore[arg-type]
     found = diagnose(network, torch.randn(2, 3, 8, 8))
     assert found.healthy
-    assert any(note.startswith("no gradient reaches 1: right in the first step") for note in found.notes)
+    assert any(note.startswith("no gradient reaches 1: expected in the first step") for note in found.notes)
 
 
 def test_non_finite_inputs_and_parameters_are_named_first() -> None:

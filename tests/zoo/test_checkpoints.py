@@ -43,5 +43,5 @@ def test_a_backbone_takes_every_tasks_weights(prefix: str, tmp_path: Path) -> No
     content = {f"{prefix}{name}": one for name, one in want.items()}
     other = "net.fc.weight" if prefix == "net." else "net.head.weight"
     torch.save({"state_dict": content | {other: torch.zeros(3)}}, tmp_path / "best.ckpt")
-    assert load_backbone(body, tmp_path / "best.ckpt") == [other.removeprefix("net.")]
+    assert load_backbone(body, tmp_path / "best.ckpt", "rednet26") == [other.removeprefix("net.")]
     assert all(torch.equal(one, want[name]) for name, one in body.state_dict().items())

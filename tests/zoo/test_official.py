@@ -139,7 +139,7 @@ def test_official_files_fill_backbones_and_classifiers(tmp_path: Path) -> None:
     theirs = network()
     file = saved(tmp_path / "rednet26.pth", theirs.state_dict())
     body = timm.create_model("rednet26", features_only=True, out_indices=(1, 2, 3, 4))
-    assert load_backbone(body, file) == ["fc.weight", "fc.bias"]
+    assert load_backbone(body, file, "rednet26") == ["fc.weight", "fc.bias"]
     classifier = timm.create_model("rednet26", num_classes=7)
     assert load_network(classifier, file) == []
     with torch.no_grad():

@@ -152,7 +152,7 @@ def test_its_backbone_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert '"rednet26", stem_kernel_size=7, num_classes=0, checkpoint_path=' in capsys.readouterr().out
     ours = timm.create_model("rednet26", stem_kernel_size=7, num_classes=0, checkpoint_path=str(out)).eval()
     body = timm.create_model("rednet26", stem_kernel_size=7, features_only=True, out_indices=(1, 2, 3, 4)).eval()
-    left_out = load_backbone(body, file)
+    left_out = load_backbone(body, file, "rednet50")
     assert {name.split(".")[0] for name in left_out} == {"neck", "rpn_head", "roi_head"}
     with torch.no_grad():
         x = IMAGES.double()

@@ -213,7 +213,7 @@ def test_backbone_weights(coco_folder: Path, tmp_path: Path, capsys: pytest.Capt
     [
         (None, "weights must be a file, got"),
         ("no weights", "weights must be a checkpoint or a state dict, got .*: "),
-        ({"epoch": 3}, "which holds something else"),
+        ({"epoch": 3}, "which contains something else"),
         ("rednet38", "of the backbone, rednet26, got .* of rednet38: unexpected: layer1.1.conv1.weight, .* more"),
         ("rednetv2_26", "of the backbone, rednet26, got .* of rednetv2_26: missing: stem"),
         ("resnet26_paper", "of resnet26_paper: missing: stem.* unexpected: "),

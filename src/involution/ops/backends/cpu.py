@@ -197,11 +197,23 @@ def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tens
             _c_geometry(part, True, threads), pointers[0], pointers[2], pointers[1]
         )
         dh[at] = (kernels @ span).view(dh[at].shape)
-        dweight.addmm_(kernels.t(), features)
+        dweight += _transposed_product(kernels, features)
         dbias += kernels.sum(0)
     _copy_back(results, computed)
 
 
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """left.T @ right for [P, M] and [P, R], bit-identical for every number of threads.
+
+    A single matrix product may split the reduction over P among its threads; a batched one gives them whole matrices.
+    """
+    length = -(-len(left) // _REDUCTION_PARTS)
+    missing = length * _REDUCTION_PARTS - len(left)
+    first, second = (torch.nn.functional.pad(t, (0, 0, 0, missing)).unflatten(0, (-1, length)) for t in (left, right))
+    return torch.bmm(first.transpose(1, 2), second).sum(0)
+
+
+_REDUCTION_PARTS = 8  # at least the threads of most machines; not their number, on which the result would depend
 _MAP_AT_ONCE = 1 << 20  # elements of the kernel map in a step of the backward pass: fits the last-level cache
 
 

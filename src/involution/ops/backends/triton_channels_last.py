@@ -41,8 +41,10 @@ def channels(
     BLOCKS: tl.constexpr = ceil_div(groups, GROUPS)
     c = rest % PARTS * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     g = rest // PARTS % BLOCKS * GROUPS + tl.arange(0, GROUPS)[None, :]
-    is_group = g < groups
-    return g, g[:, :, None] * width + c, is_group, is_group[:, :, None] & (c < width), rest // PARTS // BLOCKS
+    # Where all exist, compilers should know.
+    is_group = tl.full([1, GROUPS], True, tl.int1) if groups % GROUPS == 0 else g < groups
+    is_width = tl.full([1, 1, WIDTH], True, tl.int1) if width % WIDTH == 0 else c < width
+    return g, g[:, :, None] * width + c, is_group, is_group[:, :, None] & is_width, rest // PARTS // BLOCKS
 
 
 @triton.jit

@@ -96,7 +96,11 @@ def _channels_last(name: str, geometry: Geometry, width: int, dtype: torch.dtype
     columns = _shared_columns(name, geometry, 4 if dtype.itemsize < 8 and width <= 16 else 1)
     elements = 256  # of a warp, in each column
     warps = between(1, groups * width // elements, 8)
-    return [Tile(max(1, w * elements // (groups * width)), columns, groups, width, w, None) for w in (warps, 2 * warps)]
+    # The assembler spills a few bytes of these where it may choose.
+    registers = 255 if name == "correlate" or moves(name, geometry)[1] > 1 else None
+    return [
+        Tile(max(1, w * elements // (groups * width)), columns, groups, width, w, registers) for w in (warps, 2 * warps)
+    ]
 
 
 def fused_tile(geometry: Geometry, dtype: torch.dtype, features: int) -> Tile:

@@ -4,14 +4,14 @@
 // Per output position, this is a matrix-vector product: [taps x channels] of x times [channels] of dy. It is vectorised
 // over output positions and reduced over the group's channels, without im2col. A patch of output positions of one group
 // is packed (pack.h), so that one vector holds W neighbouring positions of a channel and a tap is an offset into the
-// packed x:
+// packed x, xp:
 //
 //     for c:                      channels of the group
 //         for u:                  taps
 //             sums[u][p : p+W] += dy[c][p : p+W] * xp[c][offset(u)+p : offset(u)+p+W]
 //
-// dy is packed as [output row][channel][position], x as [packed input row][channel][phase][index]. Output rows that read
-// the same packed input row, each through another tap row, are processed together and share its loads. The sums are
+// dy is packed as [output row][channel][position], x as [packed input row][channel][phase][index]. Output rows that
+// read the same packed input row, each through another tap row, are processed together to reuse its loads. The sums are
 // written to the kernel map by the reverse of the packing.
 //
 // A phase is a residue class of input positions modulo the stride (polyphase decomposition). Where neighbouring kernel
@@ -103,7 +103,10 @@ struct PackedLayout {
 };
 
 // The micro-kernel: sums of Rows output rows times Taps tap columns at W output positions, in registers, over the
-// channels. Every packed vector is loaded once per channel, for Rows * Taps multiply-adds.
+// channels. Every packed vector is loaded once per channel, for Rows * Taps multiply-adds. That takes Rows * Taps + Rows +
+// 1 vectors, one more than there are registers for the largest blocks: 4 x 7 of 32, 4 x 3 of 16. There the last row's
+// gradient is not pinned. With AVX2, GCC 12 then reads it as a memory operand; with AVX-512 it keeps one sum on the stack
+// in either case, a load and a store per channel.
 template <class T, int W, int Rows, int Taps>
 INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const PackedLayout& packed, const Index* offset,
                                     Index channels, T* const* sums) {
@@ -119,7 +122,7 @@ INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const Packed
     INVOLUTION_UNROLL
     for (int i = 0; i < Rows; ++i) {
       grad[i] = load<V>(grads[i] + c * packed.dy_pitch);
-      pin_in_register(grad[i]);
+      if (i + 1 < Rows || Rows * Taps + Rows + 1 <= kRegisters) pin_in_register(grad[i]);
     }
     INVOLUTION_UNROLL
     for (int v = 0; v < Taps; ++v) {
@@ -348,9 +351,9 @@ void correlate_patch(const Geometry& g, const Patch<S>& patch) {
 // How many parts an output's rows and columns are cut into, so that what a patch packs fits the workspace.
 template <class S>
 struct PatchGrid {
-  // The loop below ends: the smallest patch that it comes to, one output row of at most W + 1 positions, fits. Per channel
-  // that packs at most kMaxTaps input rows, each of at most kMaxTaps phases (PackedAxis), and one row of dy; W + 1
-  // positions are padded to 3 W.
+  // The loop below ends: the smallest patch that it comes to, one output row of at most W + 1 positions, fits. Per
+  // channel that packs at most kMaxTaps input rows, each of at most kMaxTaps phases (PackedAxis), and one row of dy;
+  // W + 1 positions are padded to 3 W.
   static constexpr Index kSmallestPatch = (kMaxTaps * kMaxTaps + 1) * 3 * kLanes<Compute<S>> * kMaxChannels;
   static_assert(kSmallestPatch <= Workspace<Compute<S>>::kPackedElements, "the smallest patch must fit the workspace");
 
@@ -392,8 +395,8 @@ struct PatchGrid {
   }
 };
 
-// The patch of one item; an image's groups are consecutive items. 16-bit tensors must be channels last (involution.h): the
-// packing functions compile no other case for them.
+// The patch of one item; an image's groups are consecutive items. 16-bit tensors must be channels last (involution.h):
+// the packing functions compile no other case for them.
 template <class S>
 Patch<S> patch_of_item(const Geometry& g, const PatchGrid<S>& grid, Index i, const S* dy, const S* x, S* dk) {
   const Index group_channels = g.channels / g.groups, taps = volume(g.kernel);

@@ -124,8 +124,8 @@ INVOLUTION_INLINE void pin_in_register(V& v) {
   }
 }
 
-// opaque: hides a value's origin from the optimiser so that it does not keep a separate address per unrolled access: GCC
-// would carry these through the loops, many more than there are registers.
+// opaque: hides a value's origin from the optimiser so that it does not keep a separate address per unrolled access.
+// GCC would carry these through the loops, many more than there are registers.
 template <class P>
 INVOLUTION_INLINE void opaque(P& p) {
   asm("" : "+r"(p));

@@ -737,10 +737,8 @@ def test_an_rms_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float
         assert optimized.unfused == []
         assert [call["rms_eps"] for call in calls(graphs, BOTTLENECK)] == [eps]
     else:
-        assert optimized.unfused == [
-            "middle is not fused with adjacent layers: its generator's RMS norm has eps = 0, which the fused layer does "
-            "not support"
-        ]
+        (reported,) = optimized.unfused
+        assert reported.startswith("middle is not fused with adjacent layers: its generator's RMS norm has eps = 0")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 7)])

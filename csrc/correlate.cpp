@@ -103,10 +103,9 @@ struct PackedLayout {
 };
 
 // The micro-kernel: sums of Rows output rows times Taps tap columns at W output positions, in registers, over the
-// channels. Every packed vector is loaded once per channel, for Rows * Taps multiply-adds. That takes Rows * Taps + Rows +
-// 1 vectors, one more than there are registers for the largest blocks: 4 x 7 of 32, 4 x 3 of 16. There the last row's
-// gradient is not pinned. With AVX2, GCC 12 then reads it as a memory operand; with AVX-512 it keeps one sum on the stack
-// in either case, a load and a store per channel.
+// channels. Every packed vector is loaded once per channel, for Rows * Taps multiply-adds. The largest blocks (4 x 7 of
+// 32 registers, 4 x 3 of 16) need Rows * Taps + Rows + 1 vectors, one more than there are registers: GCC keeps one sum on
+// the stack, a load and a store per channel.
 template <class T, int W, int Rows, int Taps>
 INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const PackedLayout& packed, const Index* offset,
                                     Index channels, T* const* sums) {
@@ -122,7 +121,7 @@ INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const Packed
     INVOLUTION_UNROLL
     for (int i = 0; i < Rows; ++i) {
       grad[i] = load<V>(grads[i] + c * packed.dy_pitch);
-      if (i + 1 < Rows || Rows * Taps + Rows + 1 <= kRegisters) pin_in_register(grad[i]);
+      pin_in_register(grad[i]);
     }
     INVOLUTION_UNROLL
     for (int v = 0; v < Taps; ++v) {

@@ -221,7 +221,8 @@ _SCHEMAS = (
     f"{_GEOMETRY}) -> (Tensor, Tensor, Tensor, Tensor)",
     "fused_bottleneck(Tensor input, Tensor reduce_weight, Tensor? reduce_bias, float rms_eps, Tensor span_weight, "
     "Tensor? span_bias, Tensor? scale, Tensor? shift, bool relu, Tensor? expand_weight, Tensor? expand_bias, "
-    f"Tensor? shortcut, bool expand_relu, Tensor? next_reduce_weight, Tensor? next_reduce_bias, {_GEOMETRY}) -> Tensor[]",
+    "Tensor? shortcut, bool expand_relu, Tensor? next_reduce_weight, Tensor? next_reduce_bias, "
+    f"{_GEOMETRY}) -> Tensor[]",
 )
 # The last three arguments of every operator are kernel_size, stride and dilation.
 for _schema in _SCHEMAS:

@@ -1,7 +1,7 @@
 """The fused layer's operands, the checks of their sizes, and its steps in plain PyTorch.
 
-Its 1x1 convolutions: reduce computes the generator's hidden features; span produces the kernels from them; expand ends a
-bottleneck; next_reduce is the next bottleneck's first.
+Its 1x1 convolutions: reduce computes the generator's hidden features; span produces the kernels from them; expand ends
+a bottleneck; next_reduce is the next bottleneck's first.
 """
 
 import math
@@ -88,7 +88,7 @@ def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
 def layer_geometry(
     input: Sequence[int], span_channels: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
-    """The geometry of a layer whose span has `span_channels` = G * prod(K) outputs; its output size is ceil(S / stride).
+    """The geometry of a layer with `span_channels` = G * prod(K) outputs of its span; outputs have ceil(S / stride).
 
     Raises:
         ValueError: the sizes do not fit each other.

@@ -104,8 +104,8 @@ struct PackedLayout {
 
 // The micro-kernel: sums of Rows output rows times Taps tap columns at W output positions, in registers, over the
 // channels. Every packed vector is loaded once per channel, for Rows * Taps multiply-adds. The largest blocks (4 x 7 of
-// 32 registers, 4 x 3 of 16) need Rows * Taps + Rows + 1 vectors, one more than there are registers: GCC keeps one sum on
-// the stack, a load and a store per channel.
+// 32 registers, 4 x 3 of 16) need Rows * Taps + Rows + 1 vectors, one more than there are: GCC keeps one sum on the
+// stack, a load and a store per channel.
 template <class T, int W, int Rows, int Taps>
 INVOLUTION_INLINE void micro_kernel(const T* const* dy, const T* x, const PackedLayout& packed, const Index* offset,
                                     Index channels, T* const* sums) {

@@ -758,7 +758,7 @@ def test_an_unused_layer_after_a_fused_one() -> None:
     class Unused(Net):
         def __init__(self) -> None:
             super().__init__()
-            self.unused = Involution2d(24)
+            self.unused = Involution2d(24, group_channels=8)
 
         def bottleneck(self, x: Tensor) -> Tensor:
             y = super().bottleneck(x)

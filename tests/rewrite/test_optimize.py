@@ -741,11 +741,11 @@ def test_an_rms_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float
         assert reported.startswith("middle is not fused with adjacent layers: its generator's RMS norm has eps = 0")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 7)])
-def test_an_image_smaller_than_the_stride(graphs: list[fx.GraphModule], size: tuple[int, int]) -> None:
-    """Pooling windows are clipped to the image."""
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 1, 1), (2, 1, 7)])
+def test_an_image_smaller_than_the_stride(graphs: list[fx.GraphModule], size: tuple[int, ...]) -> None:
+    """Pooling windows of 3d layers are clipped to the image."""
     x = torch.randn(2, 3, *size)
-    model = settle(Net(stride=3), torch.randn(8, 3, 9, 9))
+    model = settle(Net(len(size), stride=3), torch.randn(8, 3, *[9] * len(size)))
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     assert optimized.unfused == []

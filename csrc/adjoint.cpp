@@ -72,7 +72,7 @@ __attribute__((noinline)) void adjoint_any_kernel(const Geometry& g, const Adjoi
   using V = Vector<T, W>;
   const bool inside = segment.inside(g, positions);
   const Index step = segment.step, dx_step = g.stride[2] * step;
-  for (; channel + W <= segment.width; channel += W) {
+  for (; channel + W <= segment.group_channels; channel += W) {
     segment.for_each_kernel_row(g, [&](T* dx, const T* k) INVOLUTION_BODY {
       for (Index v = 0; v < g.kernel[2]; ++v) {
         const S* dy = segment.y + channel;
@@ -90,7 +90,7 @@ __attribute__((noinline)) void adjoint_any_kernel(const Geometry& g, const Adjoi
     });
   }
   if constexpr (W > 1) {
-    if (channel < segment.width) adjoint_any_kernel<S, W / 2>(g, segment, positions, channel);
+    if (channel < segment.group_channels) adjoint_any_kernel<S, W / 2>(g, segment, positions, channel);
   }
 }
 
@@ -108,7 +108,7 @@ INVOLUTION_INLINE Index adjoint_tiles(const Geometry& g, const AdjointSegment<S>
   }
   const bool inside = segment.inside(g, Positions);
   Index channel = 0;
-  for (; channel + W <= segment.width; channel += W) {
+  for (; channel + W <= segment.group_channels; channel += W) {
     if (inside) adjoint_tile<S, W, Positions, K, Stride, true>(g, segment, channel);
     else adjoint_tile<S, W, Positions, K, Stride, false>(g, segment, channel);
   }
@@ -120,7 +120,7 @@ template <class S, int K, int Stride>
 void adjoint_group(const Geometry& g, const AdjointSegment<S>& segment, Index positions) {
   Index channel = 0;
   if constexpr (K > 0) channel = adjoint_tiles<S, kTile<Stride>, K, Stride>(g, segment, positions);
-  if (channel < segment.width) adjoint_any_kernel<S, kLanes<Compute<S>>>(g, segment, positions, channel);
+  if (channel < segment.group_channels) adjoint_any_kernel<S, kLanes<Compute<S>>>(g, segment, positions, channel);
 }
 
 template <class S>

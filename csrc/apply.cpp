@@ -83,14 +83,14 @@ __attribute__((noinline)) void apply_tile_of_any_kernel(const Geometry& g, const
 template <class S, int W>
 void apply_any_kernel(const Geometry& g, const ApplySegment<S>& segment, Index positions, Index channel) {
   const bool inside = segment.inside(g, positions);
-  for (; channel + W <= segment.width; channel += W) {
+  for (; channel + W <= segment.group_channels; channel += W) {
     Index first = 0;
     for (; first + 7 <= positions; first += 7) apply_tile_of_any_kernel<S, W, 7>(g, segment, first, channel, inside);
     for (; first + 4 <= positions; first += 4) apply_tile_of_any_kernel<S, W, 4>(g, segment, first, channel, inside);
     for (; first < positions; ++first) apply_tile_of_any_kernel<S, W, 1>(g, segment, first, channel, inside);
   }
   if constexpr (W > 1) {
-    if (channel < segment.width) apply_any_kernel<S, W / 2>(g, segment, positions, channel);
+    if (channel < segment.group_channels) apply_any_kernel<S, W / 2>(g, segment, positions, channel);
   }
 }
 
@@ -103,7 +103,7 @@ INVOLUTION_INLINE Index apply_tiles(const Geometry& g, const ApplySegment<S>& se
   constexpr int W = kLanes<Compute<S>>;
   const bool inside = segment.inside(g, Positions);
   Index channel = 0;
-  for (; channel + W <= segment.width; channel += W) {
+  for (; channel + W <= segment.group_channels; channel += W) {
     if (inside) apply_tile<S, W, Positions, K, Stride, true>(g, segment, channel);
     else apply_tile<S, W, Positions, K, Stride, false>(g, segment, channel);
   }
@@ -120,7 +120,7 @@ void apply_group(const Geometry& g, const ApplySegment<S>& segment, Index positi
       if (positions == kLargeTile) channel = apply_tiles<S, kLargeTile, K, Stride>(g, segment);
     }
   }
-  if (channel < segment.width) apply_any_kernel<S, kLanes<Compute<S>>>(g, segment, positions, channel);
+  if (channel < segment.group_channels) apply_any_kernel<S, kLanes<Compute<S>>>(g, segment, positions, channel);
 }
 
 template <class S>

@@ -1,15 +1,16 @@
-// GEMM with packed weights, for the fused layer's 1x1 convolutions. All operands are in cache.
+// GEMM with packed weights, for the fused layer's 1x1 convolutions. Operands are assumed to be in cache; no cache
+// blocking.
 //
-//     out [rows, columns] = a [rows, depth] * b [depth, columns] + bias [columns],  then an epilogue
+//     out [rows, columns] = a [rows, K] * b [K, columns] + bias [columns],  then an epilogue;  K: reduction dimension
 //
-//                          b, packed in panels of kPanel columns, each stored as [depth][kPanel]
+//                          b, packed in panels of kPanel columns, each stored as [K][kPanel]
 //
 //                          panel 0        panel 1        panel 2 (padding columns may hold anything)
 //                         +--------------+--------------+--------------+
 //                         |              |              |       padding|
-//                 depth   |    |NR|      |              |       padding|
+//                     K   |    |NR|      |              |       padding|
 //                         |    |  |      |              |       padding|
-//             depth       +--------------+--------------+--------------+
+//               K         +--------------+--------------+--------------+
 //            +-------+         |  |
 //            |       |
 //     rows   |-------|         +--+
@@ -17,8 +18,8 @@
 //            |-------|         +--+
 //            +-------+
 //
-// The sums of a tile stay in registers over the whole depth. Each step loads NR vectors of b and broadcasts MR elements
-// of a, for MR * NR multiply-adds.
+// The sums of a tile stay in registers over the whole reduction. Each step loads NR vectors of b and broadcasts MR
+// elements of a, for MR * NR multiply-adds.
 #pragma once
 #include "geometry.h"
 
@@ -30,17 +31,17 @@ constexpr Index kPanel = 32;
 template <class T>
 struct Gemm {
   const T* a;
-  Index lda, rows, depth;  // lda: elements from one row of a to the next
-  const T* b;              // packed
-  const T* bias;           // or null
+  Index lda, rows, reduction;  // lda: elements from one row of a to the next
+  const T* b;                  // packed
+  const T* bias;               // or null
   Index columns;
 };
 
 constexpr int kMR = kRegisters == 32 ? 14 : 6;
 constexpr int kNR = 2;
 
-// What is done with finished sums: `write` gets each vector of them; `prefetch` is called when their computation
-// begins. This one stores them, with or without ReLU.
+// A GEMM epilogue says what is done with a tile's sums: `write` gets each vector of them after the whole reduction,
+// `prefetch` is called before it. This one stores them, with or without ReLU.
 template <class T, bool Relu>
 struct StoreEpilogue {
   T* out;
@@ -53,7 +54,7 @@ struct StoreEpilogue {
   }
 };
 
-// One column of a: an element of each of MR rows (at most 14), all in reach of few registers.
+// One column of a: an element of each of MR matrix rows (at most 14), all in reach of few registers.
 template <class T>
 struct RowsOfA {
   const T *low, *high;
@@ -69,7 +70,7 @@ struct RowsOfA {
   }
 };
 
-// The micro-kernel: outer products of a column of a and a row of b, accumulated in MR x NR vectors of W lanes.
+// The micro-kernel: outer products of a column of a and a matrix row of b, accumulated in MR x NR vectors of W lanes.
 template <class T, int W, int MR, int NR, class Epilogue>
 INVOLUTION_INLINE void micro_kernel(const Gemm<T>& gemm, Index row, Index column, const Epilogue& epilogue) {
   using V = Vector<T, W>;
@@ -83,8 +84,8 @@ INVOLUTION_INLINE void micro_kernel(const Gemm<T>& gemm, Index row, Index column
   INVOLUTION_UNROLL
   for (int i = 0; i < MR; ++i) epilogue.prefetch(row + i, column, gemm.columns);
   RowsOfA<T> a(gemm.a + row * gemm.lda, gemm.lda);
-  const T* b = gemm.b + column / kPanel * kPanel * gemm.depth + column % kPanel;
-  for (Index r = 0; r < gemm.depth; ++r, b += kPanel, a.next()) {
+  const T* b = gemm.b + column / kPanel * kPanel * gemm.reduction + column % kPanel;
+  for (Index r = 0; r < gemm.reduction; ++r, b += kPanel, a.next()) {
     V weight[NR];
     INVOLUTION_UNROLL
     for (int j = 0; j < NR; ++j) {
@@ -106,7 +107,7 @@ INVOLUTION_INLINE void micro_kernel(const Gemm<T>& gemm, Index row, Index column
   }
 }
 
-// NR vectors of columns for all rows; where fewer than MR rows are left, tiles of half the size, and so on.
+// NR vectors of columns for all matrix rows; where fewer than MR rows are left, tiles of half the size, and so on.
 template <class T, int W, int MR, int NR, class Epilogue>
 __attribute__((noinline)) void gemm_rows(const Gemm<T>& gemm, Index row, Index column, Epilogue epilogue) {
   for (; row + MR <= gemm.rows; row += MR) micro_kernel<T, W, MR, NR>(gemm, row, column, epilogue);
@@ -115,8 +116,8 @@ __attribute__((noinline)) void gemm_rows(const Gemm<T>& gemm, Index row, Index c
   }
 }
 
-// The columns from `column` on; what is left of them, with one vector, and then with vectors of half the width, and so
-// on.
+// The columns from `column` on; what is left of them, with one vector, and then with vectors of half as many lanes, and
+// so on.
 template <class T, int W, int NR, class Epilogue>
 INVOLUTION_INLINE void gemm_columns(const Gemm<T>& gemm, Index column, const Epilogue& epilogue) {
   constexpr int MR = W == kLanes<T> ? kMR : kMR / 2;  // the narrow ones are seldom used: less to compile

@@ -7,7 +7,7 @@
 namespace involution {
 namespace INVOLUTION_ISA {
 
-// Elements from one position to the next in a row of a tensor, and from one channel (or tap) to the next.
+// Elements from one position to the next in an image row of a tensor, and from one channel (or tap) to the next.
 struct Steps {
   Index position, channel;
 };
@@ -33,13 +33,13 @@ INVOLUTION_INLINE void transpose(Vector<T, W>* rows) {
   }
 }
 
-// Packs `count` positions, every `stride`-th from `first` on, of one row of `width` positions: to[channel * pitch + i].
-// Positions outside the row are zeros. For tensors that are [channel][position] already, a strided copy.
+// Packs `count` positions, every `stride`-th from `first` on, of one image row: to[channel * pitch + i]. Positions
+// outside the row are zeros. For tensors that are [channel][position] already, a strided copy.
 template <class T>
-void pack_contiguous_row(const T* row, Steps steps, Index first, Index stride, Index width, Index count, Index channels,
-                         T* to, Index pitch) {
+void pack_contiguous_row(const T* row, Steps steps, Index first, Index stride, Index row_length, Index count,
+                         Index channels, T* to, Index pitch) {
   const Index begin = min(count, max(0, ceil_divide(-first, stride)));
-  const Index end = max(begin, min(count, ceil_divide(width - first, stride)));
+  const Index end = max(begin, min(count, ceil_divide(row_length - first, stride)));
   row += first * steps.position;
   for (Index c = 0; c < channels; ++c, row += steps.channel, to += pitch) {
     for (Index i = 0; i < begin; ++i) to[i] = 0;
@@ -53,14 +53,16 @@ void pack_contiguous_row(const T* row, Steps steps, Index first, Index stride, I
   }
 }
 
-// Packs the same from either layout. Channels last, W x W elements at a time are transposed in registers; what is left
-// of the channels, with half of W, and so on. A last block may write up to W - 1 positions beyond `count`.
+// Packs the same from either layout; 16-bit tensors must be channels last. There, blocks of W x W elements are
+// transposed in registers; what is left of the channels, with half of W, and so on. A last block may write up to W - 1
+// positions beyond `count`.
 template <class S, int W>
-__attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, Index stride, Index width, Index count,
-                                        Index channels, Compute<S>* to, Index pitch) {
+__attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, Index stride, Index row_length,
+                                        Index count, Index channels, Compute<S>* to, Index pitch) {
   using T = Compute<S>;
   if constexpr (!kIs16Bit<S>) {
-    if (steps.channel != 1) return pack_contiguous_row(row, steps, first, stride, width, count, channels, to, pitch);
+    if (steps.channel != 1)
+      return pack_contiguous_row(row, steps, first, stride, row_length, count, channels, to, pitch);
   }
   Index c = 0;
   for (; c + W <= channels; c += W) {
@@ -68,10 +70,10 @@ __attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, 
       Vector<T, W> v[W];
       const Index start = first + block * stride;
       const S* from = row + start * steps.position + c;
-      const bool inside = start >= 0 && start + (W - 1) * stride < width;
+      const bool inside = start >= 0 && start + (W - 1) * stride < row_length;
       INVOLUTION_UNROLL
       for (int i = 0; i < W; ++i) {
-        const bool exists = inside || within(start + i * stride, width);
+        const bool exists = inside || within(start + i * stride, row_length);
         v[i] = exists ? load<Vector<T, W>>(from) : Vector<T, W>{};
         __builtin_prefetch(from + channels);  // the next group is packed next
         from += stride * steps.position;
@@ -89,13 +91,13 @@ __attribute__((noinline)) void pack_row(const S* row, Steps steps, Index first, 
   }
   if constexpr (W > 1) {
     if (c < channels) {
-      pack_row<S, W / 2>(row + c, steps, first, stride, width, count, channels - c, to + c * pitch, pitch);
+      pack_row<S, W / 2>(row + c, steps, first, stride, row_length, count, channels - c, to + c * pitch, pitch);
     }
   }
 }
 
 // The reverse: writes sums [tap][position] of pitch W to `count` positions of the kernel map, or adds them to it.
-// Channels last, Lanes x Lanes elements at a time are transposed in registers; what is left of the taps, with half of
+// Channels last, blocks of Lanes x Lanes elements are transposed in registers; what is left of the taps, with half of
 // Lanes, and so on.
 template <class S, int W, int Lanes>
 INVOLUTION_INLINE void unpack_blocks(const Compute<S>* sums, Index taps, Index count, bool add, S* dk, Steps steps) {

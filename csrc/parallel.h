@@ -25,9 +25,10 @@ INVOLUTION_INLINE void parallel_for(Index threads, Index count, F&& body) {
   for (Index i = 0; i < count; ++i) body(i);
 }
 
-// How many threads a map is worth: waking them costs more than 100,000 multiply-adds.
-INVOLUTION_INLINE Index worthwhile_threads(const Geometry& g) {
-  const Index multiply_adds = g.batch * g.channels * volume(g.output) * volume(g.kernel);
+// Number of threads to use: below 100,000 multiply-adds, starting threads costs more than it saves. Counts those of one
+// of the maps (apply, adjoint, correlate), and `others`.
+INVOLUTION_INLINE Index worthwhile_threads(const Geometry& g, Index others = 0) {
+  const Index multiply_adds = g.batch * g.channels * volume(g.output) * volume(g.kernel) + others;
   return multiply_adds < 100000 ? 1 : g.threads;
 }
 

@@ -1,4 +1,4 @@
-// How the maps cut their work: contiguous segments of output positions, tiles of them, and items for the threads.
+// Work partitioning of the operators: contiguous segments of output positions, tiles of them, items for the threads.
 #pragma once
 #include "geometry.h"
 #include "half.h"
@@ -12,16 +12,16 @@ template <class X, class K, class Y>
 struct Segment {
   X* image;  // x or dx at input position (0, 0, 0) of the segment's image
   K* k;
-  Y* y;            // y or dy
-  Index step;      // elements from one position to the next in x and y: the channels
-  Index k_step;    // the same in k
-  Index width;     // channels of the group
-  Range taps[2];   // the taps of the two slow axes that meet the input
-  Index start[3];  // input position of tap (0, 0, 0) at the first output position
+  Y* y;                  // y or dy
+  Index step;            // elements from one position to the next in x and y: the channels
+  Index k_step;          // the same in k
+  Index group_channels;  // channels of the group
+  Range taps[2];         // the taps of the two slow axes that meet the input
+  Index start[3];        // input position of tap (0, 0, 0) at the first output position
 
-  // From output position `first` of row `row` on; all rows of an image count.
+  // From position `first` of output row `row` on; output rows are counted through both slow axes.
   INVOLUTION_INLINE Segment(const Geometry& g, Index row, Index first, Index k_step)
-      : step(g.channels), k_step(k_step), width(g.channels / g.groups) {
+      : step(g.channels), k_step(k_step), group_channels(g.channels / g.groups) {
     const Index at[3] = {row / g.output[1], row % g.output[1], first};
     for (int axis = 0; axis < 2; ++axis) taps[axis] = taps_of_output(g, axis, at[axis]);
     for (int axis = 0; axis < 3; ++axis) start[axis] = input_at(g, axis, at[axis], 0);
@@ -33,8 +33,8 @@ struct Segment {
     return start[2] >= 0 && last < g.input[2];
   }
 
-  // Calls body(image row, k row) for every row of the kernel that meets the input: pointers at tap 0 of the fast axis,
-  // at the segment's first position.
+  // Calls body(input row, tap row) for every tap row that meets the input: pointers at tap 0 of the fast axis, at the
+  // segment's first position.
   template <class F>
   INVOLUTION_INLINE void for_each_kernel_row(const Geometry& g, F&& body) const {
     for (Index a = taps[0].first; a < taps[0].end; ++a) {
@@ -62,7 +62,7 @@ INVOLUTION_INLINE void prefetch_next_tile(const S* map, Index elements, Index gr
   for (Index byte = 0; byte < elements / groups * Index(sizeof(S)); byte += 64) __builtin_prefetch(next + byte);
 }
 
-// Channels last: items of work for the threads, each a row of the batch; where rows are few, some groups of a row.
+// Channels last: items of work, each an output row of the batch; where these are few, some groups of an output row.
 struct RowItems {
   Index rows, blocks, groups_per_block;
 
@@ -79,20 +79,20 @@ struct RowItems {
   }
 };
 
-// Contiguous layout: items of work, each a block of rows of one group's channels that fits the first-level cache.
+// Contiguous layout: items of work, each a block of image rows of one group's channels that fits the first-level cache.
 struct RowBlocks {
-  Index groups, depths, heights, down;  // groups of all images; `down` blocks to an image's `heights` rows
+  Index groups, depths, heights, row_tiles;  // groups of all images; `row_tiles` blocks to an image's `heights` rows
 
   INVOLUTION_INLINE RowBlocks(const Geometry& g, const int64_t (&sizes)[3])
       : groups(g.batch * g.groups), depths(sizes[0]), heights(sizes[1]) {
     const Index row = g.channels / g.groups * sizes[2], rows_in_cache = max(1, 4096 / row);
     const Index wanted = ceil_divide(4 * g.threads, groups * depths);  // for the threads
-    down = min(heights, max(wanted, ceil_divide(heights, rows_in_cache)));
+    row_tiles = min(heights, max(wanted, ceil_divide(heights, rows_in_cache)));
   }
-  INVOLUTION_INLINE Index count() const { return groups * depths * down; }
-  INVOLUTION_INLINE Index group(Index item) const { return item / down / depths; }
-  INVOLUTION_INLINE Index depth(Index item) const { return item / down % depths; }
-  INVOLUTION_INLINE Range rows(Index item) const { return part(item % down, down, heights); }
+  INVOLUTION_INLINE Index count() const { return groups * depths * row_tiles; }
+  INVOLUTION_INLINE Index group(Index item) const { return item / row_tiles / depths; }
+  INVOLUTION_INLINE Index depth(Index item) const { return item / row_tiles % depths; }
+  INVOLUTION_INLINE Range rows(Index item) const { return part(item % row_tiles, row_tiles, heights); }
 };
 
 }  // namespace INVOLUTION_ISA

@@ -84,7 +84,7 @@ INVOLUTION_INLINE void store(S* to, V v) {
   else __builtin_memcpy(to, &v, sizeof v);
 }
 
-// Stores a vector at an aligned address past the cache (non-temporal) where the machine can.
+// Stores a vector at an aligned address with a non-temporal store where the machine has one.
 template <class V, class T>
 INVOLUTION_INLINE void stream(T* to, V v) {
 #if defined(__AVX512F__)
@@ -124,8 +124,8 @@ INVOLUTION_INLINE void pin_in_register(V& v) {
   }
 }
 
-// opaque: the value of a pointer or integer has no known origin. Without it GCC turns each unrolled access into an
-// address of its own that it carries through the loops, many more than there are registers.
+// opaque: hides a value's origin from the optimiser so that it does not keep a separate address per unrolled access.
+// GCC would carry these through the loops, many more than there are registers.
 template <class P>
 INVOLUTION_INLINE void opaque(P& p) {
   asm("" : "+r"(p));

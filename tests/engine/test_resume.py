@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from processes import Run
 
 from involution.engine import command
 from involution.engine.command import run
+from involution.engine.resume import BestCheckpoint, GivenOptions
 from involution.tasks.classify import Classifier
 
 OPTIONS = [
@@ -152,4 +154,55 @@ def test_the_best_score_survives_a_resume(
         with caplog.at_level("INFO"):
             best = run([*options, *last]).trainer.checkpoint_callbacks[0]
         assert float(best.best_model_score) == pytest.approx(0.6)
-        assert "version_0/checkpoints/best.ckpt does not exist, so its val/given" in caplog.text
+        assert "version_0/checkpoints/best.ckpt (val/given 0.7500)" in caplog.text
+        assert "new checkpoints are not compared with these, whose files do not exist" in caplog.text
+
+
+def test_every_missing_checkpoint_is_named_with_its_score(tmp_path: Path, caplog: Any) -> None:
+    """Of the best three, one exists."""
+    (tmp_path / "b.ckpt").touch()
+    recorded = {str(tmp_path / name): torch.tensor(score) for name, score in (("a.ckpt", 0.9), ("b.ckpt", 0.8))}
+    recorded[str(tmp_path / "c.ckpt")] = torch.tensor(0.7)
+    callback = BestCheckpoint(dirpath=tmp_path, monitor="val/top1", mode="max", save_top_k=3)
+    callback._resumed_from = tmp_path / "last.ckpt"
+    state = callback.state_dict() | {"best_k_models": recorded}
+    with caplog.at_level("INFO"):
+        callback.load_state_dict(state)
+    assert f"{tmp_path}/a.ckpt (val/top1 0.9000), {tmp_path}/c.ckpt (val/top1 0.7000)" in caplog.text
+    assert callback.best_model_path == str(tmp_path / "b.ckpt")
+
+
+class TwoOptimizers:
+    """What GivenOptions reads of a trainer: a LambdaLR for the first optimizer, OneCycleLR for the second."""
+
+    def __init__(self, lr: float, weight_decay: float) -> None:
+        parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+        self.optimizers = [torch.optim.SGD([one], lr, 0.9, weight_decay=weight_decay) for one in parameters]
+        first, second = self.optimizers
+        self.schedulers: list[Any] = [
+            torch.optim.lr_scheduler.LambdaLR(first, lambda step: 0.5**step),
+            torch.optim.lr_scheduler.OneCycleLR(second, lr, total_steps=10),
+        ]
+        self.lr_scheduler_configs = [SimpleNamespace(scheduler=one) for one in self.schedulers]
+        self.callbacks: list[Any] = []
+
+
+def test_options_are_decided_per_optimizer() -> None:
+    earlier = TwoOptimizers(lr=0.4, weight_decay=0.1)
+    for _ in range(3):
+        for one in (*earlier.optimizers, *earlier.schedulers):
+            one.step()
+    resumed = TwoOptimizers(lr=0.8, weight_decay=0.2)
+    callback, module = GivenOptions(), SimpleNamespace()
+    callback.on_fit_start(resumed, module)  # type: ignore[arg-type]
+    for kind in ("optimizers", "schedulers"):
+        for new, old in zip(getattr(resumed, kind), getattr(earlier, kind), strict=True):
+            new.load_state_dict(old.state_dict())
+    callback.on_train_start(resumed, module)  # type: ignore[arg-type]
+    first, second = (optimizer.param_groups[0] for optimizer in resumed.optimizers)
+    assert (first["lr"], first["initial_lr"], first["momentum"]) == (0.8 / 8, 0.8, 0.9)
+    old = earlier.optimizers[1].param_groups[0]
+    assert old["momentum"] != 0.9  # OneCycleLR cycles it
+    for name in ("lr", "initial_lr", "max_lr", "momentum"):
+        assert second[name] == old[name], name
+    assert first["weight_decay"] == second["weight_decay"] == 0.2

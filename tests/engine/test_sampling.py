@@ -73,3 +73,22 @@ def test_all_generators_resume_from_the_checkpoint() -> None:
     assert torch.equal(torch.rand(3), want[0])
     assert (np.random.rand(3) == want[1]).all()
     assert random.random() == want[2]
+
+
+def test_an_error_while_seeding_changes_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the default dtype and torch's generator are set, NumPy refuses the seed."""
+
+    def refuse(seed: Any) -> None:
+        raise ValueError("refused")
+
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    monkeypatch.setattr(np.random, "seed", refuse)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.raises(ValueError, match="refused"):
+            SampleSeeded(Indices(), 5)[0, 3]
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), state)

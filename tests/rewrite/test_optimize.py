@@ -13,8 +13,10 @@ from torch import Tensor, fx, nn
 import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn import BottleneckGenerator
+from involution.nn.generators import ChannelRMSNorm
 from involution.ops.backends import selection
 from involution.rewrite.fusion import fuse
+from involution.rewrite.graph import constant, mutates_shared_tensor
 
 BOTTLENECK = torch.ops.involution.fused_bottleneck.default
 LAYER = {1: Involution1d, 2: Involution2d, 3: Involution3d}
@@ -86,6 +88,20 @@ def calls(graphs: list[fx.GraphModule], target: Any) -> list[dict[str, Any]]:
     names = [argument.name for argument in target._schema.arguments]
     nodes = [node for graph in graphs for node in graph.graph.nodes if node.target is target]
     return [dict(zip(names, node.args, strict=True)) | node.kwargs for node in nodes]
+
+
+def capture(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    """TorchDynamo's graph of a model in evaluation mode, weights included."""
+    seen: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        seen.append(graph)
+        return graph.forward
+
+    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
+        torch.compile(model, backend=keep)(x)
+    (graph,) = seen
+    return graph
 
 
 class Net(nn.Module):
@@ -176,18 +192,12 @@ def test_many_sizes_take_few_graphs(graphs: list[fx.GraphModule]) -> None:
 def test_fuse_rewrites_a_captured_graph() -> None:
     x = torch.randn(2, 3, 9, 9)
     model = settle(Net(), x)
-    captured = []
-
-    def capture(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        captured.append(graph)
-        return graph.forward
-
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True):
-        want = torch.compile(model, backend=capture)(x)
-    (graph,) = captured
-    assert calls(captured, BOTTLENECK) == []
+    with torch.no_grad():
+        want = model(x)
+    graph = capture(model, x)
+    assert calls([graph], BOTTLENECK) == []
     assert fuse(graph) == []
-    assert len(calls(captured, BOTTLENECK)) == 1
+    assert len(calls([graph], BOTTLENECK)) == 1
     (got,) = graph(x)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -319,7 +329,7 @@ def test_a_layer_without_its_neighbours(graphs: list[fx.GraphModule], net: type[
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     (reported,) = optimized.unfused
-    assert reported.startswith("middle runs without its norm")
+    assert reported.startswith("middle is fused with its reduction only")
     assert reason in reported
     (call,) = calls(graphs, BOTTLENECK)  # with its reduction nevertheless
     assert not call["relu"]
@@ -622,3 +632,144 @@ def test_calls_in_other_forms(graphs: list[fx.GraphModule], make: Callable[[], n
     x = torch.randn(2, 16, 9, 9)
     model = make().eval()
     torch.testing.assert_close(involution.optimize(model, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def out_is_shared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    first, buffer = x + 1, y + 1
+    read = buffer * 2
+    return torch.mul(first, 3, out=buffer), read
+
+
+def out_is_not_shared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    buffer = y + 1
+    return torch.mul(x, 3, out=buffer), x * 2
+
+
+def first_of_two_outs_is_shared(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    buffer, indices = x + 1, torch.argsort(y)
+    read = buffer * 2
+    return torch.sort(y, out=(buffer, indices))[1], read
+
+
+def relu_by_keyword(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = x + y
+    return F.relu(input=z, inplace=True), z * 2
+
+
+def in_place_by_keyword(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = x + y
+    return torch.relu_(input=z), z * 2
+
+
+def in_place_of_a_single_use(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.relu_(input=x + y), y * 2
+
+
+@pytest.mark.parametrize(
+    ("function", "shared"),
+    [
+        (out_is_shared, True),
+        (out_is_not_shared, False),
+        (first_of_two_outs_is_shared, True),
+        (relu_by_keyword, True),
+        (in_place_by_keyword, True),
+        (in_place_of_a_single_use, False),
+    ],
+)
+def test_in_place_calls_are_judged_by_the_tensor_that_they_modify(
+    function: Callable[..., tuple[Tensor, Tensor]], shared: bool
+) -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return function(x, y)
+
+    assert mutates_shared_tensor(fx.symbolic_trace(Calls())) == shared
+
+
+def test_a_weight_flattened_by_keyword_keeps_its_other_axes() -> None:
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight.flatten(start_dim=1))
+
+    graph = fx.symbolic_trace(Flattened())
+    (node,) = [node for node in graph.graph.nodes if node.target == "flatten"]
+    value = constant(graph, node)
+    assert value is not None
+    assert value.shape == (4, 3)
+
+
+class ComputedAffine(nn.BatchNorm2d):
+    """A batch norm whose weight and bias depend on the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        scale = 1 + input.mean((0, 2, 3)).sigmoid()
+        return F.batch_norm(input, self.running_mean, self.running_var, scale, scale - 3, False, 0.0, self.eps)
+
+
+class ComputedNorm(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle_norm = ComputedAffine(32)
+
+
+@pytest.mark.parametrize("in_generator", [False, True])
+def test_a_norm_whose_weights_are_computed_is_not_folded(graphs: list[fx.GraphModule], in_generator: bool) -> None:
+    x = torch.randn(2, 3, 9, 10)
+    model = settle(Net(norm_layer=ComputedAffine) if in_generator else ComputedNorm(), x)
+    optimized = optimize(model, x)
+    assert_same(optimized, model, x)
+    (reported,) = optimized.unfused
+    assert "batch norm in evaluation mode" in reported
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-3])
+def test_an_rms_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float) -> None:
+    """The fused layer has no RMS norm where rms_eps is 0."""
+    x = torch.randn(2, 3, 9, 10)
+    model = settle(Net(norm_layer=lambda width: nn.Sequential(nn.BatchNorm2d(width), ChannelRMSNorm(eps))), x)
+    optimized = optimize(model, x)
+    assert_same(optimized, model, x)
+    if eps:
+        assert optimized.unfused == []
+        assert [call["rms_eps"] for call in calls(graphs, BOTTLENECK)] == [eps]
+    else:
+        (reported,) = optimized.unfused
+        assert reported.startswith("middle is not fused with adjacent layers: its generator's RMS norm has eps = 0")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 1, 1), (2, 1, 7)])
+def test_an_image_smaller_than_the_stride(graphs: list[fx.GraphModule], size: tuple[int, ...]) -> None:
+    """Pooling windows of 3d layers are clipped to the image."""
+    x = torch.randn(2, 3, *size)
+    model = settle(Net(len(size), stride=3), torch.randn(8, 3, *[9] * len(size)))
+    optimized = optimize(model, x)
+    assert_same(optimized, model, x)
+    assert optimized.unfused == []
+    assert len(calls(graphs, BOTTLENECK)) == 1
+
+
+def test_an_unused_layer_after_a_fused_one() -> None:
+    """Replacing the first one removes what it no longer needs, while the second one is still to come."""
+
+    class Unused(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = Involution2d(24, group_channels=8)
+
+        def bottleneck(self, x: Tensor) -> Tensor:
+            y = super().bottleneck(x)
+            self.unused(y)
+            return y
+
+    x = torch.randn(2, 3, 9, 10)
+    model = settle(Unused(), x)
+    graph = capture(model, x)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.involution.fused_layer.default) == 2
+    assert fuse(graph) == []
+    assert len(calls([graph], BOTTLENECK)) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x)[0], model(x), rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .images import cores
-from .resume import place_in_epoch
+from .resume import resume_position
 from .sampling import ResumableSampler, SampleSeeded, global_seed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -68,7 +68,7 @@ class TaskData(LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch; Lightning's own record is restored too late for the first loader."""
-        epoch, batch = place_in_epoch(self.trainer) if self.trainer else self._place
+        epoch, batch = resume_position(self.trainer) if self.trainer else self._place
         shape = {"batch_size": self.batch_size, "processes": self._processes()[0]}
         return {"epoch": epoch, "batch": batch, **shape, **self._order()}
 

@@ -1,4 +1,4 @@
-"""Resuming a run: options, best score and epoch counter continue as if the run had not been interrupted."""
+"""Callbacks for resuming: best score and epoch counter from the checkpoint, options from the command line."""
 
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores paths and scores of the checkpoints whose files exist."""
-        found = {self._existing(path): score for path, score in state_dict["best_k_models"].items()}
-        missing = [path for path in state_dict["best_k_models"] if self._existing(path) is None]
+        recorded = state_dict["best_k_models"]
+        found = {self._existing(path): score for path, score in recorded.items()}
+        missing = [path for path in recorded if self._existing(path) is None]
         kept = {path: score for path, score in found.items() if path is not None}
         if missing and self._resumed_from is not None:
-            rank_zero_info(f"{missing[0]} does not exist, so its {self.monitor} is no longer the best one to reach")
+            scores = ", ".join(f"{path} ({self.monitor} {float(recorded[path]):.4f})" for path in missing)
+            rank_zero_info(f"new checkpoints are not compared with these, whose files do not exist: {scores}")
         best, worst = (min, max) if self.mode == "min" else (max, min)
         best_path = best(kept, key=lambda path: kept[path]) if kept else ""
         kth_path = worst(kept, key=lambda path: kept[path]) if len(kept) == self.save_top_k else ""
@@ -53,8 +55,11 @@ class BestCheckpoint(ModelCheckpoint):
 class GivenOptions(Callback):
     """On resume, keeps options of this run that Lightning would overwrite with the checkpoint's.
 
-    These are learning rate, momentum and weight decay, which are part of the optimizer's and the scheduler's states,
-    and the patience of early stopping. The scheduler's step is restored from the checkpoint.
+    These are all options of the optimizers' parameter groups (learning rate, momentum, weight decay, ...) and the
+    patience of early stopping. Exceptions, per optimizer: with a LambdaLR, the learning rate is this run's initial one
+    times the factor of the checkpoint's step. With any other scheduler, the checkpoint's values remain for the learning
+    rate, and for the momentum where that scheduler cycles it (OneCycleLR, CyclicLR): it computes each value from the
+    checkpoint's state.
     """
 
     def __init__(self) -> None:
@@ -77,26 +82,41 @@ class GivenOptions(Callback):
         """Restores this run's options."""
         for stopping, patience in self._patience:
             stopping.patience = patience
-        schedules: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
-        multiples = [one for one in schedules if isinstance(one, torch.optim.lr_scheduler.LambdaLR)]
-        # Other schedulers compute each rate from the previous one: theirs stay the checkpoint's.
-        rates = {"lr", "initial_lr"} if len(multiples) < len(schedules) else set()
+        schedulers: list[Any] = [config.scheduler for config in trainer.lr_scheduler_configs]
         for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True):
+            own = [one for one in schedulers if one.optimizer is optimizer]
+            skipped = {name for one in own for name in _scheduled_options(one)}
             for group, given in zip(optimizer.param_groups, groups, strict=False):  # callbacks may add groups
-                group.update({name: value for name, value in given.items() if name not in rates})
-        for schedule in multiples:
-            groups = schedule.optimizer.param_groups
-            schedule.base_lrs = [group["initial_lr"] for group in groups]
-            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=False):
-                group["lr"] = base * factor(schedule.last_epoch)
-            schedule._last_lr = [group["lr"] for group in groups]
+                group.update({name: value for name, value in given.items() if name not in skipped})
+            if own and not skipped:
+                for scheduler in own:
+                    _recompute_rates(scheduler)
+
+
+def _scheduled_options(scheduler: Any) -> set[str]:
+    """The options of an optimizer that a scheduler computes from the checkpoint's state; none for a LambdaLR."""
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        return set()
+    cycles = getattr(scheduler, "cycle_momentum", False)
+    # Of Adam, OneCycleLR and CyclicLR cycle beta1. OneCycleLR also stores its bounds in the groups.
+    bounds = {"max_lr", "min_lr", "max_momentum", "base_momentum"}
+    return {"lr", "initial_lr", *bounds} | ({"momentum", "betas"} if cycles else set())
+
+
+def _recompute_rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
+    """Sets the learning rates to the groups' initial ones, times the factors of the scheduler's step."""
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=False):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]
 
 
 class EpochCounterFix(Callback):
     """On resume, counts epochs as the uninterrupted run does; matters where max_steps limits the run.
 
-    Lightning counts a finished epoch twice and treats one cut short by max_steps as complete; either changes the
-    shuffling order.
+    Lightning (a) treats an epoch cut short by max_steps as complete, and (b) counts a finished epoch twice. Either
+    changes the shuffling order.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -104,16 +124,22 @@ class EpochCounterFix(Callback):
         loop: Any = trainer.fit_loop
         progress = loop.epoch_progress
         if not loop.epoch_loop.batch_progress.is_last_batch:
+            # (a) In epoch e: before, processed = e + 1 and completed = e; after, both are e, and the epoch continues.
             progress.current.processed = min(progress.current.processed, progress.current.completed)
             progress.total.processed = min(progress.total.processed, progress.total.completed)
         elif loop.restarted_on_epoch_end:
+            # (b) After epoch e: before, processed = e + 1 and completed = e; after, both are e + 1. The restart stage
+            # is cleared, so that Lightning does not increment again.
             loop.epoch_progress.increment_completed()
             loop.reset_restart_stage()
             loop._restarting = loop.epoch_loop._restarting = False
 
 
-def place_in_epoch(trainer: Trainer) -> tuple[int, int]:
-    """The epoch that a resumed run continues with, and the number of its batches already done."""
+def resume_position(trainer: Trainer) -> tuple[int, int]:
+    """The epoch that a resumed run continues with, and the number of its batches already done.
+
+    Batches are those of one process; the data module multiplies them by its batch size to skip samples.
+    """
     epochs: Any = trainer.fit_loop.epoch_progress.current
     batches = trainer.fit_loop.epoch_loop.batch_progress
     if epochs.ready == 0:

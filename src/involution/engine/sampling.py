@@ -1,8 +1,8 @@
 """Data order and random numbers that a resumed run reproduces.
 
-A training sample depends on (seed, epoch, index) alone: the sampler skips the batches done before the checkpoint, each
-sample's augmentation uses generators seeded with its own key, and the checkpoint contains the states of the global
-generators.
+Which samples an epoch has in which order depends on (seed, epoch); the augmentation of a sample on (seed, epoch, index)
+alone. The sampler skips the batches done before the checkpoint, each sample's augmentation uses generators seeded with
+its own key, and the checkpoint contains the states of the global generators (of rank 0; see RandomStates).
 """
 
 import os
@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import Dataset, DistributedSampler
 
-Key = int | tuple[int, int]  # a sample's index, or its epoch and index
+SampleKey = int | tuple[int, int]  # a sample's index, or its epoch and index
 
 
 def global_seed() -> int:
@@ -25,7 +25,9 @@ def global_seed() -> int:
 
 
 class ResumableSampler(DistributedSampler[Any]):
-    """Yields (epoch, index) of every sample once per epoch, shuffled by (seed, epoch) and split between processes.
+    """Yields (epoch, index) of each sample once per epoch (except padding), shuffled by (seed, epoch).
+
+    Processes split an epoch; padding repeats a few samples where they do not divide it evenly.
 
     Args:
         dataset: the data set; only its length is used.
@@ -54,7 +56,7 @@ class ResumableSampler(DistributedSampler[Any]):
 
 
 class SampleSeeded(Dataset[Any]):
-    """A data set whose sample (epoch, index) uses the same random numbers at any time and in any worker.
+    """A data set whose augmentation of sample (epoch, index) is the same at any time and in any worker.
 
     A plain index means epoch 0.
     """
@@ -65,25 +67,25 @@ class SampleSeeded(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: Key) -> Any:
+    def __getitem__(self, key: SampleKey) -> Any:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        with _random_numbers_of(self.seed, epoch, index):
+        with _seeded_rng(self.seed, epoch, index):
             return self.dataset[index]
 
 
 @contextmanager
-def _random_numbers_of(*key: int) -> Iterator[None]:
+def _seeded_rng(*key: int) -> Iterator[None]:
     """Seeds the generators of torch, NumPy and Python with `key`, and restores their states afterwards.
 
     The default dtype is float32 meanwhile: with precision 64-true, Lightning changes it for some batches only.
     """
     before, dtype = _states(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    seeds = np.random.SeedSequence(key).generate_state(3)
-    torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's only: workers must not initialise a GPU
-    np.random.seed(seeds[1])
-    random.seed(int(seeds[2]))
     try:
+        torch.set_default_dtype(torch.float32)
+        seeds = np.random.SeedSequence(key).generate_state(3)
+        torch.default_generator.manual_seed(int(seeds[0]))  # the CPU's only: workers must not initialise a GPU
+        np.random.seed(seeds[1])
+        random.seed(int(seeds[2]))
         yield
     finally:
         _restore(before)
@@ -106,7 +108,13 @@ def _restore(states: dict[str, Any]) -> None:
 
 
 class RandomStates(Callback):
-    """Stores the states of all random number generators in the checkpoint, and restores them on resume."""
+    """Stores the states of all random number generators in the checkpoint, and restores them on resume.
+
+    With one process, a run resumes bit-exactly. With several, Lightning stores the states of rank 0 only, and on resume
+    every process starts from them: data order and augmentation still resume bit-exactly, because they depend on the
+    seed alone, but dropout, drop path and mixup of the other processes differ from the uninterrupted run's and equal
+    rank 0's.
+    """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from . import fused as fused  # registers the operators
 from .arguments import same_padding
 from .geometry import Index
-from .layer import LayerParts, average_windows, finish, unpack
+from .layer import LayerParts, average_windows, scale_shift_relu, unpack
 from .layouts import in_layout_of
 
 Aggregate = Callable[[Tensor, Tensor, Sequence[tuple[int, int]], Sequence[int], Sequence[int]], Tensor]
@@ -178,7 +178,7 @@ def _layer(
 ) -> Tensor:
     kernel_map = _pointwise(hidden, parts.span_weight, parts.span_bias).unflatten(1, (-1, *kernel_size))
     y = aggregate(parts.input, kernel_map, same_padding(kernel_size, dilation), stride, dilation)
-    return finish(y, parts)
+    return scale_shift_relu(y, parts)
 
 
 def _by_slices(

@@ -1,4 +1,8 @@
-"""The fused layer's operands, the checks of their sizes, and its steps in plain PyTorch."""
+"""The fused layer's operands, the checks of their sizes, and its steps in plain PyTorch.
+
+Its 1x1 convolutions: reduce computes the generator's hidden features; span produces the kernels from them; expand ends
+a bottleneck; next_reduce is the next bottleneck's first.
+"""
 
 import math
 from collections.abc import Sequence
@@ -39,14 +43,14 @@ class LayerParts(NamedTuple):
         """The tensors, in order: all but the last three fields."""
         return tuple(self[:-3])
 
-    def output_sizes(self, positions: Sequence[int]) -> list[tuple[int, ...]]:
+    def output_sizes(self, output_size: Sequence[int]) -> list[tuple[int, ...]]:
         """Sizes of the results: the output's and, with `next_reduce_weight`, the next block's reduced features'."""
         batch, channels = self.input.shape[:2]
         if self.expand_weight is not None:
             channels = _out_channels(self.expand_weight, self.expand_bias)
-        sizes = [(batch, channels, *positions)]
+        sizes = [(batch, channels, *output_size)]
         if self.next_reduce_weight is not None:
-            sizes.append((batch, _out_channels(self.next_reduce_weight, self.next_reduce_bias), *positions))
+            sizes.append((batch, _out_channels(self.next_reduce_weight, self.next_reduce_bias), *output_size))
         return sizes
 
 
@@ -74,14 +78,17 @@ def unpack(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """A layer's output positions per axis: ceil(S / stride), in the form of a convolution's, which symbols compare."""
+    """A layer's output size per axis: ceil(S / stride).
+
+    It is written as convolution's formula so that symbolic sizes can be proved equal.
+    """
     return [(size - 1) // step + 1 for size, step in zip(input, stride, strict=True)]
 
 
-def layer_window(
-    input: Sequence[int], maps: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+def layer_geometry(
+    input: Sequence[int], span_channels: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
-    """The geometry of a layer whose span has `maps` = G * prod(K) outputs; its output has ceil(S / stride) positions.
+    """The geometry of a layer with `span_channels` = G * prod(K) outputs of its span; outputs have ceil(S / stride).
 
     Raises:
         ValueError: the sizes do not fit each other.
@@ -91,12 +98,14 @@ def layer_window(
         if len(axes) != dims or min(axes) < 1 or max(axes) > LARGEST:
             raise ValueError(f"{name} must be {dims} ints from 1 to {LARGEST}, got {list(axes)}")
     taps = math.prod(kernel_size)
-    if taps < 1 or maps % taps != 0:
-        raise ValueError(f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {maps}")
-    groups, output = maps // taps, layer_output(input[2:], stride)
+    if taps < 1 or span_channels % taps != 0:
+        raise ValueError(
+            f"span_weight must have G * {taps} rows for kernel_size {list(kernel_size)}, got {span_channels}"
+        )
+    groups, output = span_channels // taps, layer_output(input[2:], stride)
     if groups == 0 or input[1] % groups != 0:
         raise ValueError(
-            f"span_weight must have G * {taps} rows with G dividing input's {input[1]} channels, got {maps}, "
+            f"span_weight must have G * {taps} rows with G dividing input's {input[1]} channels, got {span_channels}, "
             f"which is G = {groups}"
         )
     shapes: dict[str, Sequence[int]] = {
@@ -108,8 +117,11 @@ def layer_window(
     return geometry(shapes, stride, padding, dilation)
 
 
-def checked_geometry(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geometry:
-    """The geometry of a fused layer; raises unless its operands fit each other."""
+def checked_geometry(parts: LayerParts, geometry_arguments: Sequence[Sequence[int]]) -> Geometry:
+    """The geometry of a fused layer; raises unless its operands fit each other.
+
+    `geometry_arguments` are kernel_size, stride and dilation.
+    """
     dtype, device = parts.input.dtype, parts.input.device
     shapes = []
     for name, tensor in zip(parts._fields, parts.tensors(), strict=False):
@@ -119,47 +131,57 @@ def checked_geometry(parts: LayerParts, window: Sequence[Sequence[int]]) -> Geom
                 f"{tensor.device}"
             )
         shapes.append(None if tensor is None else tensor.shape)
-    return _checked_shapes(tuple(shapes), tuple(tuple(axes) for axes in window))
+    return _checked_shapes(tuple(shapes), tuple(tuple(axes) for axes in geometry_arguments))
 
 
 @lru_cache(maxsize=1024)
-def _checked_shapes(shapes: tuple[Sequence[int] | None, ...], window: tuple[tuple[int, ...], ...]) -> Geometry:
+def _checked_shapes(
+    shapes: tuple[Sequence[int] | None, ...], geometry_arguments: tuple[tuple[int, ...], ...]
+) -> Geometry:
     """The geometry of a fused layer whose operands have these shapes; raises unless they fit."""
-    found = dict(zip(LayerParts._fields, shapes, strict=False))
+    given = dict(zip(LayerParts._fields, shapes, strict=False))
     for name in ("reduce", "span", "expand", "next_reduce"):
-        found[f"{name}_weight"] = unpacked_shape(name, found[f"{name}_weight"], found[f"{name}_bias"])
-    x, span, expand = found["input"], found["span_weight"], found["expand_weight"]
+        given[f"{name}_weight"] = unpacked_shape(name, given[f"{name}_weight"], given[f"{name}_bias"])
+    _check_combination(given)
+    x, span, expand, next_reduce = (
+        given[name] for name in ("input", "span_weight", "expand_weight", "next_reduce_weight")
+    )
     assert x is not None
     assert span is not None
-    sizes = layer_window(x, span[0], *window)
-    channels, expand_channels = sizes.channels, expand[0] if expand else None
-    wanted: dict[str, tuple[int | None, ...]] = {
+    sizes = layer_geometry(x, span[0], *geometry_arguments)
+    channels = sizes.channels
+    expected: dict[str, tuple[int, ...]] = {
         "hidden": (x[0], span[1], *sizes.output),
         "reduce_weight": (span[1], channels),
         "reduce_bias": (span[1],),
         "span_bias": (span[0],),
         "scale": (channels,),
         "shift": (channels,),
-        "expand_weight": (expand_channels, channels),
-        "expand_bias": (expand_channels,),
-        "shortcut": (x[0], expand_channels, *sizes.output),
     }
-    if next_reduce := found["next_reduce_weight"]:
-        wanted |= {"next_reduce_weight": (next_reduce[0], expand_channels), "next_reduce_bias": (next_reduce[0],)}
-    for name, shape in wanted.items():
-        got = found[name]
-        if got is not None and tuple(got) != shape:
-            raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(got)}")
-    for name in ("reduce", "expand", "next_reduce"):
-        if found[f"{name}_weight"] is None and found[f"{name}_bias"] is not None:
-            raise ValueError(f"{name}_bias must come with a {name}_weight")
-    if found["expand_weight"] is None and (found["shortcut"] is not None or found["next_reduce_weight"] is not None):
-        raise ValueError("shortcut and next_reduce_weight must come with an expand_weight")
-    if (found["hidden"] is None) == (found["reduce_weight"] is None):
-        raise ValueError("exactly one of hidden and reduce_weight must be given")
-    if (found["scale"] is None) != (found["shift"] is None):
-        raise ValueError("scale and shift must be given together")
+    if expand:
+        expected |= {"expand_weight": (expand[0], channels), "expand_bias": (expand[0],)}
+        expected |= {"shortcut": (x[0], expand[0], *sizes.output)}
+    if expand and next_reduce:
+        expected |= {"next_reduce_weight": (next_reduce[0], expand[0]), "next_reduce_bias": (next_reduce[0],)}
+    for name, shape in expected.items():
+        actual = given[name]
+        if actual is not None and tuple(actual) != shape:
+            raise ValueError(f"{name} must be {list(shape)} for input {list(x)}, got {list(actual)}")
     return sizes
+
+
+def _check_combination(given: dict[str, Sequence[int] | None]) -> None:
+    """Raises unless the operands that need each other are given together."""
+    for name in ("reduce", "expand", "next_reduce"):
+        if given[f"{name}_weight"] is None and given[f"{name}_bias"] is not None:
+            raise ValueError(f"{name}_bias must come with {name}_weight")
+    for name in ("shortcut", "next_reduce_weight"):
+        if given["expand_weight"] is None and given[name] is not None:
+            raise ValueError(f"{name} must come with expand_weight")
+    if (given["hidden"] is None) == (given["reduce_weight"] is None):
+        raise ValueError("exactly one of hidden and reduce_weight must be given")
+    if (given["scale"] is None) != (given["shift"] is None):
+        raise ValueError("scale and shift must be given together")
 
 
 def unpacked_shape(name: str, weight: Sequence[int] | None, bias: Sequence[int] | None) -> Sequence[int] | None:
@@ -182,7 +204,7 @@ def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geom
     return in_memory.permute(logical_order("kernel_map", dims))
 
 
-def finish(y: Tensor, parts: LayerParts) -> Tensor:
+def scale_shift_relu(y: Tensor, parts: LayerParts) -> Tensor:
     """A fused layer's steps after the involution: scale, shift and ReLU, where present."""
     if parts.scale is not None and parts.shift is not None:
         y = y * per_channel(parts.scale, y) + per_channel(parts.shift, y)
@@ -199,8 +221,8 @@ def average_windows(image: Tensor, stride: Sequence[int]) -> Tensor:
 
     torch's 3d pooling rejects a window larger than the image, so windows are clipped to it.
     """
-    window = [min(pair) for pair in zip(stride, image.shape[2:], strict=True)]
-    return _POOL[len(stride)](image, window, tuple(stride), ceil_mode=True, count_include_pad=False)
+    pooling_window = [min(pair) for pair in zip(stride, image.shape[2:], strict=True)]
+    return _POOL[len(stride)](image, pooling_window, tuple(stride), ceil_mode=True, count_include_pad=False)
 
 
 _POOL = {1: torch.nn.functional.avg_pool1d, 2: torch.nn.functional.avg_pool2d, 3: torch.nn.functional.avg_pool3d}

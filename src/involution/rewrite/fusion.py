@@ -1,15 +1,20 @@
-"""The fusion pass: every fused layer of a captured graph absorbs the layers around it.
+"""FX pass that merges each fused_layer node with the surrounding convolutions, norms and activations.
 
-A residual block around an involution becomes one call of torch.ops.involution.fused_bottleneck; batch norms are folded
-into the 1x1 convolutions before them. The reduction has to match; fusion ends at the first later step that does not:
+The result is one call of torch.ops.involution.fused_bottleneck; batch norms are folded into the 1x1 convolutions before
+them. A match needs the whole reduction; after the layer the longest matching prefix is fused:
 
-    x -+-> average pool (if strided) -> reduce 1x1 -> norm -> ReLU --+
-       |                                                             v
-       +-----------------------------------------------------> fused layer -> norm -> ReLU
-                                                                                       |
-        next block's reduce 1x1 -> norm -> ReLU  <--  ReLU <- sum <- norm <- expand 1x1
-                                                               ^
-                                                            shortcut
+    x --+--> average pool (if strided) --> reduce 1x1 --> batch norm and/or RMS norm --> ReLU --+
+        |                                                                                       v
+        +--------------------------------------------------------------------------------> fused layer
+                                                                                                |
+        ReLU <-- sum <-- batch norm <-- expand 1x1 <-- ReLU <-- batch norm <--------------------+
+         |        ^
+         |     shortcut
+         v
+    next block's reduce 1x1 --> batch norm --> ReLU
+
+reduce and span are the generator's 1x1 convolutions: reduce computes the hidden features, span (in the fused layer) the
+kernels. expand is the bottleneck's last 1x1 convolution.
 """
 
 import math
@@ -30,18 +35,19 @@ from .graph import (
     SUMS,
     Node,
     arguments,
-    calls,
     constant,
     is_relu,
+    is_single_use_call,
     module_path,
     mutates_shared_tensor,
     only_user,
 )
 
 _BOTTLENECK = torch.ops.involution.fused_bottleneck.default
+_UNMERGED = "is not fused with adjacent layers"  # the fused_layer operator runs by itself
 
 
-class _Norm(NamedTuple):
+class _BatchNorm(NamedTuple):
     """A batch norm in evaluation mode: its node and its constants."""
 
     node: Node
@@ -74,23 +80,24 @@ def fuse(graph: fx.GraphModule) -> list[str]:
     """Replaces every fused layer, together with the layers around it that match, by a fused_bottleneck operator.
 
     Returns:
-        For every involution that is not fused, or without its reduction or norm, one sentence with the reason.
+        One sentence with the reason for every involution that is not fused with adjacent layers, or not with its norm.
     """
     reasons = []
     mutates = mutates_shared_tensor(graph)
+    if not mutates:  # fx would remove calls whose only effect is in place
+        graph.graph.eliminate_dead_code()  # first: otherwise replacing a layer could erase an unused one that follows
     for node in list(graph.graph.nodes):
         if node.target is torch.ops.involution.apply.default:
             reasons.append(f"{module_path(node)} runs unfused: {_why_unfused(node)}")
         elif node.target is torch.ops.involution.fused_layer.default:
-            reason = "runs without its neighbours: the model modifies in place a tensor with other uses"
+            reason = f"{_UNMERGED}: the model modifies in place a tensor with other uses"
             if not mutates:
                 operands, ends, reason = _match(graph, node)
                 if operands:
                     _replace(graph, node, operands, ends)
             if reason:
                 reasons.append(f"{module_path(node)} {reason}")
-    if not mutates:  # fx would remove calls whose only effect is in place
-        graph.graph.eliminate_dead_code()
+    if not mutates:
         graph.recompile()
     return reasons
 
@@ -105,36 +112,39 @@ def _why_unfused(apply: Node) -> str:
 
 
 def _match(graph: fx.GraphModule, layer: Node) -> tuple[dict[str, Any], list[Node], str]:
-    """What matches around a fused layer: the operands of fused_bottleneck, the nodes that it computes, and a reason.
+    """What matches around a fused layer.
 
-    There are no operands where nothing matches; the reason says what is missing, empty where nothing is.
+    Returns:
+        The operands of fused_bottleneck; the nodes whose results it computes; and the reason why the reduction or the
+        norm does not match. Without the reduction there are no operands and no nodes. The reason is empty where both
+        match, even if the expansion or the next block's reduction does not.
     """
     x, hidden, span, bias, scale, _, relu, kernel_size, stride, dilation = layer.args
     if scale is not None or relu:
-        return {}, [], "runs without its neighbours: it has a scale, a shift or a ReLU already"
+        return {}, [], f"{_UNMERGED}: it has a scale, a shift or a ReLU already"
     span_weight, span_bias = constant(graph, span), constant(graph, bias)
     if span_weight is None or (bias is not None and span_bias is None):
-        return {}, [], "runs unfused: its span's weights are not constant"
+        return {}, [], f"{_UNMERGED}: its span's weights are not constant"
     reduce, rms_eps, why = _reduction(graph, hidden, x, stride)
     if reduce is None:
-        return {}, [], f"runs without its reduction: {why}"
+        return {}, [], f"{_UNMERGED}: {why}"
     operands = {
         **{"input": x, "kernel_size": kernel_size, "stride": stride, "dilation": dilation},
         **_packed("reduce", *reduce),
         **_packed("span", *_with_bias(span_weight.flatten(1), span_bias)),
         **{"rms_eps": rms_eps, "relu": False, "expand_relu": False},
     }
-    norm = _norm(graph, only_user(layer))
+    norm = _batch_norm(graph, only_user(layer))
     if norm is None:
-        return operands, [layer], "runs without its norm: no batch norm in evaluation mode comes after it"
-    rectified = only_user(norm.node)
-    if not is_relu(rectified):
-        return operands, [layer], "runs without its norm: no ReLU comes after that"
+        return operands, [layer], "is fused with its reduction only: no batch norm in evaluation mode comes after it"
+    relu_node = only_user(norm.node)
+    if not is_relu(relu_node):
+        return operands, [layer], "is fused with its reduction only: no ReLU comes after its norm"
     scale, shift = norm.scale_and_shift()
     operands |= {"scale": scale, "shift": shift, "relu": True}
-    expand, shortcut, end = _expansion(graph, rectified)
+    expand, shortcut, end = _expansion(graph, relu_node)
     if expand is None:
-        return operands, [rectified], ""
+        return operands, [relu_node], ""
     operands |= {**_packed("expand", *expand), "shortcut": shortcut, "expand_relu": True}
     next_reduce, next_end = _next_reduction(graph, end)
     if next_reduce is None:
@@ -168,12 +178,14 @@ def _replace(graph: fx.GraphModule, layer: Node, operands: dict[str, Any], ends:
 def _reduction(
     graph: fx.GraphModule, hidden: Any, x: Any, stride: Any
 ) -> tuple[tuple[Tensor, Tensor] | None, float, str]:
-    """The generator's reduction from x (pooled if strided) to hidden: weights, the RMS norm's eps or 0, or why not."""
+    """The generator's reduction from x (pooled if strided) to hidden: weights and RMS norm's eps or 0, or why not."""
     if not is_relu(hidden):
         return None, 0, "its generator's activation is not ReLU"
     reduced, rms_eps = _before_rms_norm(hidden.args[0])
-    norm = _norm(graph, reduced)
-    if norm is None and rms_eps == 0:
+    if rms_eps == 0:
+        return None, 0, "its generator's RMS norm has eps = 0, which the fused layer does not support"
+    norm = _batch_norm(graph, reduced)
+    if norm is None and rms_eps is None:
         return None, 0, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
     convolution = _pointwise(graph, reduced if norm is None else norm.node.args[0])
     if convolution is None:
@@ -181,34 +193,34 @@ def _reduction(
     source = convolution.node.args[0]
     if math.prod(stride) > 1:
         if not _averages_windows(source, stride):
-            return None, 0, "its generator does not average windows of the stride's size"
+            return None, 0, "its generator does not average pooling windows of the stride's size"
         source = source.args[0]
     if source is not x:
         return None, 0, "its generator reads something other than the layer's input"
     weight, bias = convolution.weight, convolution.bias
-    return _with_bias(weight, bias) if norm is None else norm.folded_into(weight, bias), rms_eps, ""
+    return _with_bias(weight, bias) if norm is None else norm.folded_into(weight, bias), rms_eps or 0.0, ""
 
 
-def _before_rms_norm(node: Any) -> tuple[Any, float]:
-    """The input and eps of an `nn.generators.ChannelRMSNorm` that ends in this node; else the node itself, and 0."""
-    if not calls(node, {"movedim"}) or tuple(node.args[1:]) != (-1, 1):
-        return node, 0.0
+def _before_rms_norm(node: Any) -> tuple[Any, float | None]:
+    """The input and eps of an `nn.generators.ChannelRMSNorm` that ends in this node; else the node itself and None."""
+    if not is_single_use_call(node, {"movedim"}) or tuple(node.args[1:]) != (-1, 1):
+        return node, None
     normed = node.args[0]
-    if not calls(normed, RMS_NORMS):
-        return node, 0.0
+    if not is_single_use_call(normed, RMS_NORMS):
+        return node, None
     values = arguments(normed, ("input", "normalized_shape", "weight", "eps"))
     last = values["input"]
     plain = len(values["normalized_shape"]) == 1 and values.get("weight") is None and values.get("eps") is not None
-    if not plain or not calls(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
-        return node, 0.0
+    if not plain or not is_single_use_call(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
+        return node, None
     return last.args[0], values["eps"]
 
 
-def _expansion(graph: fx.GraphModule, rectified: Node) -> tuple[tuple[Tensor, Tensor] | None, Node, Node]:
+def _expansion(graph: fx.GraphModule, relu_node: Node) -> tuple[tuple[Tensor, Tensor] | None, Node, Node]:
     """The 1x1 convolution, norm, sum and ReLU that end a bottleneck: weights, the shortcut, and the last node."""
     nothing = None, None, None
-    convolution = _pointwise(graph, only_user(rectified))
-    norm = None if convolution is None else _norm(graph, only_user(convolution.node))
+    convolution = _pointwise(graph, only_user(relu_node))
+    norm = None if convolution is None else _batch_norm(graph, only_user(convolution.node))
     total = None if norm is None else only_user(norm.node)
     end = None if total is None else only_user(total)
     if convolution is None or norm is None or total is None or total.target not in SUMS or not is_relu(end):
@@ -230,7 +242,7 @@ def _next_reduction(graph: fx.GraphModule, output: Node) -> tuple[tuple[Tensor, 
     """
     for user in output.users:
         convolution = _pointwise(graph, user)
-        norm = None if convolution is None else _norm(graph, only_user(convolution.node))
+        norm = None if convolution is None else _batch_norm(graph, only_user(convolution.node))
         end = None if norm is None else only_user(norm.node)
         is_generator = end is not None and any(
             node.target is torch.ops.involution.fused_layer.default and node.args[1] is end for node in end.users
@@ -240,20 +252,22 @@ def _next_reduction(graph: fx.GraphModule, output: Node) -> tuple[tuple[Tensor, 
     return None, None
 
 
-def _norm(graph: fx.GraphModule, node: Any) -> _Norm | None:
-    """A batch norm with running statistics in evaluation mode."""
-    if not calls(node, {F.batch_norm}):
+def _batch_norm(graph: fx.GraphModule, node: Any) -> _BatchNorm | None:
+    """A batch norm in evaluation mode with constant statistics, weight and bias."""
+    if not is_single_use_call(node, {F.batch_norm}):
         return None
     values = arguments(node, ("input", "mean", "var", "weight", "bias", "training", "momentum", "eps"))
     mean, var, weight, bias = (constant(graph, values.get(name)) for name in ("mean", "var", "weight", "bias"))
-    if values.get("training") or mean is None or var is None:
+    affine = ("weight", weight), ("bias", bias)
+    computed = any(values.get(name) is not None and not isinstance(value, Tensor) for name, value in affine)
+    if values.get("training") or mean is None or var is None or computed:
         return None
-    return _Norm(node, mean, var, values.get("eps", 1e-5), weight, bias)
+    return _BatchNorm(node, mean, var, values.get("eps", 1e-5), weight, bias)
 
 
 def _pointwise(graph: fx.GraphModule, node: Any) -> _Pointwise | None:
     """A 1x1 convolution of stride 1 without padding or groups."""
-    if not calls(node, CONVOLUTIONS):
+    if not is_single_use_call(node, CONVOLUTIONS):
         return None
     values = arguments(node, ("input", "weight", "bias", "stride", "padding", "dilation", "groups"))
     weight, bias = constant(graph, values.get("weight")), constant(graph, values.get("bias"))
@@ -269,13 +283,17 @@ def _pointwise(graph: fx.GraphModule, node: Any) -> _Pointwise | None:
 
 
 def _averages_windows(node: Any, stride: Any) -> bool:
-    """Whether a node is the average pooling of `ops.layer.average_windows`."""
-    if not calls(node, AVERAGE_POOLS):
+    """Whether a node is the average pooling of `ops.layer.average_windows`: windows of min(stride, image size)."""
+    if not is_single_use_call(node, AVERAGE_POOLS):
         return False
     names = ("input", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
     values = arguments(node, names)
+    image = values["input"].meta.get("example_value") if isinstance(values["input"], fx.Node) else None
+    sizes = [math.inf] * len(stride) if image is None else image.shape[2:]
+    windows = tuple(min(pair) for pair in zip(stride, sizes, strict=True))
     return bool(
-        tuple(_per_axis(values["kernel_size"])) == tuple(_per_axis(values.get("stride"))) == tuple(stride)
+        tuple(_per_axis(values["kernel_size"])) in (tuple(stride), windows)
+        and tuple(_per_axis(values.get("stride"))) == tuple(stride)
         and all(side == 0 for side in _per_axis(values.get("padding", 0)))
         and values.get("ceil_mode")
         and values.get("count_include_pad") is False

@@ -18,17 +18,17 @@ AVERAGE_POOLS = {F.avg_pool1d, F.avg_pool2d, F.avg_pool3d}
 RMS_NORMS = {F.rms_norm, torch.rms_norm}
 SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _RELUS = {F.relu, torch.relu, torch.relu_, F.relu_, "relu", "relu_"}
-# Functions whose result shares no memory with their arguments.
-_ALLOCATING = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add}
-_ALLOCATING |= {*CONVOLUTIONS, *AVERAGE_POOLS, *RMS_NORMS}
-_ALLOCATING |= {torch.ops.involution.fused_layer.default, torch.ops.involution.apply.default}
+# Functions whose result shares no memory with their arguments, unless they are called in place.
+_NON_ALIASING = {F.batch_norm, F.linear, F.relu, torch.relu, "relu", operator.add, torch.add}
+_NON_ALIASING |= {*CONVOLUTIONS, *AVERAGE_POOLS, *RMS_NORMS}
+_NON_ALIASING |= {torch.ops.involution.fused_layer.default, torch.ops.involution.apply.default}
 _IN_PLACE_OPERATORS = {
     *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod"),
     *("ipow", "iand", "ior", "ixor", "ilshift", "irshift", "imatmul", "setitem"),
 }
 
 
-def calls(node: Any, targets: set[Any]) -> bool:
+def is_single_use_call(node: Any, targets: set[Any]) -> bool:
     """Whether a node calls one of these functions and its result has exactly one user."""
     return isinstance(node, fx.Node) and node.target in targets and len(node.users) == 1 and len(node.args) > 0
 
@@ -52,7 +52,7 @@ def constant(graph: fx.GraphModule, node: Any) -> Tensor | None:
     """The value of a weight (an attribute of the graph, possibly flattened), or None where a node is computed."""
     if isinstance(node, fx.Node) and node.target == "flatten":
         inner = constant(graph, node.args[0])
-        return None if inner is None else inner.flatten(*node.args[1:])  # type: ignore[arg-type]
+        return None if inner is None else inner.flatten(*node.args[1:], **node.kwargs)  # type: ignore[arg-type]
     if not isinstance(node, fx.Node) or node.op != "get_attr":
         return None
     value: Any = graph
@@ -69,31 +69,47 @@ def module_path(node: Node) -> str:
 
 def mutates_shared_tensor(graph: fx.GraphModule) -> bool:
     """Whether an in-place call modifies a tensor that another node reads: then moving reads would change the result."""
-    for node in graph.graph.nodes:
-        mutated = node.args[0] if _mutates(node) and node.args else None
-        while isinstance(mutated, fx.Node):
-            if len(mutated.users) > 1 or mutated.op in ("placeholder", "get_attr"):
-                return True
-            # Anything but an allocating function may return a view of its first argument: follow it.
-            allocates = mutated.target in _ALLOCATING and not _mutates(mutated)
-            mutated = None if allocates or not mutated.args else mutated.args[0]
+    pending = [tensor for node in graph.graph.nodes for tensor in _mutated(node)]
+    while pending:
+        tensor = pending.pop()
+        if len(tensor.users) > 1 or tensor.op in ("placeholder", "get_attr"):
+            return True
+        pending += _aliased(tensor)
     return False
 
 
-def _mutates(node: Node) -> bool:
-    """Whether a call modifies its first argument, or writes to `out`."""
+def _aliased(node: Node) -> list[Node]:
+    """The tensors whose memory a call's result may share: those it modifies, or else its first argument (a view)."""
+    return _mutated(node) or ([] if node.target in _NON_ALIASING else _first_tensor(node))
+
+
+def _first_tensor(node: Node) -> list[Node]:
+    """A call's first argument, by position or as `input`, in a list; empty where that is no node."""
+    first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("self"))
+    return [first] if isinstance(first, fx.Node) else []
+
+
+def _mutated(node: Node) -> list[Node]:
+    """The tensors that a call modifies: `out` where it is given, else the first argument of an in-place call."""
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        return _first_tensor(node) if _has_in_place_name(str(node.target)) else []
     if node.op != "call_function":
-        return False
+        return []
+    if node.kwargs.get("out") is not None:
+        out = node.kwargs["out"]
+        return [tensor for tensor in (out if isinstance(out, tuple | list) else [out]) if isinstance(tensor, fx.Node)]
     schema, name = getattr(node.target, "_schema", None), getattr(node.target, "__name__", "")
-    return bool(
+    in_place = (
         (schema is not None and schema.is_mutable)
         or _is_set(node, "inplace")
-        or node.kwargs.get("out") is not None
-        or (name.endswith("_") and not name.endswith("__"))
+        or _has_in_place_name(name)
         or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS)
     )
+    return _first_tensor(node) if in_place else []
+
+
+def _has_in_place_name(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _is_set(node: Node, option: str) -> bool:

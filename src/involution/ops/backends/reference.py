@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from ..layer import LayerParts, average_windows, finish, generate, pointwise, unpack
+from ..layer import LayerParts, average_windows, generate, pointwise, scale_shift_relu, unpack
 from ..layouts import allocate, memory_order
 
 
@@ -46,7 +46,7 @@ def in_steps(
     """A fused layer's output from its hidden features: span convolution, involution, scale, shift and ReLU."""
     weight = unpack(parts.span_weight, parts.span_bias)
     apply(parts.input, generate(hidden, weight, parts.span_bias, geometry), y, geometry)
-    return finish(y, parts)
+    return scale_shift_relu(y, parts)
 
 
 def fused_layer(

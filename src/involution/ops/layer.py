@@ -88,7 +88,7 @@ def layer_output(input: Sequence[int], stride: Sequence[int]) -> list[int]:
 def layer_geometry(
     input: Sequence[int], span_channels: int, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Geometry:
-    """The geometry of a layer with `span_channels` = G * prod(K) outputs of its span; outputs have ceil(S / stride).
+    """The geometry of a layer with `span_channels` = G * prod(K) span outputs and output size ceil(S / stride).
 
     Raises:
         ValueError: the sizes do not fit each other.

@@ -23,7 +23,7 @@ from . import fused as fused  # registers the operators
 from .arguments import same_padding
 from .geometry import Index
 from .layer import LayerParts, average_windows, scale_shift_relu, unpack
-from .layouts import in_layout_of
+from .layouts import in_layout, is_channels_last, map_is_channels_last
 
 Aggregate = Callable[[Tensor, Tensor, Sequence[tuple[int, int]], Sequence[int], Sequence[int]], Tensor]
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -74,7 +74,7 @@ def adjoint(
         dx = shifted if dx is None else dx + shifted
     dx = dx.flatten(1, 2)
     cut = [(-p, full + p - have) for p, full, have in zip(padding, size[2:], dx.shape[2:], strict=True)]
-    return in_layout_of(grad, "input", _pad(dx, cut).to(grad.dtype))
+    return in_layout(map_is_channels_last(kernel_map, grad), "input", _pad(dx, cut).to(grad.dtype))
 
 
 def correlate(
@@ -91,7 +91,7 @@ def correlate(
     x, g = x.unflatten(1, (size[1], -1)), _widened(grad).unflatten(1, (size[1], -1))
     dots = [(g * x[window]).sum(2) for _, window in _windows(kernel, stride, dilation)]
     dk = torch.stack(dots, dim=2).unflatten(2, tuple(kernel))
-    return in_layout_of(grad, "kernel_map", dk.to(grad.dtype))
+    return in_layout(is_channels_last(input), "kernel_map", dk.to(grad.dtype))
 
 
 def correlate_by_windows(
@@ -110,7 +110,7 @@ def correlate_by_windows(
     g = _widened(grad).unflatten(1, (size[1], -1))
     dots = (windows * g[(..., *[None] * dims)]).sum(2)  # [N, G, *O, *K]
     dk = dots.movedim(tuple(range(-dims, 0)), tuple(range(2, 2 + dims)))
-    return in_layout_of(grad, "kernel_map", dk.to(grad.dtype))
+    return in_layout(is_channels_last(input), "kernel_map", dk.to(grad.dtype))
 
 
 def fused_layer(
@@ -203,7 +203,7 @@ def _by_slices(
             total = last if total is None else total + last
         last = product
     y = last if total is None else total + last
-    return in_layout_of(input, "output", y.flatten(1, 2).to(input.dtype))
+    return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
 
 
 def _by_windows(
@@ -219,7 +219,7 @@ def _by_windows(
     windows = _strided(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
     weights = _widened(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
     y = (windows * weights).sum(tuple(range(-dims, 0)))
-    return in_layout_of(input, "output", y.flatten(1, 2).to(input.dtype))
+    return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
 
 
 def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

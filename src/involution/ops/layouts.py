@@ -49,11 +49,11 @@ def logical_order(role: str, dims: int) -> tuple[int, ...]:
     return tuple(order.index(axis) for axis in range(len(order)))
 
 
-def in_layout_of(like: Tensor, role: str, result: Tensor) -> Tensor:
-    """A result in the memory layout that `allocate` would have given it."""
-    if not is_channels_last(like):
+def in_layout(channels_last: bool, role: str, result: Tensor) -> Tensor:
+    """A result of this role in the memory layout that `allocate` gives it."""
+    if not channels_last:
         return result.contiguous()
-    dims = like.dim() - 2
+    dims = result.dim() - 2 if role != "kernel_map" else result.dim() // 2 - 1
     return result.permute(memory_order(role, dims)).contiguous().permute(logical_order(role, dims))
 
 

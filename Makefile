@@ -27,7 +27,7 @@ test: $(INSTALLED)
 INTERPRETED := $(addprefix tests/ops/test_,gpu_interpreted.py backends_agree.py registration.py fused.py)
 test-gpu-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.2 $(BIN)/pytest $(INTERPRETED) -k "triton or random or interpreted"
-	$(BIN)/pytest tests/ops/test_gpu_compiled.py
+	$(BIN)/pytest tests/ops/test_gpu_compiled.py -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -242,8 +242,8 @@ _FUSING_WINS = ((8, 6), (8, 9), (12, 0))
 def fusing_wins(device: torch.device) -> bool:
     """Whether the fused kernel's instructions take less time than the kernel map's way through memory and back.
 
-    By count (involution bench instructions) they do on consumer cards, whose memory is slow for their arithmetic; on
-    A100, H100 and B200 the steps win, and below sm_80 the matrix units do not help.
+    Estimated from the instructions counted for sm_80 and the datasheets' rates: they do on consumer cards, whose memory
+    is slow for their arithmetic; on A100, H100 and B200 the steps win, and below sm_80 the matrix units do not help.
     """
     if device.type == "cpu":  # interpreted
         return True

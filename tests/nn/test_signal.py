@@ -151,8 +151,11 @@ class PANet(nn.Module):
         return self.classify(coarse.mean((2, 3)))
 
 
-@pytest.mark.parametrize("make", [neck, resnet18])
-@pytest.mark.parametrize(("lr", "autocast"), [(0.01, False), (0.1, False), (0.1, True)])
+RUNS = [(make, lr, False) for make in (neck, resnet18) for lr in (0.01, 0.1)] + [(neck, 0.1, True)]
+SLOW = pytest.param(resnet18, 0.1, True, marks=pytest.mark.slow)  # a minute: bfloat16 on the CPU
+
+
+@pytest.mark.parametrize(("make", "lr", "autocast"), [*RUNS, SLOW])
 def test_networks_train_without_clipping(make: Callable[[], nn.Module], lr: float, autocast: bool) -> None:
     losses = train(make(), lr, 200, autocast)
     assert all(map(math.isfinite, losses))

@@ -88,7 +88,7 @@ struct Workspace {
   alignas(64) T sums[kRowBlock * kMaxTaps * kMaxTaps * kLanes<T>];
 };
 
-// Operands of the micro-kernels: output rows and the packed input row that they all read, each through another tap row.
+// Operands of the micro-kernels for one packed input row: the output rows that read it, each through another tap row.
 template <class T>
 struct RowProduct {
   Index rows;
@@ -199,7 +199,7 @@ struct TapBlock {
 
   TapBlock(const Geometry& g, const Patch<S>& patch, Index a, Range b, Range v)
       : g(g), patch(patch), a(a), b(b), v(v), vertical(g, 1, patch.rows, b), horizontal(g, 2, patch.columns, v) {
-    phase_length = ceil_divide(horizontal.phase_length(), W) * W + W;  // the last vector may start anywhere
+    phase_length = ceil_divide(horizontal.phase_length(), W) * W + W;  // a load may start at any index: one vector more
     packed.x_pitch = phase_length * horizontal.phases();
     packed.dy_pitch = ceil_divide(horizontal.count, W) * W + W;
     for (Index u = 0; u < horizontal.taps; ++u) packed.offset[u] = horizontal.packed_at(0, u, phase_length);
@@ -276,6 +276,7 @@ struct TapBlock {
       }
     }
     for (Index r = 0; r < packed_rows; ++r) {
+      // Rows outside the input are not packed and their sums not computed: clear_outside sets those to zero.
       if (products[r].rows == 0 || heights[r] < 0) continue;
       multiply_row<T, L>(products[r], x + r * channels * packed.x_pitch + first, packed, taps, channels);
     }
@@ -369,8 +370,8 @@ struct PatchGrid {
     }
   }
 
-  // Parts of an axis have one size or one position less, and the last block of taps may be smaller than the others; any
-  // combination of these could pack the most.
+  // Tiles of an axis have one size or one position less, and the last block of taps may be smaller than the others. The
+  // packed size is not monotonic in these (the layout may change), so all combinations are tested.
   bool fits(const Geometry& g) const {
     const Index channels = min(kMaxChannels, g.channels / g.groups);
     const auto last_block = [&](int axis) { return g.kernel[axis] > kMaxTaps ? g.kernel[axis] % kMaxTaps : 0; };

@@ -55,9 +55,10 @@ struct PatchPlan {
     hidden_elements = layer.hidden ? 0 : in_lines(positions * layer.hidden_channels);
     pools = !layer.hidden && max(g.stride[0], max(g.stride[1], g.stride[2])) > 1;
     pooled_elements = pools ? in_lines(positions * g.channels) : 0;
+    // One panel more, because a block of groups may begin in the middle of one.
     kernel_elements = in_lines(positions * (ceil_divide(groups_per_block * taps, kPanel) + 1) * kPanel);
     y_elements = in_lines(positions * g.channels);
-    output_step = layer.expand_channels + 16;  // at a power of two all positions would share few sets of the cache
+    output_step = layer.expand_channels + 16;  // padded: a power of two maps all rows to few cache sets
     output_elements = layer.next_reduce_weight ? in_lines(positions * output_step) : 0;
     const Index channels = layer.expand_weight ? layer.expand_channels : g.channels;
     streams = channels % 16 == 0 && reinterpret_cast<uintptr_t>(layer.output) % 64 == 0 &&
@@ -214,8 +215,8 @@ struct FusedLayer {
     return hidden;
   }
 
-  // The kernels of some groups at `count` positions, as [count, columns]: whole panels of the span's columns, which are
-  // returned.
+  // Computes the kernels of some groups at `count` positions, as [count, columns] in whole panels. Returns the range of
+  // span columns computed.
   Range span(const T* hidden, Index count, Range groups, T* map) const {
     const Index taps = volume(g.kernel), channels = layer.hidden_channels;
     const Range columns = {groups.first * taps / kPanel * kPanel,

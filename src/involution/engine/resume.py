@@ -56,10 +56,9 @@ class GivenOptions(Callback):
     """On resume, keeps options of this run that Lightning would overwrite with the checkpoint's.
 
     These are all options of the optimizers' parameter groups (learning rate, momentum, weight decay, ...) and the
-    patience of early stopping. Exceptions, per optimizer: with a LambdaLR, the learning rate is this run's initial one
-    times the factor of the checkpoint's step. With any other scheduler, the checkpoint's values remain for the learning
-    rate, and for the momentum where that scheduler cycles it (OneCycleLR, CyclicLR): it computes each value from the
-    checkpoint's state.
+    patience of early stopping. What a scheduler writes depends on its kind, for each optimizer: with a LambdaLR the
+    learning rate is this run's initial rate times the factor at the checkpoint's step; any other scheduler continues
+    from the checkpoint's learning rate, and momentum where it cycles that (OneCycleLR, CyclicLR).
     """
 
     def __init__(self) -> None:
@@ -115,8 +114,8 @@ def _recompute_rates(scheduler: torch.optim.lr_scheduler.LambdaLR) -> None:
 class EpochCounterFix(Callback):
     """On resume, counts epochs as the uninterrupted run does; matters where max_steps limits the run.
 
-    Lightning (a) treats an epoch cut short by max_steps as complete, and (b) counts a finished epoch twice. Either
-    changes the shuffling order.
+    On resume Lightning (a) treats an epoch cut short by max_steps as complete, and (b) increments the counter again for
+    a checkpoint that an epoch's end saved. Either gives the sampler a wrong epoch, and so another order of the images.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

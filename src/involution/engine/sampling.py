@@ -77,7 +77,8 @@ class SampleSeeded(Dataset[Any]):
 def _seeded_rng(*key: int) -> Iterator[None]:
     """Seeds the generators of torch, NumPy and Python with `key`, and restores their states afterwards.
 
-    The default dtype is float32 meanwhile: with precision 64-true, Lightning changes it for some batches only.
+    The default dtype is float32 meanwhile: with precision 64-true, Lightning sets float64 around part of the loading
+    only, which would change what torch samples.
     """
     before, dtype = _states(), torch.get_default_dtype()
     try:

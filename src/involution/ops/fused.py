@@ -2,8 +2,8 @@
 
 Span is the 1x1 convolution that produces the kernels, reduce the one before it, expand and next_reduce those after the
 involution (layer.py). The kernel map [N, G, *K, *O] is prod(K) / group_channels times the size of the output; it is
-stored only for gradients that are themselves differentiated (create_graph=True) and under functorch's transforms. Three
-operators:
+stored only for gradients that are themselves differentiated (create_graph=True), under functorch's transforms and
+in forward mode. Three operators:
 
     fused_layer             span convolution and involution, from the hidden features on; differentiable
     fused_layer_backward    its gradients, which recompute the kernel map in parts

@@ -9,6 +9,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .. import zoo as zoo  # registers our models with timm
+from ..zoo.checkpoints import checkpoint_or_name
 
 COARSEST = 32  # stride of the coarsest feature level
 
@@ -46,15 +47,8 @@ def exportable(model: str, pretrained: bool = False) -> Exportable:
         FileNotFoundError: model looks like a file, but there is none.
         ValueError: model is neither, or a detector; a checkpoint carries no preprocessing.
     """
-    if Path(model).is_file():
-        if pretrained:
-            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
-        return _of_checkpoint(Path(model))
-    if timm.is_model(model.partition(".")[0]):
-        return _of_name(model, pretrained)
-    if Path(model).suffix:
-        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
-    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
+    file = checkpoint_or_name(model, pretrained)
+    return _of_name(model, pretrained) if file is None else _of_checkpoint(file)
 
 
 def _of_name(name: str, pretrained: bool) -> Exportable:

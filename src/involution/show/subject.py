@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from .. import zoo as zoo  # registers our models with timm
 from ..engine.checkpoints import module_class
 from ..tasks.detect import Detector
+from ..zoo.checkpoints import checkpoint_or_name
 from .layers import Call, Layer, Statistics, each_call, involutions
 from .view import View, preprocess
 
@@ -79,15 +80,8 @@ def subject(model: str, pretrained: bool = False) -> Subject:
         FileNotFoundError: model looks like a file, but there is none.
         ValueError: model is neither, or the checkpoint cannot be read.
     """
-    if Path(model).is_file():
-        if pretrained:
-            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
-        return _of_checkpoint(Path(model))
-    if timm.is_model(model.partition(".")[0]):
-        return _of_name(model, pretrained)
-    if Path(model).suffix:
-        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
-    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
+    file = checkpoint_or_name(model, pretrained)
+    return _of_name(model, pretrained) if file is None else _of_checkpoint(file)
 
 
 def _of_name(name: str, pretrained: bool) -> Subject:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
@@ -19,6 +20,28 @@ from .paddle import read_pdparams
 _CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones do without
 _BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
 RECORD = "involution"  # the entry of a .safetensors file's metadata that has what our checkpoints carry, as JSON
+
+
+def checkpoint_or_name(model: str, pretrained: bool) -> Path | None:
+    """The file if `model` is a checkpoint; None if it is the name of a network of timm's.
+
+    Args:
+        model: of an option.
+        pretrained: whether weights are to be downloaded, which only names have.
+
+    Raises:
+        FileNotFoundError: model looks like a file, but there is none.
+        ValueError: model is neither; or is a checkpoint, with pretrained.
+    """
+    if Path(model).is_file():
+        if pretrained:
+            raise ValueError(f"pretrained is for names of timm's, got the checkpoint {model}")
+        return Path(model)
+    if timm.is_model(model.partition(".")[0]):
+        return None
+    if Path(model).suffix:
+        raise FileNotFoundError(f"model must be a checkpoint of involution fit, got {model}, which is no file")
+    raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {model!r}")
 
 
 class Checkpoint(NamedTuple):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from . import fused as fused  # registers the operators
 from .arguments import same_padding
 from .geometry import Index
-from .layer import LayerParts, average_windows, scale_shift_relu, unpack
+from .layer import LayerParts, accumulable, average_windows, rms_norm, scale_shift_relu, unpack
 from .layouts import in_layout, is_channels_last, map_is_channels_last
 
 Aggregate = Callable[[Tensor, Tensor, Sequence[tuple[int, int]], Sequence[int], Sequence[int]], Tensor]
@@ -36,23 +36,11 @@ def apply(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    aggregate: Aggregate | None = None,
 ) -> Tensor:
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
     sides = _sides(input.shape[2:], size[2:], kernel_map.shape[2 : 2 + len(stride)], stride, padding, dilation)
-    return _by_slices(input, kernel_map, sides, stride, dilation)
-
-
-def apply_by_windows(
-    input: Tensor,
-    kernel_map: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """As `apply`."""
-    sides = _sides(input.shape[2:], size[2:], kernel_map.shape[2 : 2 + len(stride)], stride, padding, dilation)
-    return _by_windows(input, kernel_map, sides, stride, dilation)
+    return (aggregate or _by_slices)(input, kernel_map, sides, stride, dilation)
 
 
 def adjoint(
@@ -65,7 +53,7 @@ def adjoint(
 ) -> Tensor:
     """dx, the gradient of `apply` with respect to its input."""
     kernel = kernel_map.shape[2 : 2 + len(stride)]
-    g, k = _widened(grad).unflatten(1, (kernel_map.shape[1], -1)), _widened(kernel_map)
+    g, k = accumulable(grad).unflatten(1, (kernel_map.shape[1], -1)), accumulable(kernel_map)
     dx: Any = None
     for tap, _ in _windows(kernel, stride, dilation):
         spread = _spread(g * k[_tap(tap)].unsqueeze(2), stride)
@@ -87,8 +75,8 @@ def correlate(
 ) -> Tensor:
     """dk[n, g, u, o] = sum over c in group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding]."""
     kernel = size[2 : 2 + len(stride)]
-    x = _pad(_widened(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
-    x, g = x.unflatten(1, (size[1], -1)), _widened(grad).unflatten(1, (size[1], -1))
+    x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
+    x, g = x.unflatten(1, (size[1], -1)), accumulable(grad).unflatten(1, (size[1], -1))
     dots = [(g * x[window]).sum(2) for _, window in _windows(kernel, stride, dilation)]
     dk = torch.stack(dots, dim=2).unflatten(2, tuple(kernel))
     return in_layout(is_channels_last(input), "kernel_map", dk.to(grad.dtype))
@@ -105,9 +93,9 @@ def correlate_by_windows(
     """As `correlate`."""
     dims = len(stride)
     kernel = size[2 : 2 + dims]
-    x = _pad(_widened(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
+    x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
     windows = _strided(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
-    g = _widened(grad).unflatten(1, (size[1], -1))
+    g = accumulable(grad).unflatten(1, (size[1], -1))
     dots = (windows * g[(..., *[None] * dims)]).sum(2)  # [N, G, *O, *K]
     dk = dots.movedim(tuple(range(-dims, 0)), tuple(range(2, 2 + dims)))
     return in_layout(is_channels_last(input), "kernel_map", dk.to(grad.dtype))
@@ -156,8 +144,7 @@ def fused_bottleneck(
     parts = LayerParts(input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu=relu)
     hidden = _pointwise(average_windows(input, stride) if max(stride) > 1 else input, reduce_weight, reduce_bias)
     if rms_eps > 0:
-        wide = _widened(hidden)
-        hidden = (wide * (wide.square().mean(1, keepdim=True) + rms_eps).rsqrt()).to(hidden.dtype)
+        hidden = rms_norm(hidden, rms_eps)
     y = _layer(parts, hidden.relu(), kernel_size, stride, dilation, aggregate or _by_slices)
     if expand_weight is not None:
         y = _pointwise(y, expand_weight, expand_bias)
@@ -193,8 +180,8 @@ def _by_slices(
     Every product comes before the sum of those before it. A runtime that keeps this order has two products alive, and
     onnxruntime, which otherwise makes all of them first, then does too.
     """
-    x = _pad(_widened(input), sides).unflatten(1, (kernel_map.shape[1], -1))
-    k = _widened(kernel_map)
+    x = _pad(accumulable(input), sides).unflatten(1, (kernel_map.shape[1], -1))
+    k = accumulable(kernel_map)
     total: Any = None
     last: Any = None
     for tap, window in _windows(kernel_map.shape[2 : 2 + len(stride)], stride, dilation):
@@ -215,9 +202,9 @@ def _by_windows(
 ) -> Tensor:
     """The sum over the last axes of all windows, a view of the padded image, times their weights."""
     dims = len(stride)
-    x = _pad(_widened(input), sides).unflatten(1, (kernel_map.shape[1], -1))
+    x = _pad(accumulable(input), sides).unflatten(1, (kernel_map.shape[1], -1))
     windows = _strided(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
-    weights = _widened(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
+    weights = accumulable(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
     y = (windows * weights).sum(tuple(range(-dims, 0)))
     return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
 
@@ -282,10 +269,6 @@ def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
     return image
 
 
-def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
 def _table(**functions: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.involution, name).default: function for name, function in functions.items()}
 
@@ -294,7 +277,7 @@ BY_SLICES = _table(
     apply=apply, adjoint=adjoint, correlate=correlate, fused_layer=fused_layer, fused_bottleneck=fused_bottleneck
 )
 BY_WINDOWS = _table(
-    apply=apply_by_windows,
+    apply=partial(apply, aggregate=_by_windows),
     adjoint=adjoint,
     correlate=correlate_by_windows,
     fused_layer=partial(fused_layer, aggregate=_by_windows),

@@ -196,6 +196,17 @@ def unpacked_shape(name: str, weight: Sequence[int] | None, bias: Sequence[int] 
     return bias[0], weight[1]
 
 
+def accumulable(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype that sums are in: float32 for 16 bits."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def rms_norm(hidden: Tensor, eps: float) -> Tensor:
+    """hidden / sqrt(mean of hidden**2 over the channels + eps) at every position of [N, R, *O]."""
+    wide = accumulable(hidden)
+    return (wide * (wide.square().mean(1, keepdim=True) + eps).rsqrt()).to(hidden.dtype)
+
+
 def generate(hidden: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """The span convolution: hidden [N, R, *O], weight [G * prod(K), R] -> kernel map [N, G, *K, *O]."""
     dims = len(geometry.kernel)

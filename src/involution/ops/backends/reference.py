@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from ..layer import LayerParts, average_windows, generate, pointwise, scale_shift_relu, unpack
+from ..layer import LayerParts, accumulable, average_windows, generate, pointwise, rms_norm, scale_shift_relu, unpack
 from ..layouts import allocate, memory_order
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
-    x, k = _grouped(input, geometry), _accumulable(kernel_map)
+    x, k = _grouped(input, geometry), accumulable(kernel_map)
     y = torch.zeros_like(_grouped(out, geometry), dtype=x.dtype)
     for at_map, at_output, at_input in geometry.taps():
         y[at_output].addcmul_(k[at_map].unsqueeze(2), x[at_input])
@@ -25,7 +25,7 @@ def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) ->
 
 def adjoint(grad: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
     """dx, the gradient w.r.t. x: every product of `apply` is scattered back to the position of its x."""
-    g, k = _grouped(grad, geometry), _accumulable(kernel_map)
+    g, k = _grouped(grad, geometry), accumulable(kernel_map)
     dx = torch.zeros_like(_grouped(out, geometry), dtype=g.dtype)
     for at_map, at_output, at_input in geometry.taps():
         dx[at_input].addcmul_(k[at_map].unsqueeze(2), g[at_output])
@@ -64,8 +64,7 @@ def fused_layer(
         pooled = average_windows(parts.input, geometry.stride) if max(geometry.stride) > 1 else parts.input
         hidden = pointwise(pooled, parts.reduce_weight, parts.reduce_bias)
         if parts.rms_eps > 0:
-            wide = _accumulable(hidden)
-            hidden = (wide * (wide.square().mean(1, keepdim=True) + parts.rms_eps).rsqrt()).to(hidden.dtype)
+            hidden = rms_norm(hidden, parts.rms_eps)
         hidden = hidden.relu()
     y = outs[0]
     if parts.expand_weight is not None:
@@ -98,7 +97,7 @@ def fused_layer_backward(
     weight, (dx, dhidden, dweight, dbias) = parts.span_weight, results
     assert parts.hidden is not None
     order = memory_order("kernel_map", len(geometry.kernel))
-    totals = [torch.zeros_like(total, dtype=_accumulable(total[:0]).dtype) for total in (dweight, dbias)]
+    totals = [torch.zeros_like(total, dtype=accumulable(total[:0]).dtype) for total in (dweight, dbias)]
     for n in range(0, geometry.batch, images or geometry.batch):
         some = slice(n, n + (images or geometry.batch))
         hidden = parts.hidden[some]
@@ -130,8 +129,4 @@ def _grouped_view(image: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _grouped(image: Tensor, geometry: Geometry) -> Tensor:
-    return _grouped_view(_accumulable(image), geometry)
-
-
-def _accumulable(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return _grouped_view(accumulable(image), geometry)

@@ -81,4 +81,4 @@ def _of_checkpoint(file: Path) -> Exportable:
     if isinstance(module, Classifier):
         return Exportable(network, (given.image_size,) * 2, ("logits",), metadata)
     side = max(2, round(given.resize / COARSEST)) * COARSEST
-    return Exportable(Logits(network), (side, side), ("logits",), metadata, COARSEST)
+    return Exportable(Logits(network).eval(), (side, side), ("logits",), metadata, COARSEST)

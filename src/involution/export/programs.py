@@ -10,7 +10,7 @@ import torch._inductor
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..ops.decompositions import BY_WINDOWS
+from ..ops.decompositions import DECOMPOSITIONS
 
 Metadata = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         False
     """
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    table.update(BY_WINDOWS)
+    table.update(DECOMPOSITIONS)
     return table
 
 

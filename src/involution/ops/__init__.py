@@ -11,6 +11,5 @@ import torch
 if os.environ.get("INVOLUTION_BACKEND") == "triton" and not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # run its kernels on CPU tensors; Triton reads this at import
 
-from . import decompositions as decompositions
 from . import fused as fused
 from . import registration as registration

@@ -1,22 +1,19 @@
 """The operators in torch's standard ones, for runtimes that have no others.
 
-There are two forms of the maps, each a table operator -> function. BY_SLICES accumulates one slice of the padded image
-a tap, for runtimes that execute operators one by one: nothing is unfolded. It is registered with torch, and so what a
-plain torch.onnx.export finds. BY_WINDOWS reduces over a strided view of all windows, for compilers such as Inductor
-that fuse the product into the sum: ten nodes instead of two hundred, to trace and to compile.
+Inductor and other compilers fuse them: a map is a product with a strided view of all windows, and a sum, ten nodes
+instead of two hundred to trace and to compile. They are no part of torch's own table of decompositions, which every
+FakeTensor and Inductor would consult: Inductor refuses an operator with an entry there where CI is set.
 
-Both trace with symbolic sizes. Padding is zeros that are multiplied: a weight outside the image must be finite, which
+All trace with symbolic sizes. Padding is zeros that are multiplied: a weight outside the image must be finite, which
 the kernels do not ask for.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 from torch.nn import functional as F
 
 from . import fused as fused  # registers the operators
@@ -25,7 +22,6 @@ from .geometry import Index
 from .layer import LayerParts, accumulable, average_windows, rms_norm, scale_shift_relu, unpack
 from .layouts import in_layout, is_channels_last, map_is_channels_last
 
-Aggregate = Callable[[Tensor, Tensor, Sequence[tuple[int, int]], Sequence[int], Sequence[int]], Tensor]
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -36,11 +32,10 @@ def apply(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    aggregate: Aggregate | None = None,
 ) -> Tensor:
     """y[n, c, o] = sum over u of k[n, g(c), u, o] * x[n, c, o*stride + u*dilation - padding]."""
     sides = _sides(input.shape[2:], size[2:], kernel_map.shape[2 : 2 + len(stride)], stride, padding, dilation)
-    return (aggregate or _by_slices)(input, kernel_map, sides, stride, dilation)
+    return _aggregate(input, kernel_map, sides, stride, dilation)
 
 
 def adjoint(
@@ -74,23 +69,6 @@ def correlate(
     dilation: Sequence[int],
 ) -> Tensor:
     """dk[n, g, u, o] = sum over c in group g of grad[n, c, o] * x[n, c, o*stride + u*dilation - padding]."""
-    kernel = size[2 : 2 + len(stride)]
-    x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
-    x, g = x.unflatten(1, (size[1], -1)), accumulable(grad).unflatten(1, (size[1], -1))
-    dots = [(g * x[window]).sum(2) for _, window in _windows(kernel, stride, dilation)]
-    dk = torch.stack(dots, dim=2).unflatten(2, tuple(kernel))
-    return in_layout(is_channels_last(input), "kernel_map", dk.to(grad.dtype))
-
-
-def correlate_by_windows(
-    grad: Tensor,
-    input: Tensor,
-    size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """As `correlate`."""
     dims = len(stride)
     kernel = size[2 : 2 + dims]
     x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
@@ -112,11 +90,10 @@ def fused_layer(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    aggregate: Aggregate | None = None,
 ) -> Tensor:
     """The span convolution, the involution with its kernels, and the norm and ReLU after it."""
     parts = LayerParts(input, hidden, None, None, span_weight, span_bias, scale, shift, relu=relu)
-    return _layer(parts, hidden, kernel_size, stride, dilation, aggregate or _by_slices)
+    return _layer(parts, hidden, kernel_size, stride, dilation)
 
 
 def fused_bottleneck(
@@ -138,14 +115,13 @@ def fused_bottleneck(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    aggregate: Aggregate | None = None,
 ) -> list[Tensor]:
     """The fused layer from its reduction on, with the expansion, the shortcut and the next reduction where given."""
     parts = LayerParts(input, None, reduce_weight, reduce_bias, span_weight, span_bias, scale, shift, relu=relu)
     hidden = _pointwise(average_windows(input, stride) if max(stride) > 1 else input, reduce_weight, reduce_bias)
     if rms_eps > 0:
         hidden = rms_norm(hidden, rms_eps)
-    y = _layer(parts, hidden.relu(), kernel_size, stride, dilation, aggregate or _by_slices)
+    y = _layer(parts, hidden.relu(), kernel_size, stride, dilation)
     if expand_weight is not None:
         y = _pointwise(y, expand_weight, expand_bias)
         y = y if shortcut is None else y + shortcut
@@ -161,39 +137,13 @@ def _layer(
     kernel_size: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-    aggregate: Aggregate,
 ) -> Tensor:
     kernel_map = _pointwise(hidden, parts.span_weight, parts.span_bias).unflatten(1, (-1, *kernel_size))
-    y = aggregate(parts.input, kernel_map, same_padding(kernel_size, dilation), stride, dilation)
+    y = _aggregate(parts.input, kernel_map, same_padding(kernel_size, dilation), stride, dilation)
     return scale_shift_relu(y, parts)
 
 
-def _by_slices(
-    input: Tensor,
-    kernel_map: Tensor,
-    sides: Sequence[tuple[int, int]],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """The sum over taps of a slice of the padded image times the tap's weights.
-
-    Every product comes before the sum of those before it. A runtime that keeps this order has two products alive, and
-    onnxruntime, which otherwise makes all of them first, then does too.
-    """
-    x = _pad(accumulable(input), sides).unflatten(1, (kernel_map.shape[1], -1))
-    k = accumulable(kernel_map)
-    total: Any = None
-    last: Any = None
-    for tap, window in _windows(kernel_map.shape[2 : 2 + len(stride)], stride, dilation):
-        product = x[window] * k[_tap(tap)].unsqueeze(2)
-        if last is not None:
-            total = last if total is None else total + last
-        last = product
-    y = last if total is None else total + last
-    return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
-
-
-def _by_windows(
+def _aggregate(
     input: Tensor,
     kernel_map: Tensor,
     sides: Sequence[tuple[int, int]],
@@ -269,22 +219,7 @@ def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
     return image
 
 
-def _table(**functions: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
-    return {getattr(torch.ops.involution, name).default: function for name, function in functions.items()}
-
-
-BY_SLICES = _table(
-    apply=apply, adjoint=adjoint, correlate=correlate, fused_layer=fused_layer, fused_bottleneck=fused_bottleneck
-)
-BY_WINDOWS = _table(
-    apply=partial(apply, aggregate=_by_windows),
-    adjoint=adjoint,
-    correlate=correlate_by_windows,
-    fused_layer=partial(fused_layer, aggregate=_by_windows),
-    fused_bottleneck=partial(fused_bottleneck, aggregate=_by_windows),
-)
-for _operator, _function in BY_SLICES.items():
-    register_decomposition(_operator)(_function)
-    # With symbolic sizes a FakeTensor prefers a registered decomposition to the operator's fake, unless this table has
-    # an entry too: then the fake of registration.py or fused.py runs, and the entry itself is never called.
-    register_decomposition(_operator, type="meta")(_function)
+DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
+    getattr(torch.ops.involution, function.__name__).default: function
+    for function in (apply, adjoint, correlate, fused_layer, fused_bottleneck)
+}

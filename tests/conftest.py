@@ -1,7 +1,6 @@
 """Settings every test shares."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,7 @@ def data_folder() -> Path:
     return Path(name)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Small tensors on busy cores take ten times longer on two threads."""
-    before = torch.get_num_threads()
+def pytest_configure() -> None:
+    """One thread here and in subprocesses: small tensors on busy cores take ten times longer on two."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    os.environ["OMP_NUM_THREADS"] = "1"

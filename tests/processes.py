@@ -50,9 +50,6 @@ def _call(
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for standard in (1, 2):
         os.dup2(stream, standard)
-    import torch
-
-    torch.set_num_threads(1)
     function = runpy.run_path(file)[name]  # test modules have no name that another process could import
     sys.exit(function(*arguments))
 

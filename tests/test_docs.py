@@ -96,7 +96,6 @@ def commands(code: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("involution ")]
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -114,7 +113,6 @@ def test_tutorial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             assert main([verb, *arguments, *QUICK, *LOADING, *small]) == 0, arguments
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", ["family", "your-network"])
 def test_code_of_a_page(page: str) -> None:
     names: dict[str, Any] = {}

@@ -23,7 +23,7 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_ba
 def torchrun(folder: Path, script: str, *arguments: str, code: int = 0, **environment: str) -> None:
     """torch's launcher, which starts two processes of a script."""
     port = ["--nproc-per-node", "2", "--master-port", str(free_port())]
-    everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    everything = {**os.environ, **environment}
     line = [sys.executable, "-m", "torch.distributed.run", *port, script, *arguments]
     done = subprocess.run(line, cwd=folder, env=everything, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stdout + done.stderr
@@ -36,8 +36,7 @@ def with_torchrun(folder: Path, *arguments: str) -> None:
 
 def with_lightning(folder: Path, *arguments: str) -> None:
     """Lightning itself starts the second process."""
-    everything = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *CLI, *arguments], cwd=folder, env=everything, check=True, timeout=300)
+    subprocess.run([sys.executable, *CLI, *arguments], cwd=folder, check=True, timeout=300)
 
 
 def with_slurm(folder: Path, *arguments: str) -> None:

@@ -36,7 +36,6 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_one_openmp_runtime() -> None:

@@ -25,7 +25,7 @@ NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 @pytest.fixture(autouse=True)
-def _fresh(one_thread: None) -> None:
+def _fresh() -> None:
     """An empty compilation cache, and the same weights every time."""
     torch._dynamo.reset()
     torch.manual_seed(0)

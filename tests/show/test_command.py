@@ -27,7 +27,6 @@ from involution.tasks.segment import Segmenter
 from involution.tasks.segment.preprocessing import Preprocessing as Street
 
 THIRDS = ((0.3, 0.3, 0.3), (0.3, 0.3, 0.3))
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

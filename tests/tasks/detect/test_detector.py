@@ -43,7 +43,6 @@ def fit(recipe: str, root: Path, shorter: int, *options: str) -> TaskCLI:
 @pytest.fixture(scope="module")
 def trained(make_coco: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder of a Mask R-CNN that has begun to learn the rectangles."""
-    torch.set_num_threads(1)
     root = make_coco(tmp_path_factory.mktemp("trained") / "coco", repeats=6)
     options = ["--model.lr_batch_size", "null", "--model.warmup_steps", "10", "--data.batch_size", "3"]
     options += ["--model.lr", "0.01", "--trainer.gradient_clip_val", "1"]

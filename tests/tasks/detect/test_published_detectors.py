@@ -294,7 +294,6 @@ def test_retinanets_losses_are_normalised_by_the_batchs_positives() -> None:
 
 
 def one_process(rank: int, store: str, results: Any) -> None:
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     head, outputs, targets, anchors, matched = head_and_step()
     own = slice(rank, rank + 1)

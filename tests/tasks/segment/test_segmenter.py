@@ -34,7 +34,6 @@ def fit(root: Path, *options: str) -> TaskCLI:
 @pytest.fixture(scope="module")
 def trained(make_masks: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run's folder of a semantic FPN trained on the rectangles."""
-    torch.set_num_threads(1)
     root = make_masks(tmp_path_factory.mktemp("trained") / "masks", train=24)
     options = ["--model.lr", "0.05", "--model.lr_batch_size", "null", "--model.warmup_steps", "10"]
     options += ["--data.batch_size", "4", "--data.scale", "[0.8, 1.2]", "--data.photometric", "false"]

@@ -26,8 +26,8 @@ def naive(layer: Involution2d, x: torch.Tensor) -> torch.Tensor:
     reduced = generator.reduce(pooled)
     if isinstance(generator.norm, nn.BatchNorm2d):
         reduced = generator.norm(reduced)
-    else:  # the default: RMS norm over channels
-        reduced = reduced / (reduced.square().mean(1, keepdim=True) + 1e-6).sqrt()
+    else:  # the default: L2 norm over channels
+        reduced = reduced / (reduced.square().sum(1, keepdim=True) + 1e-6 * reduced.shape[1]).sqrt()
     hidden = torch.relu(reduced)
     weights = generator.span(hidden)
     weights = weights.view(n, g, 1, k * k, h // s, w // s)

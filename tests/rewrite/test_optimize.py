@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 import involution.zoo  # registers rednet14_cifar
 from involution import Involution1d, Involution2d, Involution3d, optimize
 from involution.nn import BottleneckGenerator
-from involution.nn.generators import ChannelRMSNorm
+from involution.nn.generators import ChannelL2Norm
 from involution.ops.backends import selection
 from involution.rewrite.fusion import fuse
 from involution.rewrite.graph import constant, mutates_shared_tensor
@@ -727,10 +727,10 @@ def test_a_norm_whose_weights_are_computed_is_not_folded(graphs: list[fx.GraphMo
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
-def test_an_rms_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float) -> None:
-    """The fused layer has no RMS norm where rms_eps is 0."""
+def test_an_l2_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float) -> None:
+    """The fused layer has no norm where rms_eps is 0."""
     x = torch.randn(2, 3, 9, 10)
-    model = settle(Net(norm_layer=lambda width: nn.Sequential(nn.BatchNorm2d(width), ChannelRMSNorm(eps))), x)
+    model = settle(Net(norm_layer=lambda width: nn.Sequential(nn.BatchNorm2d(width), ChannelL2Norm(eps))), x)
     optimized = optimize(model, x)
     assert_same(optimized, model, x)
     if eps:
@@ -738,7 +738,7 @@ def test_an_rms_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float
         assert [call["rms_eps"] for call in calls(graphs, BOTTLENECK)] == [eps]
     else:
         (reported,) = optimized.unfused
-        assert reported.startswith("middle is not fused with adjacent layers: its generator's RMS norm has eps = 0")
+        assert reported.startswith("middle is not fused with adjacent layers: its generator's norm over channels has eps = 0")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 1, 1), (2, 1, 7)])

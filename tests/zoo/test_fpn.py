@@ -8,7 +8,7 @@ from torch import nn
 
 from involution import Involution2d
 from involution.cost.count import cost
-from involution.nn import ChannelRMSNorm
+from involution.nn import ChannelL2Norm
 from involution.zoo.fpn import GeneratorBatchNorm2d, PyramidBackbone, involution_layer
 
 
@@ -16,7 +16,7 @@ from involution.zoo.fpn import GeneratorBatchNorm2d, PyramidBackbone, involution
 def test_only_the_papers_networks_have_the_papers_generator(backbone: str, norms: int) -> None:
     layer = involution_layer(32, backbone)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in layer.modules()) == norms
-    assert isinstance(layer.generator.norm, ChannelRMSNorm) != bool(norms)
+    assert isinstance(layer.generator.norm, ChannelL2Norm) != bool(norms)
     x = torch.randn(2, 32, 9, 8)
     torch.testing.assert_close(layer(x), x)
 

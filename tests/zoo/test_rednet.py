@@ -181,7 +181,7 @@ def _involution(state: dict[str, Tensor], name: str, x: Tensor, stride: int) -> 
     if f"{name}.generator.norm.weight" in state:
         hidden = _norm(state, f"{name}.generator.norm", hidden).relu()
     else:
-        hidden = (hidden / (hidden.square().mean(1, keepdim=True) + 1e-6).sqrt()).relu()
+        hidden = (hidden / (hidden.square().sum(1, keepdim=True) + 1e-6 * hidden.shape[1]).sqrt()).relu()
     kernels = F.conv2d(hidden, state[f"{name}.generator.span.weight"], state[f"{name}.generator.span.bias"])
     n, c, h, w = x.shape[0], x.shape[1], *kernels.shape[2:]
     size = math.isqrt(kernels.shape[1] // (c // 16))
@@ -310,7 +310,7 @@ def test_v2_differs_only_in_its_generators() -> None:
 @pytest.mark.parametrize("name", ["rednetv2_26_cifar", "rednetv2_26"])
 def test_a_batch_of_one_small_image_trains(name: str) -> None:
     """The last stage of the larger one is one pixel, whose variance batch norm in a generator cannot compute."""
-    model, x = create(name, norm_layer="groupnorm1", generator_norm_layer="rms", zero_init_last=False), images(name, 1)
+    model, x = create(name, norm_layer="groupnorm1", generator_norm_layer="l2", zero_init_last=False), images(name, 1)
     loss = F.cross_entropy(model.train()(x[..., :32, :32]), torch.tensor([1]))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -737,8 +737,8 @@ def test_device_and_dtype_reach_every_parameter() -> None:
             r"kernel_generator must be one of \('bottleneck', 'linear', .*, 'softmax'\), got 'mlp'",
         ),
         ("kernel_init", "zero", r"kernel_init must be one of \('identity', 'box', 'paper'\), got 'zero'"),
-        ("norm_layer", "rms", "norm_layer must be a norm's name in timm or its class, got 'rms'"),
-        ("generator_norm_layer", "no", "generator_norm_layer must be a norm's name .*, or \"rms\", got 'no'"),
+        ("norm_layer", "l2", "norm_layer must be a norm's name in timm or its class, got 'l2'"),
+        ("generator_norm_layer", "no", "generator_norm_layer must be a norm's name .*, or \"l2\", got 'no'"),
         ("stem_kernel_size", 4, r"stem_kernel_size must be one of \(3, 7\), got 4"),
         ("stem_stride", 3, r"stem_stride must be one of \(1, 2, 4\), got 3"),
         ("layers", (1, 1, 1), r"layers must be four ints .* got \(1, 1, 1\)"),

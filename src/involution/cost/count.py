@@ -16,7 +16,7 @@ from ..nn import (
     LocalSelfAttention2d,
     LocalSelfAttention3d,
 )
-from ..nn.generators import ChannelRMSNorm
+from ..nn.generators import ChannelL2Norm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
     `multiply_adds` are those of products, without biases. `others` is what the paper's tables count in addition: one
     per output element of a convolution's bias, of a ReLU and of an upsampling, one per input element of a pooling, and
-    two per input element of a batch norm or RMS norm; synchronised norms count 0.
+    two per input element of a batch norm or L2 norm; synchronised norms count 0.
     """
 
     module: str  # as named_modules() calls it
@@ -113,7 +113,7 @@ def _count(module: nn.Module, input: Tensor, output: Any) -> tuple[int, int] | N
         return math.prod(module.kernel_size) * output.numel(), 0
     if isinstance(module, _ATTENTIONS):
         return _attention_products(module, output), 0
-    if isinstance(module, nn.modules.batchnorm._BatchNorm | ChannelRMSNorm):
+    if isinstance(module, nn.modules.batchnorm._BatchNorm | ChannelL2Norm):
         return 0, 0 if isinstance(module, nn.SyncBatchNorm) else 2 * input.numel()
     if isinstance(module, nn.ReLU | nn.Upsample):
         return 0, output.numel()

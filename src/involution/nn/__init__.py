@@ -4,7 +4,7 @@ from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttent
 from .diagnose import Diagnosis, LayerSignal, diagnose
 from .generators import (
     BottleneckGenerator,
-    ChannelRMSNorm,
+    ChannelL2Norm,
     ContextGenerator,
     LinearGenerator,
     PositionGenerator,
@@ -16,7 +16,7 @@ from .involution import Involution1d, Involution2d, Involution3d
 __all__ = [
     "AttentionGenerator",
     "BottleneckGenerator",
-    "ChannelRMSNorm",
+    "ChannelL2Norm",
     "ContextGenerator",
     "Diagnosis",
     "Involution1d",

@@ -24,8 +24,8 @@ class _AvgPool3d(nn.AvgPool3d):
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
 
 
-class ChannelRMSNorm(nn.Module):
-    """RMS norm over the channels of each position, without parameters: the result does not depend on the input's scale.
+class ChannelL2Norm(nn.Module):
+    """L2 norm over the channels of each position, without parameters: features of unit length, whatever their scale.
 
     Positions are independent: no batch statistics, no running statistics. float16 and bfloat16 compute the mean square
     in float32. Where the RMS is not well above sqrt(eps), the result tends to 0.
@@ -41,9 +41,10 @@ class ChannelRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, input: Tensor) -> Tensor:
-        """x / sqrt(mean of x**2 over the channels + eps)."""
+        """x / sqrt(C * (mean of x**2 over the channels + eps))."""
         last = input.movedim(1, -1)
-        return nn.functional.rms_norm(last, (last.shape[-1],), eps=self.eps).movedim(-1, 1)
+        channels = last.shape[-1]
+        return (nn.functional.rms_norm(last, (channels,), eps=self.eps) * channels**-0.5).movedim(-1, 1)
 
 
 KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], None]
@@ -53,8 +54,9 @@ KERNEL_INITS = ("identity", "box", "paper")
 class BottleneckGenerator(nn.Module):
     """The paper's generator (section 3.2): reduce, norm, activation, span; by default invariant to the input's scale.
 
-    By default the norm is an RMS norm over channels and kernels are initialised to the identity, so the layer is of
-    degree one in its input, as a convolution is, at any depth. In the paper's generator,
+    By default the norm is an L2 norm over channels and kernels are initialised to the identity, so the layer is of
+    degree one in its input, as a convolution is, at any depth; and a step of the span's weights changes kernels by the
+    same amount at every width. In the paper's generator,
     ``norm_layer=nn.BatchNorm2d, kernel_init="paper"``, kernels grow with the features, so the layer is quadratic in its
     input, and they are initialised with random signs.
 
@@ -68,7 +70,7 @@ class BottleneckGenerator(nn.Module):
         stride: one int per spatial axis.
         dilation: one int per spatial axis; ignored.
         reduction_ratio: r; the hidden width is max(1, C // r).
-        norm_layer: between reduction and activation; called with the hidden width. None is `ChannelRMSNorm` (the paper
+        norm_layer: between reduction and activation; called with the hidden width. None is `ChannelL2Norm` (the paper
             has batch norm).
         act_layer: called without arguments.
         kernel_init: the initial kernels. "identity": 1 at the window's centre, 0 elsewhere, at every position. "box":
@@ -103,7 +105,7 @@ class BottleneckGenerator(nn.Module):
         self.kernel_init = kernel_init
         self.pool = _pool(stride)
         self.reduce = CONVOLUTION[dims](channels, width, 1, bias=False)
-        self.norm = ChannelRMSNorm() if norm_layer is None else norm_layer(width)
+        self.norm = ChannelL2Norm() if norm_layer is None else norm_layer(width)
         self.act = act_layer()
         self.span = CONVOLUTION[dims](width, groups * math.prod(kernel_size), 1)
         self.init_kernels()

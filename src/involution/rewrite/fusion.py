@@ -3,7 +3,7 @@
 The result is one call of torch.ops.involution.fused_bottleneck; batch norms are folded into the 1x1 convolutions before
 them. A match needs the whole reduction; after the layer the longest matching prefix is fused:
 
-    x --+--> average pool (if strided) --> reduce 1x1 --> batch norm and/or RMS norm --> ReLU --+
+    x --+--> average pool (if strided) --> reduce 1x1 --> batch norm and/or L2 norm --> ReLU ---+
         |                                                                                       v
         +--------------------------------------------------------------------------------> fused layer
                                                                                                 |
@@ -76,6 +76,13 @@ class _Pointwise(NamedTuple):
     bias: Tensor | None
 
 
+class _HiddenNorm(NamedTuple):
+    """The norm of the hidden features: z / sqrt(mean of z**2 + eps) * factor; eps 0 is no norm."""
+
+    eps: float = 0.0
+    factor: float = 1.0  # positive: the span's weights take it, on the other side of the ReLU
+
+
 def fuse(graph: fx.GraphModule) -> list[str]:
     """Replaces every fused layer, together with the layers around it that match, by a fused_bottleneck operator.
 
@@ -125,14 +132,14 @@ def _match(graph: fx.GraphModule, layer: Node) -> tuple[dict[str, Any], list[Nod
     span_weight, span_bias = constant(graph, span), constant(graph, bias)
     if span_weight is None or (bias is not None and span_bias is None):
         return {}, [], f"{_UNMERGED}: its span's weights are not constant"
-    reduce, rms_eps, why = _reduction(graph, hidden, x, stride)
+    reduce, norm_of_hidden, why = _reduction(graph, hidden, x, stride)
     if reduce is None:
         return {}, [], f"{_UNMERGED}: {why}"
     operands = {
         **{"input": x, "kernel_size": kernel_size, "stride": stride, "dilation": dilation},
         **_packed("reduce", *reduce),
-        **_packed("span", *_with_bias(span_weight.flatten(1), span_bias)),
-        **{"rms_eps": rms_eps, "relu": False, "expand_relu": False},
+        **_packed("span", *_with_bias(span_weight.flatten(1) * norm_of_hidden.factor, span_bias)),
+        **{"rms_eps": norm_of_hidden.eps, "relu": False, "expand_relu": False},
     }
     norm = _batch_norm(graph, only_user(layer))
     if norm is None:
@@ -177,43 +184,48 @@ def _replace(graph: fx.GraphModule, layer: Node, operands: dict[str, Any], ends:
 
 def _reduction(
     graph: fx.GraphModule, hidden: Any, x: Any, stride: Any
-) -> tuple[tuple[Tensor, Tensor] | None, float, str]:
-    """The generator's reduction from x (pooled if strided) to hidden: weights and RMS norm's eps or 0, or why not."""
+) -> tuple[tuple[Tensor, Tensor] | None, _HiddenNorm, str]:
+    """The generator's reduction from x (pooled if strided) to hidden: weights and its L2 norm, or why not."""
+    nothing = None, _HiddenNorm()
     if not is_relu(hidden):
-        return None, 0, "its generator's activation is not ReLU"
-    reduced, rms_eps = _before_rms_norm(hidden.args[0])
-    if rms_eps == 0:
-        return None, 0, "its generator's RMS norm has eps = 0, which the fused layer does not support"
+        return *nothing, "its generator's activation is not ReLU"
+    reduced, l2_norm = _before_l2_norm(hidden.args[0])
+    if l2_norm is not None and l2_norm.eps == 0:
+        return *nothing, "its generator's norm over channels has eps = 0, which the fused layer does not support"
     norm = _batch_norm(graph, reduced)
-    if norm is None and rms_eps is None:
-        return None, 0, "its generator's norm is not a batch norm in evaluation mode, nor RMS norm"
+    if norm is None and l2_norm is None:
+        return *nothing, "its generator's norm is not a batch norm in evaluation mode, nor ChannelL2Norm"
     convolution = _pointwise(graph, reduced if norm is None else norm.node.args[0])
     if convolution is None:
-        return None, 0, "its generator's reduction is not a plain 1x1 convolution"
+        return *nothing, "its generator's reduction is not a plain 1x1 convolution"
     source = convolution.node.args[0]
     if math.prod(stride) > 1:
         if not _averages_windows(source, stride):
-            return None, 0, "its generator does not average pooling windows of the stride's size"
+            return *nothing, "its generator does not average pooling windows of the stride's size"
         source = source.args[0]
     if source is not x:
-        return None, 0, "its generator reads something other than the layer's input"
+        return *nothing, "its generator reads something other than the layer's input"
     weight, bias = convolution.weight, convolution.bias
-    return _with_bias(weight, bias) if norm is None else norm.folded_into(weight, bias), rms_eps or 0.0, ""
+    weights = _with_bias(weight, bias) if norm is None else norm.folded_into(weight, bias)
+    return weights, l2_norm or _HiddenNorm(), ""
 
 
-def _before_rms_norm(node: Any) -> tuple[Any, float | None]:
-    """The input and eps of an `nn.generators.ChannelRMSNorm` that ends in this node; else the node itself and None."""
+def _before_l2_norm(node: Any) -> tuple[Any, _HiddenNorm | None]:
+    """The input and the norm of an `nn.generators.ChannelL2Norm` that ends in this node; else the node and None."""
     if not is_single_use_call(node, {"movedim"}) or tuple(node.args[1:]) != (-1, 1):
         return node, None
-    normed = node.args[0]
-    if not is_single_use_call(normed, RMS_NORMS):
+    scaled = node.args[0]
+    if not is_single_use_call(scaled, {operator.mul}) or not isinstance(scaled.args[1], float):
+        return node, None
+    normed, factor = scaled.args
+    if factor <= 0 or not is_single_use_call(normed, RMS_NORMS):
         return node, None
     values = arguments(normed, ("input", "normalized_shape", "weight", "eps"))
     last = values["input"]
     plain = len(values["normalized_shape"]) == 1 and values.get("weight") is None and values.get("eps") is not None
     if not plain or not is_single_use_call(last, {"movedim"}) or tuple(last.args[1:]) != (1, -1):
         return node, None
-    return last.args[0], values["eps"]
+    return last.args[0], _HiddenNorm(values["eps"], factor)
 
 
 def _expansion(graph: fx.GraphModule, relu_node: Node) -> tuple[tuple[Tensor, Tensor] | None, Node, Node]:

@@ -143,8 +143,8 @@ class RedNet(nn.Module):
         stem_kernel_size: of the stem's involution: 3 (classification) or 7 (the paper's dense prediction).
         stem_stride: 4 (strided convolution and max pooling), 2 (strided convolution) or 1 (neither).
         norm_layer: timm's name of a norm or its class, for the network and its kernel generators.
-        generator_norm_layer: the kernel generators' norm; None takes `norm_layer`, "rms" the default of
-            `BottleneckGenerator`, an RMS norm over channels.
+        generator_norm_layer: the kernel generators' norm; None takes `norm_layer`, "l2" the default of
+            `BottleneckGenerator`, an L2 norm over channels.
         kernel_init: the initial kernels, "identity", "box", "paper" or a callable, see `BottleneckGenerator`; ignored
             by attention, softmax and generators that are not bottlenecks.
         act_layer: timm's name of an activation or its class, for the network and its kernel generators.
@@ -401,7 +401,7 @@ def _norm_layer(name: str, value: Layer) -> Any:
     try:
         return get_norm_layer(value)
     except KeyError:
-        wanted = "a norm's name in timm or its class" + (', or "rms"' if name == "generator_norm_layer" else "")
+        wanted = "a norm's name in timm or its class" + (', or "l2"' if name == "generator_norm_layer" else "")
         raise ValueError(f"{name} must be {wanted}, got {value!r}") from None
 
 
@@ -451,7 +451,7 @@ def _factories(
     norm = _norm_layer("norm_layer", norm_layer)
     generator_norm = norm
     if generator_norm_layer is not None:
-        is_default = generator_norm_layer == "rms"
+        is_default = generator_norm_layer == "l2"
         generator_norm = None if is_default else _norm_layer("generator_norm_layer", generator_norm_layer)
     settings: dict[str, Any] = {
         "reduction_ratio": reduction_ratio,
@@ -623,7 +623,7 @@ DEPTHS = {
 }
 # A quarter of the width, but the stem's involution needs a group of 16 channels.
 _CIFAR = {"channels": (16, 32, 64, 128), "stem_channels": 32, "stem_stride": 1}
-_V2 = {"generator_norm_layer": "rms"}
+_V2 = {"generator_norm_layer": "l2"}
 
 
 def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:

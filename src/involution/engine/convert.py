@@ -19,6 +19,7 @@ from torch import Tensor
 from ..zoo.checkpoints import RECORD, Checkpoint, check, read_checkpoint
 from ..zoo.identify import Classifier, Identity, classifier
 from ..zoo.official import is_whole
+from .atomic import atomic_write
 
 _SEGMENTERS = ("decode_head.", "auxiliary_head.")
 
@@ -170,14 +171,8 @@ def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) 
         given = {name: value for name, value in record["hyper_parameters"].items() if not name.startswith("_")}
         record = {**record, "hyper_parameters": given}
     metadata = {"format": "pt"} | ({RECORD: json.dumps(record)} if record else {})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        plain = {
-            name: one.detach().contiguous().clone(memory_format=torch.contiguous_format)
-            for name, one in weights.items()
-        }
+    plain = {
+        name: one.detach().contiguous().clone(memory_format=torch.contiguous_format) for name, one in weights.items()
+    }
+    with atomic_write(output) as part:
         save_file(plain, part, metadata)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)

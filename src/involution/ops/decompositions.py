@@ -8,7 +8,7 @@ All trace with symbolic sizes. Padding is zeros that are multiplied: a weight ou
 the kernels do not ask for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from . import fused as fused  # registers the operators
 from .arguments import same_padding
-from .geometry import Index
 from .layer import LayerParts, accumulable, average_windows, rms_norm, scale_shift_relu, unpack
 from .layouts import in_layout, is_channels_last, map_is_channels_last
 
@@ -50,8 +49,8 @@ def adjoint(
     kernel = kernel_map.shape[2 : 2 + len(stride)]
     g, k = accumulable(grad).unflatten(1, (kernel_map.shape[1], -1)), accumulable(kernel_map)
     dx: Any = None
-    for tap, _ in _windows(kernel, stride, dilation):
-        spread = _spread(g * k[_tap(tap)].unsqueeze(2), stride)
+    for tap in product(*(range(extent) for extent in kernel)):
+        spread = _spread(g * k[(slice(None), slice(None), *tap)].unsqueeze(2), stride)
         before_and_after = [(u * d, (extent - 1 - u) * d) for u, extent, d in zip(tap, kernel, dilation, strict=True)]
         shifted = _pad(spread, before_and_after)
         dx = shifted if dx is None else dx + shifted
@@ -163,23 +162,6 @@ def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution of [N, C, *S]; the weight [out, in] may be packed."""
     weight = unpack(weight, bias)
     return _CONVOLVE[image.dim() - 2](image, weight.view(*weight.shape, *[1] * (image.dim() - 2)), bias)
-
-
-def _tap(tap: tuple[int, ...]) -> Index:
-    """The index of one tap's weights in a kernel map."""
-    return (slice(None), slice(None), *tap)
-
-
-def _windows(
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Iterator[tuple[tuple[int, ...], Index]]:
-    """Every tap, and the index of what it sees in a padded image; slices count from both ends of an axis."""
-    for tap in product(*(range(extent) for extent in kernel)):
-        seen = []
-        for u, extent, step, d in zip(tap, kernel, stride, dilation, strict=True):
-            after = (extent - 1 - u) * d
-            seen.append(slice(u * d, -after if after else None, step))
-        yield tap, (..., *seen)
 
 
 def _strided(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

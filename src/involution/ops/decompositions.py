@@ -1,11 +1,11 @@
-"""The operators in torch's standard ones, for runtimes that have no others.
+"""The operators composed of torch's standard ones, for runtimes that have no others.
 
-Inductor and other compilers fuse them: a map is a product with a strided view of all windows, and a sum, ten nodes
-instead of two hundred to trace and to compile. They are no part of torch's own table of decompositions, which every
-FakeTensor and Inductor would consult: Inductor refuses an operator with an entry there where CI is set.
+apply and correlate are a product with a strided view of all windows, and a sum: ten nodes to trace and to compile
+instead of two hundred, and compilers fuse them. The table is separate from torch's own decompositions, which every
+FakeTensor and Inductor consult: if the environment variable CI is set, Inductor refuses operators with an entry there.
 
-All trace with symbolic sizes. Padding is zeros that are multiplied: a weight outside the image must be finite, which
-the kernels do not ask for.
+All trace with symbolic sizes. Padding is zeros that are multiplied, so a weight outside the image must be finite; the
+kernels skip it instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ def correlate(
     dims = len(stride)
     kernel = size[2 : 2 + dims]
     x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
-    windows = _strided(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
+    windows = _windows(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
     g = accumulable(grad).unflatten(1, (size[1], -1))
     dots = (windows * g[(..., *[None] * dims)]).sum(2)  # [N, G, *O, *K]
     dk = dots.movedim(tuple(range(-dims, 0)), tuple(range(2, 2 + dims)))
@@ -152,7 +152,7 @@ def _aggregate(
     """The sum over the last axes of all windows, a view of the padded image, times their weights."""
     dims = len(stride)
     x = _pad(accumulable(input), sides).unflatten(1, (kernel_map.shape[1], -1))
-    windows = _strided(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
+    windows = _windows(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
     weights = accumulable(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
     y = (windows * weights).sum(tuple(range(-dims, 0)))
     return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
@@ -164,7 +164,7 @@ def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _CONVOLVE[image.dim() - 2](image, weight.view(*weight.shape, *[1] * (image.dim() - 2)), bias)
 
 
-def _strided(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """All windows of a padded image [N, G, C/G, *S], without a copy: [N, G, C/G, *O, *K]."""
     for axis, (extent, step, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=3):
         x = x.unfold(axis, (extent - 1) * d + 1, step)[..., ::d]
@@ -179,7 +179,7 @@ def _sides(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """How far every axis is padded, or cut where negative, for the windows of all output positions."""
+    """The padding of every axis that the windows of all output positions need; a negative one cuts."""
     sides = []
     for size, positions, extent, step, left, d in zip(input, output, kernel, stride, padding, dilation, strict=True):
         reach = (positions - 1) * step + (extent - 1) * d + 1
@@ -188,12 +188,12 @@ def _sides(
 
 
 def _pad(image: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Zeros before and after every one of the last axes; negative numbers cut."""
+    """Adds zeros before and after each of the last axes; negative numbers cut."""
     return F.pad(image, [side for pair in reversed(sides) for side in pair])
 
 
 def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
-    """Output positions at the places that a stride leaves between them, zeros in between: O -> (O - 1) * stride + 1."""
+    """Inserts stride - 1 zeros between neighbouring positions of every axis: O -> (O - 1) * stride + 1."""
     for axis, step in enumerate(stride, start=-len(stride)):
         if step > 1:
             image = F.pad(image.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)

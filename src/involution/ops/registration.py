@@ -124,9 +124,9 @@ def _geometry(map: Map, first: Sequence[int], second: Sequence[int], size: tuple
 
 
 def _fake(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
-    """The result, not filled: in the layout of a network's image or, where the first is a gradient, of the other.
+    """An uninitialised result, in the layout of the operand that is no gradient; of two, in the first one's.
 
-    A gradient may have any layout (a sum's is expanded). The kernel map decides, which is the largest of the three.
+    A gradient may have any layout (that of a sum is expanded), which must not decide the layout of a network.
     """
     if map.takes[0] == "output" and map.takes[1] == "kernel_map":
         return allocate(map.makes, size, like=first, channels_last=map_is_channels_last(second, first))

@@ -46,7 +46,7 @@ class ImageFiles(IterableDataset[Sample]):
         files: to read.
         reader: the preprocessing.
         on_error: "raise", or "skip" to continue with the next file, after a warning.
-        pictures: the samples of the first so many files carry their pixels.
+        pictures: the number of files, from the first on, whose samples carry their pixels.
     """
 
     def __init__(self, files: list[Path], reader: Reader, on_error: str, pictures: int = 0) -> None:

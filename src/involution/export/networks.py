@@ -1,4 +1,4 @@
-"""What is exported: the network of a checkpoint or of a name, and what its user must know besides."""
+"""What is exported: the network of a checkpoint or of a name, with the metadata that its user needs."""
 
 from pathlib import Path
 from typing import Any, NamedTuple

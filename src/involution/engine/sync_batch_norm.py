@@ -98,7 +98,7 @@ class GeneratorSyncBatchNormGPU(GeneratorBatchNorm2d, nn.SyncBatchNorm):
 
 
 def norms_of_involutions(model: nn.Module) -> list[nn.Module]:
-    """The batch norms that the paper's segmenters do not synchronise: of generators, and after the stem's involution."""
+    """The batch norms that the paper's segmenters do not synchronise: generators', and the one after the stem's."""
     found = [part for module in model.modules() if isinstance(module, Involution2d) for part in module.modules()]
     chains = [pairwise(module) for module in model.modules() if isinstance(module, nn.Sequential)]
     found += [after for chain in chains for before, after in chain if isinstance(before, Involution2d)]

@@ -1,4 +1,4 @@
-"""Checkpoint files: written atomically, the newest one found, the task's module class that one names."""
+"""Checkpoint files: written atomically, the newest one found, loaded into the module class that they name."""
 
 import importlib
 from pathlib import Path
@@ -58,6 +58,12 @@ def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModu
     except Exception as error:  # torch raises errors of many kinds for other files
         raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
     return named_class(stored, checkpoint, argument)
+
+
+def load_module(checkpoint: Path, argument: str = "ckpt_path") -> TaskModule:
+    """The Lightning module of a checkpoint, on the CPU; for the arguments and errors see `module_class`."""
+    kind = module_class(checkpoint, argument)
+    return kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
 
 
 def named_class(stored: dict[str, Any], checkpoint: Path, argument: str) -> type[TaskModule]:

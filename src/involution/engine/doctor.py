@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_model_data_config
 from .. import zoo  # noqa: F401  (registers our models with timm)
 from ..nn import Diagnosis, diagnose
 from ..zoo.checkpoints import checkpoint_or_name
-from .checkpoints import module_class
+from .checkpoints import load_module
 from .images import read_image
 
 
@@ -48,8 +48,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _of_checkpoint(checkpoint: Path, file: Path) -> Diagnosis:
-    task = module_class(checkpoint, "model")
-    module = task.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    module = load_module(checkpoint, "model")
     image = module.evaluation(read_image(file))
     return module.diagnose(module.unlabelled([image, image.flip(-1)]))
 

@@ -29,10 +29,15 @@ def evaluate(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *wind
     torch.library's autograd registration supports neither forward mode nor torch.func (tangents would silently be
     zero), so where one of those is active an autograd.Function calls the same operators.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         result: Tensor = _Differentiable.apply(map, first, second, size, *window)
         return result
     return _operator(map)(first, second, size, *window)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _operator(map: Map) -> Any:

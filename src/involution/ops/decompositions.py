@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from . import fused as fused  # registers the operators
 from .arguments import same_padding
+from .geometry import Index
 from .layer import LayerParts, accumulable, average_windows, rms_norm, scale_shift_relu, unpack
 from .layouts import in_layout, is_channels_last, map_is_channels_last
 
@@ -50,7 +51,8 @@ def adjoint(
     g, k = accumulable(grad).unflatten(1, (kernel_map.shape[1], -1)), accumulable(kernel_map)
     dx: Any = None
     for tap in product(*(range(extent) for extent in kernel)):
-        spread = _spread(g * k[(slice(None), slice(None), *tap)].unsqueeze(2), stride)
+        of_tap: Index = (slice(None), slice(None), *tap)
+        spread = _spread(g * k[of_tap].unsqueeze(2), stride)
         before_and_after = [(u * d, (extent - 1 - u) * d) for u, extent, d in zip(tap, kernel, dilation, strict=True)]
         shifted = _pad(spread, before_and_after)
         dx = shifted if dx is None else dx + shifted

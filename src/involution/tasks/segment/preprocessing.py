@@ -1,7 +1,7 @@
 """The preprocessing of images and masks, in training and in evaluation."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,22 +65,37 @@ class PhotometricDistortion(v2.Transform):
     probability before or after saturation and hue. Values are clamped to 0..255. torchvision's
     RandomPhotometricDistort differs: it multiplies brightness, blends contrast with the mean grey and saturation with
     the grey image, and permutes channels.
+
+    Args:
+        brightness: largest absolute offset, of 255.
+        contrast: range of the factor.
+        saturation: range of the factor.
+        hue: largest rotation, in degrees.
     """
 
-    ranges: ClassVar[dict[str, tuple[float, float]]] = {
-        "brightness": (-32, 32),  # an offset, of 255
-        "contrast": (0.5, 1.5),  # a factor, as saturation's
-        "saturation": (0.5, 1.5),
-        "hue": (-36, 36),  # degrees
-    }
-    neutral: ClassVar[dict[str, float]] = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+    def __init__(
+        self,
+        brightness: float = 32,
+        contrast: tuple[float, float] = (0.5, 1.5),
+        saturation: tuple[float, float] = (0.5, 1.5),
+        hue: float = 36,
+    ) -> None:
+        super().__init__()
+        self.brightness, self.contrast, self.saturation, self.hue = brightness, contrast, saturation, hue
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """The amount of each change; neutral values for changes that are not applied."""
-        chosen, places = torch.rand(2, len(self.ranges)).tolist()
+        ranges = {
+            "brightness": (-self.brightness, self.brightness),
+            "contrast": self.contrast,
+            "saturation": self.saturation,
+            "hue": (-self.hue, self.hue),
+        }
+        neutral = {"brightness": 0.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
+        chosen, places = torch.rand(2, len(ranges)).tolist()
         params = {
-            name: low + place * (high - low) if choice < 0.5 else self.neutral[name]
-            for (name, (low, high)), choice, place in zip(self.ranges.items(), chosen, places, strict=True)
+            name: low + place * (high - low) if choice < 0.5 else neutral[name]
+            for (name, (low, high)), choice, place in zip(ranges.items(), chosen, places, strict=True)
         }
         return params | {"contrast_first": float(torch.rand(())) < 0.5}
 

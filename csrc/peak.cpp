@@ -1,4 +1,4 @@
-// Peak arithmetic rate: independent chains of multiply-adds in registers, against which benchmarks hold the kernels.
+// Peak arithmetic rate: independent chains of multiply-adds in registers, with which benchmarks compare the kernels.
 #include "parallel.h"
 #include "vector.h"
 

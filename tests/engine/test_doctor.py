@@ -107,8 +107,9 @@ def test_wrong_arguments(tmp_path: Path, image: Path, capsys: pytest.CaptureFixt
         (
             "rednet27",
             1,
-            "model must be a checkpoint of involution fit or the name of a network of timm's, got rednet27",
+            "model must be a checkpoint of involution fit or the name of a network of timm's, got 'rednet27'",
         ),
+        (str(tmp_path / "none.ckpt"), 1, "none.ckpt, which is no file"),
         (str(tmp_path / "plain.pt"), 1, "model must be a checkpoint of involution fit, got"),
         (str(image), 1, "model must be a checkpoint of involution fit, got"),
         ("--image=a.png", 2, "--image needs a model"),

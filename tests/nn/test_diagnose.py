@@ -66,7 +66,7 @@ def test_values_by_hand() -> None:
             chain(50.0, 50.0),
             "exploding in training: the output of 1 has RMS .* where the input of 0 has .*: use a kernel",
         ),
-        (chain(1.0, 1e-4), "vanishing: 1: the first makes RMS"),
+        (chain(1.0, 1e-4), "vanishing: 1: the first turns RMS"),
         (chain(1.0, 0.0), "dead generator: 1: kernels are zero"),
         (
             chain(1.0, 1e20, 1e20),

@@ -212,17 +212,20 @@ def overhead(seconds: float) -> list[Row]:
         floor = partial(torch.ops.involution_bench.floor.default, x, k, list(x.shape), *tiny.window)
         with torch.set_grad_enabled(gradient):
             rivals = {
-                name: partial(_repeat, run, 100)
+                name: partial(_repeat, run)
                 for name, run in {"ours": partial(involution2d, x, k, 1, 1), "floor": floor}.items()
             }
             times = interleaved(rivals, seconds)
-        times = {name: [taken / 100 for taken in values] for name, values in times.items()}
+        times = {name: [taken / _CALLS for taken in values] for name, values in times.items()}
         row = {"what": what, "case": tiny.name, "batch": 1, "us": median(times["ours"]) * 1e6}
         row |= {"floor, us": median(times["floor"]) * 1e6}
         rows.append(row | {"quartiles, ms": {name: quartiles(values) for name, values in times.items()}})
     return rows
 
 
-def _repeat(run: Callable[[], object], times: int) -> None:
-    for _ in range(times):
+_CALLS = 100  # in one measurement
+
+
+def _repeat(run: Callable[[], object]) -> None:
+    for _ in range(_CALLS):
         run()

@@ -19,18 +19,17 @@ class Roofline(NamedTuple):
         return max(flops / self.flops, size / self.bandwidth)
 
 
-def measure_roofline(elements: int = 1 << 26, repetitions: int = 7) -> Roofline:
-    """Measures both with torch's threads: the best of several runs.
+_ELEMENTS = 1 << 26  # float32 elements that are copied: far more than caches hold
+_REPETITIONS = 7
 
-    Args:
-        elements: float32 elements that are copied; far more than caches hold.
-        repetitions: runs of the copy.
-    """
-    source = torch.ones(elements)
+
+def measure_roofline() -> Roofline:
+    """Measures both with torch's threads: the best of several runs."""
+    source = torch.ones(_ELEMENTS)
     target = torch.empty_like(source)
     best = float("inf")
-    for _ in range(repetitions):
+    for _ in range(_REPETITIONS):
         start = time.perf_counter()
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
-    return Roofline(cpu.peak_flops(), 8.0 * elements / best)
+    return Roofline(cpu.peak_flops(), 8.0 * _ELEMENTS / best)

@@ -1,18 +1,18 @@
-"""Checkpoint files: written atomically, the newest one found, the task's module class that one names."""
+"""Checkpoint files: written atomically, the newest one found, loaded into the module class that they name."""
 
 import importlib
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from .atomic import atomic_write
 from .module import TaskModule
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file beside its target and renames it, so no partial file is ever visible.
+    """Writes a checkpoint atomically, so that no partial file is ever visible: see `atomic_write`.
 
     A failed write raises its error and leaves the previous file unchanged.
     """
@@ -20,24 +20,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Writes, flushes to disk, renames."""
         if "://" in str(path):  # a remote file: left to Lightning
-            return super().save_checkpoint(checkpoint, path, storage_options)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        try:
-            with part.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # makes the rename durable
-        finally:
-            os.close(folder)
-        return None
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with atomic_write(Path(path)) as part, part.open("wb") as stream:
+            torch.save(checkpoint, stream)
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -72,6 +58,12 @@ def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModu
     except Exception as error:  # torch raises errors of many kinds for other files
         raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
     return named_class(stored, checkpoint, argument)
+
+
+def load_module(checkpoint: Path, argument: str = "ckpt_path") -> TaskModule:
+    """The Lightning module of a checkpoint, on the CPU; for the arguments and errors see `module_class`."""
+    kind = module_class(checkpoint, argument)
+    return kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
 
 
 def named_class(stored: dict[str, Any], checkpoint: Path, argument: str) -> type[TaskModule]:

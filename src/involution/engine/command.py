@@ -45,7 +45,7 @@ class TaskCLI(LightningCLI):
         checkpoint = Path(config.get("ckpt_path") or "")
         before = _hyperparameters(config)
         super()._parse_ckpt_path()
-        given = _options(self._arguments, "--model.")
+        given = _model_options(self._arguments)
         if verb == "fit" and checkpoint.is_file():
             given = _without_initial_weights(given, checkpoint)
         if given:
@@ -92,19 +92,18 @@ class TaskCLI(LightningCLI):
             print(*result_of(self.trainer, str(config)), sep="\n")
 
 
-def _options(arguments: list[str], prefix: str) -> list[str]:
-    """The arguments that start with `prefix`, with their values."""
+def _model_options(arguments: list[str]) -> list[str]:
+    """The arguments that start with --model., with their values."""
     found = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if argument.startswith(prefix):
+        if argument.startswith("--model."):
             found += [argument] if "=" in argument else [argument, following]
     return found
 
 
 def _is_given(name: str, arguments: list[str]) -> bool:
     """Whether an option of the model, or a part of it, is among the arguments."""
-    names = [argument.partition("=")[0] for argument in arguments if argument.startswith("--model.")]
-    return any(re.match(rf"--model\.(init_args\.)?{re.escape(name)}(\.|$)", one) for one in names)
+    return any(re.match(rf"--model\.(init_args\.)?{re.escape(name)}([.=]|$)", argument) for argument in arguments)
 
 
 def _hyperparameters(config: Any) -> dict[str, Any]:

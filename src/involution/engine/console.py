@@ -42,7 +42,7 @@ def _formatted(message: Any, category: type[Warning], filename: str, lineno: int
 
 
 def on_a_terminal() -> bool:
-    """Whether a progress bar can be drawn."""
+    """Whether a progress bar can be shown."""
     return sys.stdout.isatty()
 
 

@@ -1,13 +1,12 @@
-"""`involution convert`: a file of weights, whoever wrote it, into .safetensors or a checkpoint of `involution fit`.
+"""`involution convert`: a file of weights, ours or other people's, to .safetensors or a checkpoint of `involution fit`.
 
-Classifiers and backbones become timm's, and no task is loaded for them. Detectors and segmenters, and checkpoints, are
-built by their task's Lightning module; its package has a module `convert` for other people's names.
+Classifiers and backbones are written with timm's names, which needs no task. Detectors, segmenters and all checkpoints
+are built by their task's Lightning module; the module `convert` of a task's package maps other people's names to ours.
 """
 
 import argparse
 import importlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,20 +16,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..zoo.checkpoints import RECORD, Checkpoint, check, read_checkpoint
-from ..zoo.identify import Classifier, Identity, classifier
-from ..zoo.official import is_whole
-
-_SEGMENTERS = ("decode_head.", "auxiliary_head.")
+from ..zoo.identify import Classifier, Identity, classifier, task_of
+from .atomic import atomic_write
 
 
 def main(arguments: list[str]) -> None:
-    """Converts, and says what has come out and how to load it.
+    """Converts, and prints what was written and how to load it.
 
     Args:
         arguments: of the verb.
 
     Raises:
-        FileNotFoundError: the file is not there.
+        FileNotFoundError: the file does not exist.
         ValueError: it holds no weights, or not those of a network of ours; the output's name has another ending.
         SystemExit: an argument is wrong or missing (the message is on stderr).
     """
@@ -61,14 +58,14 @@ def convert(file: Path, output: Path, backbone: bool = False) -> str:
         backbone: take the backbone alone.
 
     Returns:
-        What has come out, and how to load it.
+        Lines that say what was written, and how to load it.
 
     Raises:
-        FileNotFoundError: the file is not there.
-        ValueError: it holds no weights, or not all of those, and no others, that its network has.
+        FileNotFoundError: the file does not exist.
+        ValueError: it holds no weights, or its tensors are not exactly those of its network.
     """
     content = read_checkpoint(file)
-    task = _task(content)
+    task = task_of(content)
     if output.suffix == ".safetensors" and (backbone or task == "classify"):
         return _write_classifier(classifier(content, str(file), backbone), {} if backbone else content.record, output)
     module = _module(content, task, file)
@@ -77,19 +74,8 @@ def convert(file: Path, output: Path, backbone: bool = False) -> str:
     return _write_checkpoint(module, output)
 
 
-def _task(content: Checkpoint) -> str:
-    """The package of `involution.tasks` that a file's network is for; "own" for a class from elsewhere."""
-    named = content.record.get("involution", {}).get("module")
-    if named is not None:
-        inside = re.match(r"involution\.tasks\.(\w+)\.", str(named))
-        return inside[1] if inside else "own"
-    if not is_whole(content.weights):
-        return "classify"
-    return "segment" if any(name.startswith(_SEGMENTERS) for name in content.weights) else "detect"
-
-
 def _module(content: Checkpoint, task: str, file: Path) -> Any:
-    """The task's Lightning module with the file's network."""
+    """The Lightning module of the task, its network filled with the file's weights."""
     from .checkpoints import named_class
 
     weights, classes, record = content
@@ -113,7 +99,7 @@ def _module(content: Checkpoint, task: str, file: Path) -> Any:
             module.preprocessing = preprocessing
             if classes is not None and len(classes) == module.num_classes:
                 module.classes = classes
-    module.hparams["_class_path"] = f"{kind.__module__}.{kind.__qualname__}"  # what the command line makes it by
+    module.hparams["_class_path"] = f"{kind.__module__}.{kind.__qualname__}"  # by which the command line builds it
     check(weights, module.net.state_dict(), f"weights must be those of the {task} network, got {file}")
     module.net.load_state_dict(weights, assign=True)
     return module
@@ -139,7 +125,7 @@ def _write_network(module: Any, output: Path) -> str:
 
 
 def _write_checkpoint(module: Any, output: Path) -> str:
-    """As Lightning writes one, without the state of a training run."""
+    """A checkpoint as Lightning writes it, without the state of a training run."""
     from lightning.pytorch import Trainer
 
     from .checkpoints import AtomicCheckpointIO
@@ -165,19 +151,13 @@ def _write_checkpoint(module: Any, output: Path) -> str:
 
 
 def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) -> None:
-    """A .safetensors file, atomically; the record goes into its metadata, without what is for Lightning alone."""
+    """Writes a .safetensors file atomically; its metadata hold the record, without the entries that Lightning adds."""
     if "hyper_parameters" in record:
         given = {name: value for name, value in record["hyper_parameters"].items() if not name.startswith("_")}
         record = {**record, "hyper_parameters": given}
     metadata = {"format": "pt"} | ({RECORD: json.dumps(record)} if record else {})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.part")
-    try:
-        plain = {
-            name: one.detach().contiguous().clone(memory_format=torch.contiguous_format)
-            for name, one in weights.items()
-        }
+    plain = {
+        name: one.detach().contiguous().clone(memory_format=torch.contiguous_format) for name, one in weights.items()
+    }
+    with atomic_write(output) as part:
         save_file(plain, part, metadata)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)

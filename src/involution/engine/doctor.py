@@ -14,7 +14,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 from .. import zoo  # noqa: F401  (registers our models with timm)
 from ..nn import Diagnosis, diagnose
-from .checkpoints import module_class
+from ..zoo.checkpoints import checkpoint_or_name
+from .checkpoints import load_module
 from .images import read_image
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
         arguments: after the verb.
 
     Raises:
-        FileNotFoundError: the image does not exist.
+        FileNotFoundError: the image or the checkpoint does not exist.
         ValueError: the model is neither a checkpoint nor a name, or the image cannot be read.
         SystemExit: an argument is wrong (the message is on stderr).
     """
@@ -41,20 +42,18 @@ def main(arguments: list[str]) -> None:
         parser.error("--image needs a model")
     with _image(given.image) as file, torch.random.fork_rng():
         torch.manual_seed(0)
-        found = _of_checkpoint(Path(given.model), file) if Path(given.model).is_file() else _of_name(given.model, file)
+        checkpoint = checkpoint_or_name(given.model, pretrained=False)
+        found = _of_name(given.model, file) if checkpoint is None else _of_checkpoint(checkpoint, file)
     print(f"{given.model}, {given.image or 'noise'} and its mirror image\n{found}")
 
 
 def _of_checkpoint(checkpoint: Path, file: Path) -> Diagnosis:
-    task = module_class(checkpoint, "model")
-    module = task.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    module = load_module(checkpoint, "model")
     image = module.evaluation(read_image(file))
     return module.diagnose(module.unlabelled([image, image.flip(-1)]))
 
 
 def _of_name(name: str, file: Path) -> Diagnosis:
-    if not timm.is_model(name):
-        raise ValueError(f"model must be a checkpoint of involution fit or the name of a network of timm's, got {name}")
     model = timm.create_model(name)
     image = create_transform(**resolve_model_data_config(model))(read_image(file))
     return diagnose(model, torch.stack([image, image.flip(-1)]))

@@ -63,9 +63,10 @@ def linear_warmup(step: int, warmup: int, ratio: float) -> float:
 class TaskModule(LightningModule, ABC):
     """A task: its network, losses and scores, and what `involution predict` and `involution doctor` need.
 
-    A subclass sets `net`, the network, and `preprocessing_type`, and implements the abstract methods below. Class names
-    and preprocessing come from the data module and are stored in checkpoints, beside the name of the subclass. The wall
-    time of an epoch, including its validation, is logged as train/seconds.
+    A subclass sets `net`, the network, and `preprocessing_type`, saves a hyperparameter `model_name`, and implements
+    the abstract methods below, `forward` and Lightning's steps. Class names and preprocessing come from the data module
+    and are stored in checkpoints, beside the name of the subclass. The wall time of an epoch, including its validation,
+    is logged as train/seconds.
 
     Args:
         num_classes: the number of classes that the network is built for.

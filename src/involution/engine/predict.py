@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .checkpoints import module_class
+from .checkpoints import load_module, module_class
 from .console import on_a_terminal, quiet_lightning
 from .files import files_below
 from .images import UnreadableImage, cores, read_image
@@ -46,7 +46,7 @@ class ImageFiles(IterableDataset[Sample]):
         files: to read.
         reader: the preprocessing.
         on_error: "raise", or "skip" to continue with the next file, after a warning.
-        pictures: the samples of the first so many files carry their pixels.
+        pictures: the number of files, from the first on, whose samples carry their pixels.
     """
 
     def __init__(self, files: list[Path], reader: Reader, on_error: str, pictures: int = 0) -> None:
@@ -112,14 +112,13 @@ def main(arguments: list[str]) -> None:
     task = module_class(Path(checkpoint)) if checkpoint else None
     parser, inference_names, writer_names = _parser(task)
     options = parser.parse_args(arguments)
-    assert task is not None  # the parser requires ckpt_path
     quiet_lightning()
     files = image_files(Path(options.data.predict_path))
     folder = Path(options.output)
     if folder.resolve() in {file.resolve().parent for file in files}:
         raise ValueError(f"output must be another folder than the images', which pictures would replace, got {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    model = task.load_from_checkpoint(options.ckpt_path, map_location="cpu", weights_only=True)
+    model = load_module(Path(options.ckpt_path))
     model.configure_inference(**{name: options[name] for name in inference_names})
     writer = model.writer(folder, files, **{name: options[name] for name in writer_names})
     _predict(model, files, writer, options)

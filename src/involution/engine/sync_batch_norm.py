@@ -88,7 +88,7 @@ class GeneratorSyncBatchNorm(GeneratorBatchNorm2d, SyncBatchNorm):
 class GeneratorSyncBatchNormGPU(GeneratorBatchNorm2d, nn.SyncBatchNorm):
     """torch's SyncBatchNorm with `GeneratorBatchNorm2d`'s rule for a single value per channel.
 
-    Two processes have two values at least, so the rule serves the only process of a group.
+    Two processes have at least two values, so the rule matters only for a group of one process.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class GeneratorSyncBatchNormGPU(GeneratorBatchNorm2d, nn.SyncBatchNorm):
 
 
 def norms_of_involutions(model: nn.Module) -> list[nn.Module]:
-    """The batch norms of kernel generators and the stem's one after its involution, plain in the paper's segmenters."""
+    """The batch norms that the paper's segmenters do not synchronise: generators', and the one after the stem's."""
     found = [part for module in model.modules() if isinstance(module, Involution2d) for part in module.modules()]
     chains = [pairwise(module) for module in model.modules() if isinstance(module, nn.Sequential)]
     found += [after for chain in chains for before, after in chain if isinstance(before, Involution2d)]

@@ -1,4 +1,4 @@
-"""The base class of what writes a task's predictions."""
+"""The base class of the writers of predictions, one per task."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class PredictionWriter(ABC):
         files: the images.
 
     Attributes:
-        pictures: `add` receives the pixels of the first so many files.
+        pictures: the number of files, from the first on, for which `add` receives pixels; by default all.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:

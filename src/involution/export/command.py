@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--pretrained", action="store_true", help="a name's weights from timm; else it is untrained")
     try:
         options = parser.parse_args(arguments)
-    except SystemExit as exit:  # argparse's way out
+    except SystemExit as exit:  # argparse's exit
         return int(exit.code or 0)
     try:
         _export(options)

@@ -1,4 +1,4 @@
-"""What is exported: the network of a checkpoint or of a name, and what its user must know besides."""
+"""What is exported: the network of a checkpoint or of a name, with the metadata that its user needs."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +59,13 @@ def _of_name(name: str, pretrained: bool) -> Exportable:
 
 
 def _of_checkpoint(file: Path) -> Exportable:
-    from ..engine.checkpoints import module_class
+    from ..engine.checkpoints import load_module
     from ..tasks.classify import Classifier
     from ..tasks.segment import Segmenter
 
-    kind = module_class(file, "model")
-    if not issubclass(kind, Classifier | Segmenter):
-        raise ValueError(f"model must be a classifier or a segmenter, got {file}, a {kind.__name__}")
-    module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
-    module.eval()
+    module: Any = load_module(file, "model").eval()
+    if not isinstance(module, Classifier | Segmenter):
+        raise ValueError(f"model must be a classifier or a segmenter, got {file}, a {type(module).__name__}")
     given = module.preprocessing
     if given is None:
         raise ValueError(f"model must carry its preprocessing, got {file}, which was trained on data that name none")

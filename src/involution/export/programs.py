@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from ..ops.decompositions import DECOMPOSITIONS
+from ..rewrite.checks import check_inference
 
 Metadata = Mapping[str, Any]
 
@@ -50,13 +51,7 @@ def trace(
         TypeError: network is no module, or example no tensor.
         ValueError: network is in training mode, or example does not fit.
     """
-    if not isinstance(network, nn.Module):
-        raise TypeError(f"network must be an nn.Module, got {type(network).__name__}")
-    if not isinstance(example, Tensor):
-        raise TypeError(f"example must be a torch.Tensor, got {type(example).__name__}")
-    training = [name or "the network itself" for name, module in network.named_modules() if module.training]
-    if training:
-        raise ValueError(f"network must be in evaluation mode (network.eval()), but {training[0]} is in training mode")
+    check_inference(network, example, "network", "example")
     if any(example.shape[axis] < 2 * (multiple if axis > 1 else 1) for axis in dynamic):
         raise ValueError(
             f"example must have at least 2 images, and 2 * {multiple} pixels along a side, where the size stays free "

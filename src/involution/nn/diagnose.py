@@ -206,8 +206,8 @@ def _sizes(layers: list[LayerSignal]) -> list[str]:
     if vanished:
         one = vanished[0]
         problems.append(
-            f"vanishing: {_shorten([one.name for one in vanished])}: the first makes RMS {_format(one.output)} of "
-            f"{_format(one.input)}: initialise near the identity, or add a norm after the layer"
+            f"vanishing: {_shorten([one.name for one in vanished])}: the first turns RMS {_format(one.input)} into "
+            f"{_format(one.output)}: initialise near the identity, or add a norm after the layer"
         )
     lagging = [one for one in layers if one.evaluation is not None and LAGGING * one.output < one.evaluation < math.inf]
     if lagging and not problems:

@@ -151,7 +151,7 @@ class Involution2d(_Involution):
         dilation: an int or one per axis.
         group_channels: channels that share a kernel; must divide `channels`; or "all".
         reduction_ratio: of the default generator.
-        norm_layer: of the default generator, before its activation; called with the hidden width. None is an RMS norm
+        norm_layer: of the default generator, before its activation; called with the hidden width. None is an L2 norm
             over channels (the paper has batch norm).
         act_layer: of the default generator; called without arguments.
         kernel_init: of the default generator: the initial kernels, "identity", "box", "paper" (random) or a callable;

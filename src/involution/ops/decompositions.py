@@ -1,14 +1,14 @@
-"""The operators in torch's standard ones, for runtimes that have no others.
+"""The operators composed of torch's standard ones, for runtimes that have no others.
 
-Inductor and other compilers fuse them: a map is a product with a strided view of all windows, and a sum, ten nodes
-instead of two hundred to trace and to compile. They are no part of torch's own table of decompositions, which every
-FakeTensor and Inductor would consult: Inductor refuses an operator with an entry there where CI is set.
+apply and correlate are a product with a strided view of all windows, and a sum: ten nodes to trace and to compile
+instead of two hundred, and compilers fuse them. The table is separate from torch's own decompositions, which every
+FakeTensor and Inductor consult: if the environment variable CI is set, Inductor refuses operators with an entry there.
 
-All trace with symbolic sizes. Padding is zeros that are multiplied: a weight outside the image must be finite, which
-the kernels do not ask for.
+All trace with symbolic sizes. Padding is zeros that are multiplied, so a weight outside the image must be finite; the
+kernels skip it instead.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
@@ -50,8 +50,9 @@ def adjoint(
     kernel = kernel_map.shape[2 : 2 + len(stride)]
     g, k = accumulable(grad).unflatten(1, (kernel_map.shape[1], -1)), accumulable(kernel_map)
     dx: Any = None
-    for tap, _ in _windows(kernel, stride, dilation):
-        spread = _spread(g * k[_tap(tap)].unsqueeze(2), stride)
+    for tap in product(*(range(extent) for extent in kernel)):
+        of_tap: Index = (slice(None), slice(None), *tap)
+        spread = _spread(g * k[of_tap].unsqueeze(2), stride)
         before_and_after = [(u * d, (extent - 1 - u) * d) for u, extent, d in zip(tap, kernel, dilation, strict=True)]
         shifted = _pad(spread, before_and_after)
         dx = shifted if dx is None else dx + shifted
@@ -72,7 +73,7 @@ def correlate(
     dims = len(stride)
     kernel = size[2 : 2 + dims]
     x = _pad(accumulable(input), _sides(input.shape[2:], grad.shape[2:], kernel, stride, padding, dilation))
-    windows = _strided(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
+    windows = _windows(x.unflatten(1, (size[1], -1)), kernel, stride, dilation)
     g = accumulable(grad).unflatten(1, (size[1], -1))
     dots = (windows * g[(..., *[None] * dims)]).sum(2)  # [N, G, *O, *K]
     dk = dots.movedim(tuple(range(-dims, 0)), tuple(range(2, 2 + dims)))
@@ -153,7 +154,7 @@ def _aggregate(
     """The sum over the last axes of all windows, a view of the padded image, times their weights."""
     dims = len(stride)
     x = _pad(accumulable(input), sides).unflatten(1, (kernel_map.shape[1], -1))
-    windows = _strided(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
+    windows = _windows(x, kernel_map.shape[2 : 2 + dims], stride, dilation)
     weights = accumulable(kernel_map).movedim(tuple(range(2, 2 + dims)), tuple(range(-dims, 0))).unsqueeze(2)
     y = (windows * weights).sum(tuple(range(-dims, 0)))
     return in_layout(is_channels_last(input), "output", y.flatten(1, 2).to(input.dtype))
@@ -165,24 +166,7 @@ def _pointwise(image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _CONVOLVE[image.dim() - 2](image, weight.view(*weight.shape, *[1] * (image.dim() - 2)), bias)
 
 
-def _tap(tap: tuple[int, ...]) -> Index:
-    """The index of one tap's weights in a kernel map."""
-    return (slice(None), slice(None), *tap)
-
-
-def _windows(
-    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
-) -> Iterator[tuple[tuple[int, ...], Index]]:
-    """Every tap, and the index of what it sees in a padded image; slices count from both ends of an axis."""
-    for tap in product(*(range(extent) for extent in kernel)):
-        seen = []
-        for u, extent, step, d in zip(tap, kernel, stride, dilation, strict=True):
-            after = (extent - 1 - u) * d
-            seen.append(slice(u * d, -after if after else None, step))
-        yield tap, (..., *seen)
-
-
-def _strided(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+def _windows(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
     """All windows of a padded image [N, G, C/G, *S], without a copy: [N, G, C/G, *O, *K]."""
     for axis, (extent, step, d) in enumerate(zip(kernel, stride, dilation, strict=True), start=3):
         x = x.unfold(axis, (extent - 1) * d + 1, step)[..., ::d]
@@ -197,7 +181,7 @@ def _sides(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """How far every axis is padded, or cut where negative, for the windows of all output positions."""
+    """The padding of every axis that the windows of all output positions need; a negative one cuts."""
     sides = []
     for size, positions, extent, step, left, d in zip(input, output, kernel, stride, padding, dilation, strict=True):
         reach = (positions - 1) * step + (extent - 1) * d + 1
@@ -206,12 +190,12 @@ def _sides(
 
 
 def _pad(image: Tensor, sides: Sequence[tuple[int, int]]) -> Tensor:
-    """Zeros before and after every one of the last axes; negative numbers cut."""
+    """Adds zeros before and after each of the last axes; negative numbers cut."""
     return F.pad(image, [side for pair in reversed(sides) for side in pair])
 
 
 def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
-    """Output positions at the places that a stride leaves between them, zeros in between: O -> (O - 1) * stride + 1."""
+    """Inserts stride - 1 zeros between neighbouring positions of every axis: O -> (O - 1) * stride + 1."""
     for axis, step in enumerate(stride, start=-len(stride)):
         if step > 1:
             image = F.pad(image.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)

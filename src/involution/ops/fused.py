@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import Ints, per_axis
@@ -34,7 +33,7 @@ from .layer import (
     unpacked_shape,
 )
 from .layouts import allocate
-from .registration import evaluate, library
+from .registration import evaluate, is_transformed, library
 
 _APPLY, _ADJOINT, _CORRELATE = MAPS
 
@@ -85,7 +84,7 @@ def fused_layer(
         raise ValueError(f"input must be [N, C, *S] with one to three spatial axes, got {list(input.shape)}")
     named = (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
     geometry_arguments = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         return _unfused(_layer_parts(*tensors, relu), geometry_arguments)  # its steps support every one
     result: Tensor = torch.ops.involution.fused_layer.default(*tensors, relu, *geometry_arguments)
     return result

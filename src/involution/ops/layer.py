@@ -197,7 +197,7 @@ def unpacked_shape(name: str, weight: Sequence[int] | None, bias: Sequence[int] 
 
 
 def accumulable(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype that sums are in: float32 for 16 bits."""
+    """The tensor in the dtype of sums: float32 for float16 and bfloat16, else its own."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

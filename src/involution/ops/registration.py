@@ -29,10 +29,15 @@ def evaluate(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *wind
     torch.library's autograd registration supports neither forward mode nor torch.func (tangents would silently be
     zero), so where one of those is active an autograd.Function calls the same operators.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if is_transformed():
         result: Tensor = _Differentiable.apply(map, first, second, size, *window)
         return result
     return _operator(map)(first, second, size, *window)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _operator(map: Map) -> Any:
@@ -124,9 +129,9 @@ def _geometry(map: Map, first: Sequence[int], second: Sequence[int], size: tuple
 
 
 def _fake(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *window: Sequence[int]) -> Tensor:
-    """The result, not filled: in the layout of a network's image or, where the first is a gradient, of the other.
+    """An uninitialised result, in the layout of the operand that is no gradient; of two, in the first one's.
 
-    A gradient may have any layout (a sum's is expanded). The kernel map decides, which is the largest of the three.
+    A gradient may have any layout (that of a sum is expanded), which must not decide the layout of a network.
     """
     if map.takes[0] == "output" and map.takes[1] == "kernel_map":
         return allocate(map.makes, size, like=first, channels_last=map_is_channels_last(second, first))

@@ -101,7 +101,7 @@ def _mutated(node: Node) -> list[Node]:
     schema, name = getattr(node.target, "_schema", None), getattr(node.target, "__name__", "")
     in_place = (
         (schema is not None and schema.is_mutable)
-        or _is_set(node, "inplace")
+        or _passes_inplace(node)
         or _has_in_place_name(name)
         or (getattr(node.target, "__module__", "") == "_operator" and name in _IN_PLACE_OPERATORS)
     )
@@ -112,12 +112,13 @@ def _has_in_place_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _is_set(node: Node, option: str) -> bool:
-    """Whether a call passes a true value for an option, by keyword or by position."""
-    if option in node.kwargs:
-        return bool(node.kwargs[option])
+def _passes_inplace(node: Node) -> bool:
+    """Whether a call passes inplace=True, by keyword or by position."""
+    if "inplace" in node.kwargs:
+        return bool(node.kwargs["inplace"])
     try:
         names = list(inspect.signature(node.target).parameters)
     except (TypeError, ValueError):  # a builtin: torch's in-place builtins end with an underscore
         return False
-    return option in names and len(node.args) > names.index(option) and bool(node.args[names.index(option)])
+    index = names.index("inplace") if "inplace" in names else len(node.args)
+    return index < len(node.args) and bool(node.args[index])

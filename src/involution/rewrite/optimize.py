@@ -11,6 +11,7 @@ import torch._inductor
 import torch._inductor.config
 from torch import Tensor, fx, nn
 
+from .checks import check_inference
 from .fusion import fuse
 
 _log = logging.getLogger(__name__)
@@ -35,13 +36,7 @@ def optimize(model: nn.Module, example_input: Tensor) -> nn.Module:
         TypeError: model is no module, or example_input no tensor.
         ValueError: the model, or a part of it, is in training mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if not isinstance(example_input, Tensor):
-        raise TypeError(f"example_input must be a torch.Tensor, got {type(example_input).__name__}")
-    training = [name or "the model itself" for name, module in model.named_modules() if module.training]
-    if training:
-        raise ValueError(f"model must be in evaluation mode (model.eval()), but {training[0]} is in training mode")
+    check_inference(model, example_input, "model", "example_input")
     optimized = Optimized(model)
     optimized(example_input)
     return optimized

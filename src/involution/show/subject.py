@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from .. import zoo as zoo  # registers our models with timm
-from ..engine.checkpoints import module_class
+from ..engine.checkpoints import load_module
 from ..tasks.detect import Detector
 from ..zoo.checkpoints import checkpoint_or_name
 from .layers import Call, Layer, Statistics, each_call, involutions
@@ -93,11 +93,10 @@ def _of_name(name: str, pretrained: bool) -> Subject:
 
 
 def _of_checkpoint(file: Path) -> Subject:
-    kind = module_class(file, "model")
-    module: Any = kind.load_from_checkpoint(file, map_location="cpu", weights_only=True)
+    module: Any = load_module(file, "model")
     module.eval().requires_grad_(False)
     run = _detection_runner(module) if isinstance(module, Detector) else runner(module, module.evaluation)
-    return Subject(f"{file.name} ({kind.__name__}, {module.hparams['model_name']})", module.net, run)
+    return Subject(f"{file.name} ({type(module).__name__}, {module.hparams['model_name']})", module.net, run)
 
 
 def runner(network: nn.Module, transform: Any) -> Run:

@@ -1,7 +1,7 @@
-"""Weights from files into networks, with a word on every key that does not fit.
+"""Loads weights from files into networks; an error names every tensor that does not fit.
 
 Files are checkpoints of `involution fit`, state dicts (.pt, .pth), .safetensors, and other people's: the official
-repository's (mmcls, mmdet 2.x, mmseg 0.x) and PaddleClas's. Nothing in a file is run.
+repository's (mmcls, mmdet 2.x, mmseg 0.x) and PaddleClas's. No code in a file is executed.
 """
 
 import json
@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from .official import is_whole, name_in_detector, our_name, renamed
 from .paddle import read_pdparams
 
-_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones do without
+_CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones lack
 _BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
-RECORD = "involution"  # the entry of a .safetensors file's metadata that has what our checkpoints carry, as JSON
+RECORD = "involution"  # the metadata entry of a .safetensors file with the record of our checkpoints, as JSON
 
 
 def checkpoint_or_name(model: str, pretrained: bool) -> Path | None:
     """The file if `model` is a checkpoint; None if it is the name of a network of timm's.
 
     Args:
-        model: of an option.
-        pretrained: whether weights are to be downloaded, which only names have.
+        model: the option's value.
+        pretrained: whether to download weights, which only a name has.
 
     Raises:
         FileNotFoundError: model looks like a file, but there is none.
@@ -47,9 +47,9 @@ def checkpoint_or_name(model: str, pretrained: bool) -> Path | None:
 class Checkpoint(NamedTuple):
     """What a file of weights holds.
 
-    `weights` are the network's tensors by our names; in a detector or segmenter of mmdet or mmseg, the backbone's are
-    called backbone.body..., and the other parts' names are the file's. `classes` are the classes' names, if the file
-    has them. `record` is what our own checkpoints carry, `hyper_parameters` and `involution`; of other files it is
+    `weights` are the network's tensors by our names. Of a detector or segmenter of mmdet or mmseg, only the backbone's
+    are renamed, to backbone.body...; other parts keep the file's names. `classes` are the classes' names, if the file
+    has them. `record` has the entries `hyper_parameters` and `involution` of our own checkpoints; for other files it is
     empty.
     """
 
@@ -59,11 +59,11 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
-    """Reads a file of weights of any kind named above.
+    """Reads a file of weights, of any kind that this module's docstring lists.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is none of these, asks for code to be run, or names a tensor twice.
+        ValueError: it is of another kind, would execute code, or names a tensor twice.
     """
     if not file.is_file():
         raise FileNotFoundError(f"weights must be a file, got {file}")
@@ -88,13 +88,13 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, asks for code to be run, or names a tensor twice.
+        ValueError: it holds no weights, would execute code, or names a tensor twice.
     """
     return read_checkpoint(file).weights
 
 
 def body(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the backbone, by the names that it has alone, without a classifier."""
+    """The backbone's tensors, by their names in a network that is only the backbone; a classifier's are left out."""
     prefix = next((one for one in _BODIES if any(name.startswith(one) for name in weights)), "")
     return {
         name.removeprefix(prefix): one
@@ -155,7 +155,7 @@ def load_network(network: nn.Module, file: Path) -> list[str]:
 
 
 def load_published(network: nn.Module, file: Path) -> None:
-    """Fills a RedNet with published weights as timm does: `pretrained=True` comes here once the file is on the disk.
+    """Fills a RedNet with published weights; timm calls this for `pretrained=True`, after the download.
 
     The last layer stays as it is where the network has another number of classes or none; the first convolution is
     adapted to another number of input channels.
@@ -177,12 +177,12 @@ def load_published(network: nn.Module, file: Path) -> None:
 
 
 def check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complaint: str) -> None:
-    """Refuses weights that are not all of a module's, and no others.
+    """Raises unless the weights are exactly a module's tensors, by name and shape.
 
     Args:
         weights: by name.
         wanted: the module's state dict.
-        complaint: what the message begins with.
+        complaint: the beginning of the error's message.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape, in one message.
@@ -203,7 +203,7 @@ def check(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], complaint
 
 
 def _content(file: Path) -> tuple[Any, dict[str, Any]]:
-    """What is in a file of torch's or of safetensors, and the record in the latter's metadata."""
+    """The content of a file of torch's or of safetensors, and the record in the latter's metadata."""
     try:
         if file.suffix == ".safetensors":
             from safetensors import safe_open
@@ -212,12 +212,12 @@ def _content(file: Path) -> tuple[Any, dict[str, Any]]:
                 record = _record((opened.metadata() or {}).get(RECORD, "{}"))
                 return {name: opened.get_tensor(name) for name in opened.keys()}, record  # noqa: SIM118  (no mapping)
         return torch.load(file, map_location="cpu", weights_only=True), {}
-    except Exception as error:  # torch's errors for a file that is none of its own are of many kinds
+    except Exception as error:  # torch raises errors of many kinds for other files
         raise ValueError(f"weights must be a checkpoint or a state dict, got {file}: {error!r}") from error
 
 
 def _record(text: str) -> dict[str, Any]:
-    """What our checkpoints carry, from JSON, which has no tuples: preprocessing and colours are of those."""
+    """The record of our checkpoints, from JSON. JSON has no tuples, which preprocessing and colours are."""
     record: dict[str, Any] = json.loads(text)
     carried = record.get("involution", {})
     for name, value in (carried.get("preprocessing") or {}).items():

@@ -1,4 +1,4 @@
-"""torchvision's feature pyramid network with involutions in the place of its 3x3 convolutions (paper, section 4.2)."""
+"""torchvision's feature pyramid network with involutions in place of its 3x3 convolutions (paper, section 4.2)."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
-"""Which network a file of weights is of: a RedNet by names and shapes, others by what our checkpoints carry."""
+"""Finds the network and the task of a file of weights: by what our checkpoints carry, else by names and shapes."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints import Checkpoint, body, check, read_checkpoint
-from .official import is_whole
+from .official import is_segmenter, is_whole
 from .rednet import DEPTHS
 
 
@@ -21,23 +22,23 @@ class Identity(NamedTuple):
     arguments: dict[str, Any]
 
     def __str__(self) -> str:
-        """As a call of timm.create_model has them."""
+        """The arguments as they are written in a call of timm.create_model."""
         return ", ".join([f'"{self.name}"', *(f"{name}={value!r}" for name, value in self.arguments.items())])
 
 
 def identify(weights: Mapping[str, Tensor], source: str) -> Identity:
-    """The RedNet that weights are of.
+    """The RedNet that weights belong to.
 
-    The depth is that of the blocks in each stage; rednetv2 has no norm in its generators; the small ones for 32x32
-    images have a stem of 32 channels. Arguments are given where they are not the default: stem_kernel_size and in_chans
-    by the shapes of the stem, num_classes by the classifier's, 0 without one.
+    The numbers of blocks in the stages give the depth; a rednetv2 has no batch norm in its generators; the small
+    networks for 32x32 images have a stem of 32 channels. Arguments that are not the default come from shapes:
+    stem_kernel_size and in_chans from the stem's, num_classes from the classifier's (0 without one).
 
     Args:
         weights: by our names.
-        source: what errors call them.
+        source: their name in errors.
 
     Raises:
-        ValueError: the blocks are of no RedNet.
+        ValueError: no RedNet has these blocks.
     """
     places = [name.split(".") for name in weights if name.startswith("layer")]
     blocks = {(stage, block) for stage, block, *_ in (place for place in places if len(place) > 2)}
@@ -55,7 +56,7 @@ def identify(weights: Mapping[str, Tensor], source: str) -> Identity:
 
 
 def _arguments(weights: Mapping[str, Tensor], num_classes: int) -> dict[str, Any]:
-    """Those that are not the default."""
+    """The arguments of timm.create_model that are not the default."""
     found: dict[str, Any] = {}
     first, span = weights.get("stem.conv1.weight"), weights.get("stem.conv2.generator.span.weight")
     if first is not None and first.dim() == 4 and span is not None:
@@ -70,19 +71,34 @@ def _arguments(weights: Mapping[str, Tensor], num_classes: int) -> dict[str, Any
 
 
 def load_checkpoint(file: str | Path) -> nn.Module:
-    """The classifier or the backbone that a file's weights are of, filled with them, in evaluation mode.
+    """Builds the classifier or backbone that a file holds weights of, and fills it; it is in evaluation mode.
 
     Args:
-        file: of a RedNet: our own, the official repository's or PaddleClas's; see `identify` for what is found out.
+        file: a checkpoint of `involution fit`, or a RedNet's weights: ours, the official repository's or PaddleClas's.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds no weights, or others than a RedNet's; missing, unexpected and mis-shaped ones are named.
+        ValueError: it holds no weights, or a detector's or segmenter's; or tensors are missing, unexpected or of
+            another shape.
     """
     found = classifier(read_checkpoint(Path(file)), str(file))
     network: nn.Module = timm.create_model(found.name, **found.arguments)
     network.load_state_dict(found.weights)
     return network.eval()
+
+
+def task_of(content: Checkpoint) -> str:
+    """The package of `involution.tasks` that a file's network is for; "own" if its module class is another package's.
+
+    Our checkpoints name their module class. Of other files, names of parts tell detectors and segmenters.
+    """
+    named = content.record.get("involution", {}).get("module")
+    if named is not None:
+        inside = re.match(r"involution\.tasks\.(\w+)\.", str(named))
+        return inside[1] if inside else "own"
+    if not is_whole(content.weights):
+        return "classify"
+    return "segment" if is_segmenter(content.weights) else "detect"
 
 
 class Classifier(NamedTuple):
@@ -95,12 +111,12 @@ class Classifier(NamedTuple):
 
 
 def classifier(content: Checkpoint, source: str, backbone: bool = False) -> Classifier:
-    """What classifier or backbone a file holds, its tensors checked against those of that network.
+    """The classifier or backbone that a file holds; its tensors are checked against that network's.
 
     Args:
         content: of the file.
-        source: what errors call it.
-        backbone: take the backbone alone, of whatever the file holds.
+        source: the file's name in errors.
+        backbone: take the backbone alone, also from a detector or segmenter.
 
     Raises:
         ValueError: it holds a detector or segmenter, and `backbone` is False; or tensors are missing, unexpected or of
@@ -109,8 +125,8 @@ def classifier(content: Checkpoint, source: str, backbone: bool = False) -> Clas
     weights, classes, record = content
     if backbone:
         weights, classes, record = body(weights), None, {}
-    elif is_whole(weights) or record.get("involution", {}).get("task", "classify") != "classify":
-        raise ValueError(f"weights must be of a classifier or backbone, got {source}, of a detector or segmenter")
+    elif (task := task_of(content)) not in ("classify", "own"):
+        raise ValueError(f"weights must be of a classifier or backbone, got {source}, whose task is {task}")
     given = record.get("hyper_parameters", {})
     if "model_name" in given:
         sizes = {"num_classes": given["num_classes"]} if "num_classes" in given else {}

@@ -1,4 +1,4 @@
-"""The names of the official RedNet's tensors, in mmcls, mmdet 2.x, mmseg 0.x and PaddleClas, and ours for them.
+"""Maps the official RedNet's tensor names, those of mmcls, mmdet 2.x, mmseg 0.x and PaddleClas, to ours.
 
 Source: github.com/d-li14/involution, {cls/mmcls,det/mmdet,seg/mmseg}/models/backbones/rednet.py, and PaddleClas,
 ppcls/arch/backbone/model_zoo/rednet.py.
@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+_SEGMENTERS = ("decode_head.", "auxiliary_head.")
 # What detectors and segmenters of mmdet and mmseg have besides their backbone.
-PARTS = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", "decode_head.", "auxiliary_head.")
+PARTS = ("neck.", "rpn_head.", "roi_head.", "bbox_head.", *_SEGMENTERS)
 _INVOLUTION = (
     (r"conv1\.conv\.", "generator.reduce."),
     (r"conv1\.bn\.", "generator.norm."),
@@ -23,7 +24,7 @@ _BACKBONE = re.compile(r"backbone\.(?=stem\.|layer\d|conv1\.|bn1\.)")  # and not
 
 
 def involution_name(name: str) -> str:
-    """Of a tensor of an involution layer: conv1.conv.weight -> generator.reduce.weight; other names stay."""
+    """Our name of an involution layer's tensor: conv1.conv.weight -> generator.reduce.weight; other names stay."""
     for pattern, ours in _INVOLUTION:
         found = re.match(pattern, name)
         if found:
@@ -32,7 +33,7 @@ def involution_name(name: str) -> str:
 
 
 def rednet_name(name: str) -> str:
-    """Of a tensor of the backbone: stem.0.conv.weight -> stem.conv1.weight; other names, ours too, stay."""
+    """Our name of a backbone's tensor: stem.0.conv.weight -> stem.conv1.weight; other names, ours too, stay."""
     found = _LAYER.match(name)
     if found:
         layer = "stem.conv2" if found[1] == "stem.1" else found[1]
@@ -42,12 +43,17 @@ def rednet_name(name: str) -> str:
 
 
 def is_whole(weights: Mapping[str, Tensor]) -> bool:
-    """Whether these are of a detector or segmenter of mmdet or mmseg, and not of a classifier or backbone."""
+    """Whether these are the weights of a detector or segmenter of mmdet or mmseg, not of a classifier or backbone."""
     return any(name.startswith(PARTS) for name in weights)
 
 
+def is_segmenter(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are the weights of a segmenter of mmseg."""
+    return any(name.startswith(_SEGMENTERS) for name in weights)
+
+
 def our_name(name: str) -> str:
-    """Of a tensor of a classifier or a backbone, with the prefixes backbone. and head. or without."""
+    """Our name of a classifier's or backbone's tensor, with the prefixes backbone. and head. or without."""
     found = _BACKBONE.match(name)
     if found:
         return rednet_name(name[found.end() :])
@@ -55,7 +61,7 @@ def our_name(name: str) -> str:
 
 
 def name_in_detector(name: str) -> str:
-    """Of a tensor of a detector or segmenter: backbone.stem.2.bias -> backbone.body.stem.bn2.bias; others stay."""
+    """The backbone's name in our detectors: backbone.stem.2.bias -> backbone.body.stem.bn2.bias; other names stay."""
     found = _BACKBONE.match(name)
     return f"backbone.body.{rednet_name(name[found.end() :])}" if found else name
 
@@ -65,8 +71,8 @@ def renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str], file: o
 
     Args:
         weights: by name.
-        rename: an old name to a new one.
-        file: what errors call them.
+        rename: maps an old name to the new one.
+        file: their name in errors.
 
     Raises:
         ValueError: two tensors have the same new name.
@@ -82,11 +88,11 @@ def renamed(weights: Mapping[str, Tensor], rename: Callable[[str], str], file: o
 
 
 def fpn_name(name: str, laterals: int) -> str:
-    """Of a tensor of mmdet's or mmseg's FPN in torchvision's: lateral_convs.0.conv.bias -> inner_blocks.0.0.bias.
+    """torchvision's name of a tensor of mmdet's or mmseg's FPN: lateral_convs.0.conv.bias -> inner_blocks.0.0.bias.
 
     Args:
         name: without the prefix neck.
-        laterals: how many levels come from the backbone; the convolutions after those make RetinaNet's coarser levels.
+        laterals: the number of levels from the backbone; further convolutions compute RetinaNet's coarser levels.
     """
     found = re.fullmatch(r"(lateral_convs|fpn_convs)\.(\d+)\.(.+)", name)
     if not found:
@@ -101,5 +107,5 @@ def fpn_name(name: str, laterals: int) -> str:
 
 
 def count_laterals(weights: Mapping[str, Tensor]) -> int:
-    """How many levels of the backbone an FPN takes."""
+    """The number of backbone levels that an FPN reads."""
     return len({name.split(".")[2] for name in weights if name.startswith("neck.lateral_convs.")})

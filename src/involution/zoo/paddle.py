@@ -1,8 +1,8 @@
-"""PaddleClas's weights (.pdparams), read without Paddle, and without running what a file may ask for.
+"""Reads PaddleClas's weights (.pdparams) without Paddle, and without executing code that a file names.
 
 A .pdparams file is a bare pickle of a dict, name -> numpy array. A pickle may name any function of Python and call it.
-The reader admits the few names that arrays are pickled with, and has for each of them a class of its own: no code of
-numpy's, and none of the file's, takes part.
+The reader admits only the names that pickled arrays need, and maps each to a class defined here, so that neither
+numpy's code nor the file's is executed.
 """
 
 import io
@@ -14,13 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-NAME_TABLE = "StructuredToParameterName@@"  # Paddle's own names of parameters, which nothing here needs
+NAME_TABLE = "StructuredToParameterName@@"  # the entry with Paddle's own names of parameters, which is dropped
 _STATISTICS = {"_mean": "running_mean", "_variance": "running_var"}
 _LINEAR = ("fc.weight",)  # Paddle stores a linear layer's weight as [in, out], torch as [out, in]
 
 
 class _DType:
-    """In the place of numpy.dtype: little-endian numbers, nothing else."""
+    """Replaces numpy.dtype: little-endian numbers only."""
 
     known: ClassVar[dict[str, torch.dtype]] = {
         "f2": torch.float16,
@@ -42,7 +42,7 @@ class _DType:
 
 
 class _Array:
-    """In the place of numpy.ndarray: holds a tensor."""
+    """Replaces numpy.ndarray: holds a tensor."""
 
     tensor: Tensor
 
@@ -60,14 +60,14 @@ class _Array:
 
 
 class _Fixed:
-    """What a pickle may call, but not change."""
+    """A callable that a pickle may call; setting its state is an error."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a function must not be given a state")
 
 
 class _Reconstruct(_Fixed):
-    """In the place of numpy's _reconstruct: an array to be filled."""
+    """Replaces numpy's _reconstruct: returns an empty array, which is filled by __setstate__."""
 
     def __new__(cls, subtype: Any, shape: Any, typecode: Any) -> Any:
         if subtype is not _Array:
@@ -76,7 +76,7 @@ class _Reconstruct(_Fixed):
 
 
 class _Encode(_Fixed):
-    """In the place of _codecs.encode, by which protocol 2 writes bytes."""
+    """Replaces _codecs.encode, with which protocol 2 writes bytes."""
 
     def __new__(cls, text: Any, encoding: Any) -> Any:
         if not isinstance(text, str) or encoding != "latin1":
@@ -96,7 +96,7 @@ _ADMITTED: dict[tuple[str, str], Any] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the names that arrays are pickled with, and no other."""
+    """Resolves the names that pickled arrays need, and refuses all others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:
@@ -107,16 +107,15 @@ class _Unpickler(pickle.Unpickler):
 def read_pdparams(file: Path) -> dict[str, Tensor]:
     """The tensors of a .pdparams file by name, in torch's conventions.
 
-    Running statistics are named as torch names them, and get a count of batches, 0. `fc.weight` is transposed, because
-    the format has it as [in, out]; its shape is not looked at, so a square one is transposed too. Values are arrays, or
-    tuples (Paddle's name, array).
+    Running statistics are renamed to torch's, and num_batches_tracked is 0. `fc.weight` is always transposed, because
+    the format stores it as [in, out]. Values are arrays, or tuples (Paddle's name, array).
 
     Args:
         file: a pickle of protocol 2 to 4.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no such pickle, or one that names other globals than arrays need; the message has the global.
+        ValueError: it is no such pickle, or names a global that arrays do not need; the message names the global.
     """
     try:
         content = _Unpickler(io.BytesIO(file.read_bytes())).load()
@@ -140,7 +139,7 @@ def read_pdparams(file: Path) -> dict[str, Tensor]:
 
 
 def _in_torch(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What torch has for an array of Paddle's."""
+    """An array of Paddle's by torch's name and in torch's layout; with a variance comes the count of batches."""
     layer, dot, kind = name.rpartition(".")
     if kind not in _STATISTICS:
         return {name: tensor.t().contiguous() if name in _LINEAR and tensor.dim() == 2 else tensor}

@@ -1,4 +1,4 @@
-"""Which weights of RedNet are published, where, by whom, and what they are said to reach."""
+"""The published weights of RedNet: network, publisher, file, licence and published accuracy."""
 
 from typing import NamedTuple
 
@@ -10,9 +10,9 @@ NOT_VERIFIED = "not verified by us"  # no file could be fetched where this was w
 class Published(NamedTuple):
     """Published weights.
 
-    `name` is that of the network in timm's registry, with a tag where `timm.create_model(name, pretrained=True)`
-    downloads them; `source` who publishes them; `url` the file, or the page that links to it; `top1` the accuracy on
-    ImageNet's validation images in percent, as published; `licence` that of the source; `status` what we know about it.
+    `name` is the network's in timm's registry, with a tag if `timm.create_model(name, pretrained=True)` downloads them;
+    `source` the publisher; `url` the file, or the page that links to it; `top1` the published accuracy on ImageNet's
+    validation images, in percent; `licence` the publisher's; `status` whether we have verified the file.
     """
 
     name: str
@@ -23,7 +23,7 @@ class Published(NamedTuple):
     status: str
 
     def __str__(self) -> str:
-        """In a line."""
+        """All fields in a line."""
         return (
             f"{self.name}: top-1 {self.top1} % as published by {self.source}, {self.licence}, {self.status}; {self.url}"
         )

@@ -1,10 +1,12 @@
 """RedNet: ResNet with involutions in the bottlenecks and the stem (Li et al., CVPR 2021, section 3.2).
 
-Importing this module registers with timm the paper's networks, rednet26, 38, 50, 101 and 152; rednetv2_26 to
-rednetv2_152, the same but for kernel generators that their input's scale does not change, which train at any depth; and
-rednet14_cifar, rednet26_cifar and their rednetv2 forms for images of 32x32. PaddleClas publishes weights of the paper's
-networks, which `pretrained=True` downloads (see `involution.zoo.pretrained`); of the others there are none, and it
-raises timm's own RuntimeError.
+Importing this module registers with timm:
+
+- rednet26, 38, 50, 101 and 152, the paper's networks. `pretrained=True` downloads PaddleClas's weights for them (see
+  `involution.zoo.pretrained`). The others have no published weights: there it raises timm's RuntimeError.
+- rednetv2_26 to rednetv2_152, with kernel generators that do not depend on their input's scale: they train at any
+  depth.
+- rednet14_cifar, rednet26_cifar, rednetv2_14_cifar and rednetv2_26_cifar, for images of 32x32.
 """
 
 from collections import OrderedDict
@@ -572,7 +574,7 @@ def _cfg(**entries: Any) -> dict[str, Any]:
 
 
 def _paddle_cfg(name: str) -> dict[str, Any]:
-    """Of a variant whose weights PaddleClas publishes; `RedNet.load_pretrained` reads their format."""
+    """timm's record of a variant whose weights PaddleClas publishes; `RedNet.load_pretrained` reads their format."""
     return _cfg(
         url=f"https://paddle-imagenet-models-name.bj.bcebos.com/dygraph/{name}_pretrained.pdparams",
         custom_load=True,
@@ -631,9 +633,9 @@ def _rednet(variant: str, pretrained: bool, **kwargs: Any) -> RedNet:
         model: RedNet = build_model_with_cfg(RedNet, variant, pretrained, **kwargs)
     except (URLError, ConnectionError, TimeoutError) as error:
         raise RuntimeError(
-            f"pretrained=True must download weights of {variant}, which failed: {error}. With the file at hand, "
-            'pretrained_cfg_overlay={"file": "NAME.pdparams", "custom_load": True} takes it in their place; '
-            "involution.zoo.pretrained() says where there are some"
+            f"pretrained=True must download weights of {variant}, which failed: {error}. If you have the file, pass "
+            'pretrained_cfg_overlay={"file": "NAME.pdparams", "custom_load": True}; '
+            "involution.zoo.pretrained() lists the files that are published"
         ) from error
     return model
 

@@ -68,7 +68,7 @@ def load_resnet(model: nn.Module, source: str | Path | Mapping[str, Tensor]) -> 
 
     Raises:
         TypeError: source is none of these.
-        FileNotFoundError: source is neither a file nor a name that timm knows.
+        FileNotFoundError: source is neither a file nor the name of a network of timm's.
         ValueError: the file or the download cannot be read; model or source is not a ResNet or RedNet; no
             convolution of the source's blocks fits.
     """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from involution.cli import main
 from involution.tasks.detect import Detector, retinanet
 from involution.tasks.detect import convert as names
+from involution.zoo import load_checkpoint
 from involution.zoo.checkpoints import load_backbone
 from involution.zoo.official import name_in_detector, renamed
 
@@ -142,6 +143,11 @@ def test_plain_weights_and_back(tmp_path: Path) -> None:
     assert again.preprocessing == module.preprocessing
     state = module.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in again.state_dict().items())
+    for file in ("theirs.pth", "ours.ckpt", "plain.safetensors"):
+        with pytest.raises(
+            ValueError, match=rf"must be of a classifier or backbone, got .*{file}, whose task is detect"
+        ):
+            load_checkpoint(tmp_path / file)
 
 
 def test_its_backbone_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

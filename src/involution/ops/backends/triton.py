@@ -27,7 +27,7 @@ _MAP_AT_ONCE = 1 << 24  # elements of the kernel map in a fused layer's passes
 
 
 class Launch(NamedTuple):
-    """What a call launches: decided once for its sizes, layout and dtype, and remembered."""
+    """What a call launches: decided once for its sizes, layout and dtype, and cached."""
 
     kernel: str
     numbers: tuple[int, ...]  # the arguments after the tensors
@@ -53,7 +53,7 @@ def correlate(grad: Tensor, input: Tensor, out: Tensor, geometry: Geometry) -> N
 
 
 def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry) -> None:
-    """Runs a map's kernel on tensors of one layout, which is brought about where it is not yet so."""
+    """Runs a map's kernel; tensors of different layouts are first copied to one."""
     strides = tuple(tensor.stride() for tensor in tensors)
     for channels_last, wanted in enumerate(_dense_strides(name, geometry)):
         if strides == wanted:
@@ -99,7 +99,7 @@ def _call_in_the_maps_layout(name: str, tensors: Sequence[Tensor], geometry: Geo
 
 @lru_cache(maxsize=1024)
 def plan(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> tuple[Launch, ...]:
-    """What a map may launch, the default first: see triton_tiles."""
+    """The launches that a map can choose from, one per tile of triton_tiles.tiles; the first is the default."""
     layout = "channels_last" if channels_last else "contiguous"
     return tuple(
         _map_launch(f"{name}_{layout}", name, geometry, channels_last, tile)
@@ -140,7 +140,7 @@ _WINDOW = ("kernel", "stride", "padding", "dilation")
 
 
 def _is_wide(geometry: Geometry) -> bool:
-    """Whether one image's offsets, positions that a window reaches outside of it, or a residue's leave 32 bits."""
+    """Whether offsets in an image, positions in or around it, or products of residues exceed 32 bits."""
     inputs, outputs, taps = (math.prod(axes) for axes in (geometry.input, geometry.output, geometry.kernel))
     reach = math.prod(
         output * stride + (kernel - 1) * dilation + padding
@@ -157,7 +157,7 @@ def _three(axes: Sequence[int], missing: int) -> tuple[int, ...]:
 
 
 def _launch(choice: Sequence[Launch], tensors: Sequence[Tensor | None]) -> None:
-    """Runs a kernel on the tensors' device, which becomes the current one for the time."""
+    """Runs a kernel on the tensors' device, which is the current device meanwhile."""
     device = next(tensor.device for tensor in tensors if tensor is not None)
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         _start(choice, tensors, device)
@@ -190,7 +190,7 @@ def _compiler_options(tile: Tile, device: torch.device) -> dict[str, int]:
 
 
 def compiler_options(tile: Tile, nvidia: bool) -> dict[str, int]:
-    """What a tile says of warps and registers, as Triton's compiler takes it."""
+    """A tile's warps and registers as options of Triton's compiler."""
     return {"num_warps": tile.warps} | ({"maxnreg": tile.registers} if nvidia and tile.registers else {})
 
 
@@ -204,7 +204,7 @@ _FILES = {"contiguous": "triton_contiguous", "channels_last": "triton_channels_l
 
 @cache
 def _kernel(name: str) -> Any:
-    """A kernel by its name; its module loads Triton."""
+    """A kernel by its name. Importing its module loads Triton."""
     file = next(file for end, file in _FILES.items() if name.endswith(end))
     return getattr(importlib.import_module(f".{file}", __package__), name)
 
@@ -230,7 +230,7 @@ def _device_name(device: torch.device) -> str:
 
 
 def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -> None:
-    """See reference.fused_layer. In one kernel where that wins, else the map is made and applied."""
+    """See reference.fused_layer. One kernel where that is faster, else the kernel map is generated, then applied."""
     fits = can_fuse(geometry, parts.input.dtype, parts.span_weight.shape[1])
     reference.fused_layer(parts, outs, geometry, _fused if fits and fusing_wins(parts.input.device) else _in_steps)
 
@@ -240,10 +240,10 @@ _FUSING_WINS = ((8, 6), (8, 9), (12, 0))
 
 @cache
 def fusing_wins(device: torch.device) -> bool:
-    """Whether the fused kernel's instructions take less time than the kernel map's way through memory and back.
+    """Whether the fused kernel is faster than its two steps, which write the kernel map to memory and read it again.
 
-    Estimated from the instructions counted for sm_80 and the datasheets' rates: they do on consumer cards, whose memory
-    is slow for their arithmetic; on A100, H100 and B200 the steps win, and below sm_80 the matrix units do not help.
+    Estimated from the instructions counted for sm_80 and the datasheets' rates: it is on consumer cards, whose memory
+    is slow for their arithmetic. On A100, H100 and B200 the steps are faster; below sm_80 the matrix units do not help.
     """
     if device.type == "cpu":  # interpreted
         return True
@@ -251,7 +251,7 @@ def fusing_wins(device: torch.device) -> bool:
 
 
 def can_fuse(geometry: Geometry, dtype: torch.dtype, features: int) -> bool:
-    """Whether the fused kernel is for such a layer: its features' tile must fit the registers."""
+    """Whether the fused kernel supports such a layer: a tile's hidden features must fit the registers."""
     most = {2: 256, 4: 128}.get(dtype.itemsize, 0)
     return features <= min(most, 16 * geometry.groups)
 
@@ -261,7 +261,7 @@ def _in_steps(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) 
 
 
 def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> Tensor:
-    """Runs the fused kernel, which is for channels_last."""
+    """Runs the fused kernel, on channels-last tensors."""
     x, features = (image.movedim(1, -1).contiguous() for image in (parts.input, hidden))
     in_memory = y.movedim(1, -1)
     result = in_memory if in_memory.is_contiguous() else torch.empty(in_memory.shape, dtype=y.dtype, device=y.device)
@@ -275,7 +275,7 @@ def _fused(parts: LayerParts, hidden: Tensor, y: Tensor, geometry: Geometry) -> 
 
 @lru_cache(maxsize=1024)
 def fused_plan(geometry: Geometry, dtype: torch.dtype, features: int, relu: bool, tf32: bool) -> Launch:
-    """What the fused layer launches."""
+    """The launch of the fused kernel."""
     tile = fused_tile(geometry, dtype, features)
     window = {axes.upper(): _three(getattr(geometry, axes), int(axes != "padding")) for axes in _WINDOW}
     constants = window | {

@@ -36,12 +36,12 @@ from .triton_indexing import (
 def channels(
     rest, groups: tl.constexpr, width: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """Groups [1, G] and channels [1, G, W] of this program, which of them there are, and what else its number says."""
+    """Groups [1, G] and channels [1, G, W] of this program, masks of those that exist, and the rest of its number."""
     PARTS: tl.constexpr = ceil_div(width, WIDTH)
     BLOCKS: tl.constexpr = ceil_div(groups, GROUPS)
     c = rest % PARTS * WIDTH + tl.arange(0, WIDTH)[None, None, :]
     g = rest // PARTS % BLOCKS * GROUPS + tl.arange(0, GROUPS)[None, :]
-    # Where all exist, compilers should know.
+    # Constant masks where all exist: compilers remove them.
     is_group = tl.full([1, GROUPS], True, tl.int1) if groups % GROUPS == 0 else g < groups
     is_width = tl.full([1, 1, WIDTH], True, tl.int1) if width % WIDTH == 0 else c < width
     return g, g[:, :, None] * width + c, is_group, is_group[:, :, None] & is_width, rest // PARTS // BLOCKS

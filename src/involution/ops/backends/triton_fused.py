@@ -1,7 +1,7 @@
 """The fused layer for channels-last tensors: the span convolution and apply, without the kernel map.
 
 The kernels of one tap, for a tile's positions and groups, are a matrix product of the tile's features and the tap's
-rows of the span weight (tl.dot), and are applied where they are: in registers.
+rows of the span weight (tl.dot). They stay in registers, where they are applied.
 """
 
 import triton
@@ -21,8 +21,8 @@ def fused_kernel(
 ):  # fmt: skip
     """relu(scale * apply(x, hidden weight^T + bias) + shift): hidden [N, *O, R], weight [G * prod(K), R].
 
-    bias, scale and RELU may be absent. HIDDEN is the power of two for R = features. UPCAST is for Triton's interpreter,
-    which multiplies bfloat16 matrices wrongly.
+    bias, scale and RELU may be absent. HIDDEN is the smallest power of two >= R = features. UPCAST is for Triton's
+    interpreter, which multiplies bfloat16 matrices wrongly.
     """
     in_depth, in_height, in_width = in_bits(in_depth, in_height, in_width, WIDE)
     out_depth, out_height, out_width = in_bits(out_depth, out_height, out_width, WIDE)

@@ -13,7 +13,8 @@ every product that it takes part in. "Steps" count a lane's distinct image colum
 import triton
 import triton.language as tl
 
-# A tensor's sizes must not make a new program of a kernel; nor must compilers unroll its loop over rows of taps.
+# Arguments that Triton must not specialise: every image size would compile a kernel of its own, and compilers would
+# unroll the loop over rows of taps.
 SIZES = ["in_depth", "in_height", "in_width", "out_depth", "out_height", "out_width", "rows"]
 
 
@@ -25,7 +26,7 @@ def ceil_div(number, divisor):
 
 @triton.constexpr_function
 def vector(taps):
-    """The smallest power of two that is not below: elements of a row of taps as a tensor."""
+    """The smallest power of two >= taps: the elements of a row of taps as a tensor."""
     return 1 << (taps - 1).bit_length()
 
 
@@ -45,7 +46,7 @@ def tap_at(step, column, taps, stride, dilation, unit):
 
 @triton.constexpr_function
 def tap_from_last(step, column, taps, back, unit):
-    """The same in an adjoint, where the next tap reads `back` columns lower: the first step is the last tap's."""
+    """As tap_at, for adjoint: the next tap reads `back` columns lower, so the first step is the last tap's."""
     distance = step * unit - column
     tap = taps - 1 - distance // back
     return tap if distance % back == 0 and 0 <= tap < taps else -1
@@ -53,7 +54,7 @@ def tap_from_last(step, column, taps, back, unit):
 
 @triton.jit
 def in_bits(depth, height, width, WIDE: tl.constexpr):
-    """Three sizes in as many bits as their products need."""
+    """Three sizes, in 64 bits if WIDE."""
     if WIDE:
         depth, height, width = depth.to(tl.int64), height.to(tl.int64), width.to(tl.int64)
     return depth, height, width
@@ -61,7 +62,7 @@ def in_bits(depth, height, width, WIDE: tl.constexpr):
 
 @triton.jit
 def tile(count, BLOCKS: tl.constexpr, WIDE: tl.constexpr):
-    """The blocks of this program, of `count` that an image has; and what else its number says."""
+    """Which of an image's `count` blocks this program computes, and the rest of its number: groups, channels, image."""
     program = tl.program_id(0)
     if WIDE:
         program = program.to(tl.int64)
@@ -83,7 +84,7 @@ def block_start(block, height, width, COLUMNS: tl.constexpr, DIMS: tl.constexpr)
 
 @triton.jit
 def inside(depth, height, in_depth, in_height, DIMS: tl.constexpr):
-    """Whether a row of an image exists; its depth is looked at only in three dimensions."""
+    """Whether a row of an image exists; its depth is checked in 3d only."""
     exists = (height >= 0) & (height < in_height)
     if DIMS == 3:
         exists = exists & (depth >= 0) & (depth < in_depth)
@@ -92,7 +93,7 @@ def inside(depth, height, in_depth, in_height, DIMS: tl.constexpr):
 
 @triton.jit
 def row_of_taps(r, height_taps, CHUNKS: tl.constexpr, DIMS: tl.constexpr):
-    """Depth and height of the r-th row of taps, whose columns come in CHUNKS parts; and which part it is."""
+    """Depth and height of the r-th row of taps, and the part of it: a row's columns are cut into CHUNKS parts."""
     row = r // CHUNKS
     if DIMS == 3:
         return row // height_taps, row % height_taps, r % CHUNKS
@@ -143,7 +144,7 @@ def split(t, COUNT: tl.constexpr):
 
 @triton.jit
 def _interleaved(even, odd, COUNT: tl.constexpr):
-    """Two tuples as one, members of either alternating."""
+    """The members of two tuples alternately, as one tuple."""
     both = ()
     for i in tl.static_range(COUNT):
         both += (even[i], odd[i])

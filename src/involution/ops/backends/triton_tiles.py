@@ -13,7 +13,7 @@ MOST_TAPS = 8  # of a row that a program unrolls
 class Tile(NamedTuple):
     """What one program computes, and with how many warps.
 
-    For contiguous tensors `width` is any number of channels of one group; else all but it are powers of two.
+    All are powers of two, except `width` for contiguous tensors: any number of channels of one group.
     """
 
     blocks: int  # of `columns` neighbouring positions of a row
@@ -21,11 +21,11 @@ class Tile(NamedTuple):
     groups: int
     width: int  # channels of a group
     warps: int
-    registers: int | None = None  # the most of a thread, where NVIDIA's assembler by itself spills some to use fewer
+    registers: int | None = None  # limit of a thread; set where NVIDIA's assembler would use fewer and spill
 
 
 class Axis(NamedTuple):
-    """How the taps of one axis move over an image: `taps` in all, `chunks` parts, and what the kernels call UNIT."""
+    """How the taps of one axis move over an image: their number, the parts they are cut into, and the kernels' UNIT."""
 
     taps: int
     chunks: int
@@ -60,7 +60,7 @@ def last_axis(name: str, geometry: Geometry, columns: int) -> Axis:
 
 
 def _shared_columns(name: str, geometry: Geometry, most: int) -> int:
-    """Neighbouring positions for a lane: more than one only where their windows overlap enough."""
+    """How many neighbouring positions a lane computes, up to `most`; several only if their windows overlap enough."""
     _, stride, dilation = moves(name, geometry)
     columns = most
     while columns > 1:
@@ -73,7 +73,7 @@ def _shared_columns(name: str, geometry: Geometry, most: int) -> int:
 
 
 def tiles(name: str, geometry: Geometry, channels_last: bool, dtype: torch.dtype) -> list[Tile]:
-    """The tiles to choose from for a map, the first being the default; none depends on an image's size."""
+    """The tiles that a map can choose from, the default first; none depends on an image's size."""
     width = geometry.channels // geometry.groups
     if channels_last:
         return _channels_last(name, geometry, width, dtype)
@@ -116,10 +116,10 @@ def fused_tile(geometry: Geometry, dtype: torch.dtype, features: int) -> Tile:
 
 
 def power_of_two(number: int) -> int:
-    """The smallest power of two that is not below."""
+    """The smallest power of two >= number."""
     return 1 << (number - 1).bit_length()
 
 
 def between(low: int, number: int, high: int) -> int:
-    """The number, limited to a range."""
+    """The number, clamped to low..high."""
     return max(low, min(number, high))

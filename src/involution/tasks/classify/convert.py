@@ -18,7 +18,7 @@ def converted(weights: dict[str, Tensor], file: Path) -> tuple[dict[str, Any], d
 
     Args:
         weights: of a RedNet, by our names.
-        file: what errors call them.
+        file: their name in errors.
 
     Raises:
         ValueError: they are of no RedNet, or have no classifier.

@@ -46,7 +46,7 @@ def converted(weights: dict[str, Tensor], file: Path) -> tuple[dict[str, Any], d
 
     Args:
         weights: of mmdet, the backbone's by our names.
-        file: what errors call them.
+        file: their name in errors.
 
     Raises:
         ValueError: the backbone is no RedNet, or two tensors have the same name.

@@ -4,7 +4,6 @@ Like torchvision's segmentation models, both return a dictionary: "out", logits 
 with an auxiliary head, "aux".
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -114,13 +113,13 @@ class PyramidPooling(nn.Module):
     Args:
         in_channels: of the features.
         channels: of each average and of the result.
-        grids: cells along each axis.
 
     Shapes: [N, in_channels, H, W] -> [N, channels, H, W].
     """
 
-    def __init__(self, in_channels: int, channels: int, grids: Sequence[int] = (1, 2, 3, 6)) -> None:
+    def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
+        grids = (1, 2, 3, 6)  # cells along each axis
         self.pools = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(grid), Conv2dNormActivation(in_channels, channels, 1)) for grid in grids
         )

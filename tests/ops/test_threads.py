@@ -36,8 +36,6 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-
-
 def test_one_openmp_runtime() -> None:
     """Two runtimes would have two thread pools, and a fork or an exit could hang in one of them."""
     code = (

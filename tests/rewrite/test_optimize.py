@@ -738,7 +738,7 @@ def test_an_l2_norm_after_a_batch_norm(graphs: list[fx.GraphModule], eps: float)
         assert [call["rms_eps"] for call in calls(graphs, BOTTLENECK)] == [eps]
     else:
         (reported,) = optimized.unfused
-        assert reported.startswith("middle is not fused with adjacent layers: its generator's norm over channels has eps = 0")
+        assert reported.startswith("middle is not fused with adjacent layers: its generator's norm over channels has")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (1, 1, 1), (2, 1, 7)])

@@ -30,3 +30,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory, where runs write to unless trainer.default_root_dir names another folder."""
+    monkeypatch.chdir(tmp_path)

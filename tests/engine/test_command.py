@@ -20,11 +20,6 @@ FIT = ["fit", "-c", "digits_resnet", *QUICK, *SHORT]
 IMAGENET = [f"imagenet_{family}{depth}" for family in ("rednet", "resnet") for depth in (26, 38, 50, 101, 152)]
 
 
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def write_tree(root):
     for split in ("train", "val", "test"):
         for name in ("cat", "dog"):

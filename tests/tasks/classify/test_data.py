@@ -329,6 +329,24 @@ def test_imagenet_reads_torchvisions_folders(tmp_path):
     assert ImageNet(str(tmp_path)).classes == ["crane (n01440764)", "crane (n02102040)"]
 
 
+@pytest.mark.parametrize("kind", [ImageNet, Imagenette])
+def test_folders_of_imagenet_that_are_no_classes(kind, tmp_path):
+    """A hidden folder is skipped, one that is no WNID is named."""
+    root = tmp_path if kind is ImageNet else tmp_path / "imagenette2"
+    write_tree(root, {split: dict.fromkeys(WNIDS, 2) for split in ("train", "val")})
+    for split in ("train", "val"):
+        (root / split / ".ipynb_checkpoints").mkdir()
+    torch.save(({wnid: (name,) for wnid, name in WNIDS.items()}, ["n02102040"]), tmp_path / "meta.bin")
+    data = kind(str(tmp_path), num_workers=0)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == ["tench", "English springer"]
+    assert [data.train_set[index][1] for index in range(4)] == [0, 0, 1, 1]
+    (root / "train" / "n00000000").mkdir()
+    with pytest.raises(ValueError, match=r"root must hold a folder per WNID, got .*train/n00000000"):
+        _ = kind(str(tmp_path)).classes
+
+
 PLAIN = Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 

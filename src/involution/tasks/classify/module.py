@@ -122,7 +122,8 @@ class Classifier(TaskModule):
         self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}
         # Loading a checkpoint needs no other weights.
         sources = ("pretrained", "checkpoint_path")
-        self.hparams["model_kwargs"] = {k: v for k, v in (model_kwargs or {}).items() if k not in sources}
+        if model_kwargs is not None:
+            self.hparams["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in sources}
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)

@@ -188,9 +188,7 @@ class ImageFolder(Photographs):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"root must hold images of every class, got {folder}: {error}") from error
         if others and self.on_error == "raise":
-            raise ValueError(
-                f"{others[0]} is no image ({', '.join(ENDINGS)}); on_error=skip leaves such files out"
-            )
+            raise ValueError(f"{others[0]} is no image ({', '.join(ENDINGS)}); on_error=skip leaves such files out")
         if others:
             rank_zero_warn(f"left out {len(others)} files that are no images, {others[0]} the first (on_error=skip)")
         return found

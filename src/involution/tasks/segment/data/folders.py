@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from involution.engine.files import files_below
 from involution.engine.images import ENDINGS
 from involution.engine.pictures import Colour

@@ -265,6 +265,16 @@ def test_broken_validation_images_are_not_left_out_silently(tmp_path):
     assert len(data.val_set) == 4
 
 
+def test_hidden_folders_and_files_are_skipped(tmp_path):
+    write_tree(tmp_path, {split: {"cat": 2, ".ipynb_checkpoints": 1, "dog": 1} for split in ("train", "val")})
+    (tmp_path / "train" / "cat" / "._0.jpg").write_bytes(b"no image")
+    (tmp_path / "train" / ".DS_Store").write_bytes(b"no folder")
+    data = ImageFolder(str(tmp_path), image_size=32, num_workers=0)
+    data.setup("fit")
+    assert data.classes == ["cat", "dog"]
+    assert [label for _, label in data.train_set.samples] == [label for _, label in data.val_set.samples] == [0, 0, 1]
+
+
 def test_image_folder_with_an_empty_split(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"a folder per class in 'train'"):

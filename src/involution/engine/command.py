@@ -89,7 +89,8 @@ class TaskCLI(LightningCLI):
         """Prints the best score, its checkpoint and the next commands."""
         config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # a collective operation
         if self.trainer.is_global_zero:
-            print(*result_of(self.trainer, str(config)), sep="\n")
+            verb = "test" if getattr(self.datamodule, "can_test", True) else "validate"
+            print(*result_of(self.trainer, str(config), verb), sep="\n")
 
 
 def _options(arguments: list[str], prefix: str) -> list[str]:

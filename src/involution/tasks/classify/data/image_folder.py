@@ -158,6 +158,11 @@ class ImageFolder(Photographs):
         """The folders of root/train."""
         return self._class_folders("train")
 
+    @property
+    def can_test(self) -> bool:
+        """Whether there is a folder of test images."""
+        return self._folder("test").is_dir()
+
     def _folder(self, split: str) -> Path:
         return self.root / split
 

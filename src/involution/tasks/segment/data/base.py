@@ -219,12 +219,14 @@ class SegmentationData(TaskData):
 
     def _contents(self, part: str) -> _Contents:
         """What the files of a part hold together."""
-        total = _Contents(np.zeros(256, np.int64), 0, 0)
+        counts, turned, telling = np.zeros(256, np.int64), 0, 0
         for found in for_each(self.pairs(part), self._contents_of, f"files of {part}"):
             if isinstance(found, UnreadableImage):
                 raise found
-            total = _Contents(*(one + other for one, other in zip(total, found, strict=True)))
-        return total
+            counts += found.counts
+            turned += found.turned
+            telling += found.telling
+        return _Contents(counts, turned, telling)
 
     def _contents_of(self, pair: Pair) -> _Contents:
         header = inspect(pair[0])

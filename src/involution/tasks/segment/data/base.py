@@ -140,7 +140,7 @@ class SegmentationData(TaskData):
         if orientation not in ("upright", "stored"):
             raise ValueError(f"orientation must be upright or stored, got {orientation!r}")
         self.check_files, self._upright = check_files, orientation == "upright"
-        crop = height_and_width(crop)
+        self.crop = crop = height_and_width(crop)
         if min(resize, *crop) < 1:
             raise ValueError(f"resize and crop must be at least 1, got {resize} and {crop}")
         if not 0 < scale[0] <= scale[1]:

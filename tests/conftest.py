@@ -26,3 +26,9 @@ def pytest_configure() -> None:
     """One thread here and in subprocesses: small tensors on busy cores take ten times longer on two."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory, where runs write to unless trainer.default_root_dir names another folder."""
+    monkeypatch.chdir(tmp_path)

@@ -83,6 +83,7 @@ def test_doctor_refuses_arguments(capsys):
     assert "--json" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_tmp_path")
 @pytest.mark.parametrize("arguments", [["fit", "-c", "digits_rednet", "--model.no_such_option", "1"], ["fit", "-c"]])
 def test_wrong_options_exit_with_2(arguments, capsys):
     try:
@@ -93,6 +94,7 @@ def test_wrong_options_exit_with_2(arguments, capsys):
     assert capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_tmp_path")
 def test_missing_data_are_reported_in_one_line(tmp_path, capsys):
     missing = ["fit", "-c", "imagefolder_rednet50", "--data.root", str(tmp_path / "nowhere")]
     assert main(missing) == 1

@@ -1,5 +1,6 @@
 import csv
 import io
+import shutil
 import tarfile
 
 import numpy as np
@@ -18,11 +19,6 @@ QUICK = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false
 SHORT = ["--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1", "--data.batch_size", "4"]
 FIT = ["fit", "-c", "digits_resnet", *QUICK, *SHORT]
 IMAGENET = [f"imagenet_{family}{depth}" for family in ("rednet", "resnet") for depth in (26, 38, 50, 101, 152)]
-
-
-@pytest.fixture(autouse=True)
-def in_tmp_path(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def write_tree(root):
@@ -71,6 +67,28 @@ def test_imagefolder_recipe(tmp_path):
     small = ["--data.root", str(root), "--data.image_size", "64", "--data.num_workers", "0"]
     cli = run(["fit", "-c", "imagefolder_rednet50", *QUICK, *small, "--trainer.fast_dev_run", "true"])
     assert cli.model.num_classes == 2  # taken from the folders
+
+
+def test_the_printed_command_evaluates(tmp_path, capsys):
+    """Without a folder of test images it validates."""
+    root = write_tree(tmp_path / "images")
+    small = ["--data.root", str(root), "--data.image_size", "32", "--data.num_workers", "0"]
+    small += ["--model.model_name", "rednet14_cifar", "--trainer.max_epochs", "1"]
+    for verb in ("test", "validate"):
+        assert main(["fit", "-c", "imagefolder_rednet50", *QUICK, *small]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: ")]
+        _, *words = line.removeprefix("next: ").split()
+        assert words[0] == verb
+        assert main(words) == 0
+        shutil.rmtree(root / "test", ignore_errors=True)
+
+
+def test_one_class_folder_is_refused(tmp_path, capsys):
+    root = write_tree(tmp_path / "images")
+    for part in ("train", "val"):
+        shutil.rmtree(root / part / "dog")
+    assert main(["fit", "-c", "imagefolder_rednet50", *QUICK, "--data.root", str(root)]) == 1
+    assert "num_classes must be at least 2, got 1: with one, every answer is right" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", IMAGENET)

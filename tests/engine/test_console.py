@@ -44,7 +44,7 @@ def test_printed_commands_are_quoted() -> None:
     best = ModelCheckpoint("my runs/checkpoints", monitor="val/accuracy")
     best.best_model_path = "my runs/checkpoints/best.ckpt"
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[best])
-    for line in result_of(trainer, "my runs/config.yaml")[1:]:
+    for line in result_of(trainer, "my runs/config.yaml", "test")[1:]:
         words = shlex.split(line.removeprefix("next: "))
         assert words[words.index("--ckpt_path") + 1] == best.best_model_path
         assert "-c" not in words or words[words.index("-c") + 1] == "my runs/config.yaml"

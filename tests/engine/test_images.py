@@ -8,8 +8,19 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from involution.engine.images import Header, SkipUnreadable, UnreadableImage, for_each, inspect, read_image
+from involution.engine.images import (
+    ENDINGS,
+    FORMATS,
+    Header,
+    SkipUnreadable,
+    UnreadableImage,
+    for_each,
+    inspect,
+    read_image,
+)
+from involution.engine.predict import image_files
 from involution.tasks.classify import ImageFolder
+from involution.tasks.segment import Folders
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -139,6 +150,27 @@ def test_only_the_listed_formats_are_tried(tmp_path: Path) -> None:
     (tmp_path / "texture.dds").rename(tmp_path / "texture.jpg")
     with pytest.raises(UnreadableImage, match=r"texture\.jpg cannot be read as an image: cannot identify"):
         read_image(tmp_path / "texture.jpg")
+
+
+def test_every_format_has_an_ending_and_every_ending_a_format() -> None:
+    known = Image.registered_extensions()
+    assert {known[ending] for ending in ENDINGS} == set(FORMATS)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_files_of_every_ending_are_images(ending: str, tmp_path: Path) -> None:
+    """In class folders, beside masks, and in predictions."""
+    for part in ("train", "val"):
+        for name in ("images", "masks"):
+            (tmp_path / name / part).mkdir(parents=True)
+        Image.new("L", (8, 8), 100).save(tmp_path / "images" / part / f"a{ending.upper()}")
+        Image.new("L", (8, 8), 1).save(tmp_path / "masks" / part / "a.png")
+    [(image, _)] = Folders(str(tmp_path), ["ground", "object"]).pairs("train")
+    assert image.suffix == ending.upper()
+    assert image_files(tmp_path / "images" / "train") == [image]
+    made = ImageFolder(str(tmp_path))._images(tmp_path / "images", lambda image: image)  # its classes: train and val
+    assert [Path(file).name for file, _ in made.samples] == [image.name] * 2
+    assert np.abs(pixels(read_image(image)) - 100).max() <= 1
 
 
 def photograph(file: Path, orientation: int = 1) -> Path:

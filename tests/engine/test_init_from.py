@@ -45,6 +45,8 @@ def test_a_run_starts_from_them_and_its_checkpoint_needs_no_file(
     assert all(torch.equal(one, theirs[name]) for name, one in ours.items())
     resumed = run([*options, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     assert resumed.trainer.global_step == 4
+    with pytest.raises(ValueError, match=r"init_from must be '.*resnet14\.pt', with which .* or left out, got 'b\.pt'"):
+        run([*FIT, "--model.init_from", "b.pt", "--trainer.max_epochs", "3", "--ckpt_path", "last"])
     assert main(["test", *FIT[1:7], *FIT[-2:], "--trainer.limit_test_batches", "1", "--ckpt_path", str(last)]) == 0
     capsys.readouterr()
     assert main([*options, "--trainer.max_epochs", "1"]) == 1

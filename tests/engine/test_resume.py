@@ -110,6 +110,8 @@ def test_options_of_the_command_line_are_in_force_after_a_resume(tmp_path: Path,
         cli = run([*RESUMED, *stop, "--ckpt_path", "last", "--trainer.max_epochs", "3"])
     assert cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 0.002
     assert "model.lr is 0.002, as in the checkpoint, and not 0.1, as in the config; --model.lr on the" in caplog.text
+    said = [line.partition(" ")[0] for line in caplog.messages if "as in the checkpoint" in line]
+    assert said == [f"model.{name}" for name in ("lr", "momentum", "weight_decay", "warmup_steps")]
 
 
 def scores(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

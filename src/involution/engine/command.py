@@ -89,7 +89,8 @@ class TaskCLI(LightningCLI):
         """Prints the best score, its checkpoint and the next commands."""
         config = Path(self.trainer.log_dir or self.trainer.default_root_dir) / "config.yaml"  # a collective operation
         if self.trainer.is_global_zero:
-            print(*result_of(self.trainer, str(config)), sep="\n")
+            verb = "test" if getattr(self.datamodule, "can_test", True) else "validate"
+            print(*result_of(self.trainer, str(config), verb), sep="\n")
 
 
 def _model_options(arguments: list[str]) -> list[str]:
@@ -107,31 +108,36 @@ def _is_given(name: str, arguments: list[str]) -> bool:
 
 
 def _hyperparameters(config: Any) -> dict[str, Any]:
-    """The model's hyperparameters in a verb's config."""
+    """The model's hyperparameters in a verb's config, without its initial weights and what comes from the data."""
     arguments = (config.get("model") or {}).get("init_args") or {}
-    return {name: value for name, value in dict(arguments).items() if name != "backbone_weights"}
+    left_out = ("backbone_weights", "init_from", "num_classes")
+    return {name: value for name, value in dict(arguments).items() if name not in left_out}
 
 
 def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
-    """The options without --model.backbone_weights, which a resumed run no longer needs.
+    """The options without --model.backbone_weights and --model.init_from, which a resumed run no longer needs.
 
     Raises:
         ValueError: the checkpoint's run started from other weights.
     """
     kept: list[str] = []
-    stored = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True).get("involution", {})
+    content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    begun = {
+        "backbone_weights": content.get("involution", {}).get("backbone_weights"),
+        "init_from": content.get("hyper_parameters", {}).get("init_from"),
+    }
     arguments = iter(given)
     for argument in arguments:
         name, equals, value = argument.partition("=")
         value = value if equals else next(arguments)
-        if name in ("--model.backbone_weights", "--model.init_args.backbone_weights"):
-            if value != stored.get("backbone_weights"):
-                raise ValueError(
-                    f"backbone_weights must be {stored.get('backbone_weights')!r}, with which the run of {checkpoint} "
-                    f"began, or left out, got {value!r}; to start from other weights, leave out ckpt_path"
-                )
-        else:
+        option = name.removeprefix("--model.").removeprefix("init_args.")
+        if option not in begun:
             kept += [name, value]
+        elif value != begun[option]:
+            raise ValueError(
+                f"{option} must be {begun[option]!r}, with which the run of {checkpoint} began, or left out, got "
+                f"{value!r}; to start from other weights, leave out ckpt_path"
+            )
     return kept
 
 

@@ -80,8 +80,14 @@ class Screen(Callback):
         print(f"epoch {trainer.current_epoch + 1}{of}{numbers}  {seconds:.0f} s", flush=True)
 
 
-def result_of(trainer: Trainer, recipe: str) -> list[str]:
-    """The lines printed after training: the best score, its checkpoint, and the next commands."""
+def result_of(trainer: Trainer, recipe: str, verb: str) -> list[str]:
+    """The lines printed after training: the best score, its checkpoint, and the next commands.
+
+    Args:
+        trainer: that has finished.
+        recipe: the run's config.yaml.
+        verb: that evaluates the checkpoint, test or validate.
+    """
     best = next((one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.monitor), None)
     kept = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint) and one.best_model_path]
     if not kept:
@@ -95,6 +101,6 @@ def result_of(trainer: Trainer, recipe: str) -> list[str]:
         lines = [f"checkpoint: {path}"]
     return [
         *lines,
-        f"next: involution test -c {quote(recipe)} --ckpt_path {quote(path)}",
+        f"next: involution {verb} -c {quote(recipe)} --ckpt_path {quote(path)}",
         f"      involution predict --ckpt_path {quote(path)} --data.predict_path PHOTOGRAPHS --output RESULTS",
     ]

@@ -66,6 +66,11 @@ class TaskData(LightningDataModule, ABC):
         """The number of classes."""
         return len(self.classes)
 
+    @property
+    def can_test(self) -> bool:
+        """Whether there are images to test on."""
+        return True
+
     def state_dict(self) -> dict[str, Any]:
         """The position in the epoch; Lightning's own record is restored too late for the first loader."""
         epoch, batch = resume_position(self.trainer) if self.trainer else self._place

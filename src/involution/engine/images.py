@@ -20,6 +20,8 @@ from torch.utils.data import Dataset
 
 # Pillow's names of the formats that are tried; its dozens of others raise errors of further kinds.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+# Of the names that these files have; which format a file is in, its content tells.
+ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class UnreadableImage(ValueError):

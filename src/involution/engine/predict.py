@@ -20,13 +20,12 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .checkpoints import load_module, module_class
 from .console import on_a_terminal, quiet_lightning
 from .files import files_below
-from .images import UnreadableImage, cores, read_image
+from .images import ENDINGS, UnreadableImage, cores, read_image
 from .module import Reader, TaskModule
 from .writer import PredictionWriter
 
@@ -89,9 +88,9 @@ def image_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"data.predict_path must be an image or a folder of images, got {path}")
-    found = list(files_below(path, IMG_EXTENSIONS))
+    found = list(files_below(path, ENDINGS))
     if not found:
-        raise FileNotFoundError(f"data.predict_path must hold images ({', '.join(IMG_EXTENSIONS)}), got {path}")
+        raise FileNotFoundError(f"data.predict_path must hold images ({', '.join(ENDINGS)}), got {path}")
     return found
 
 

@@ -265,6 +265,16 @@ def test_broken_validation_images_are_not_left_out_silently(tmp_path):
     assert len(data.val_set) == 4
 
 
+def test_hidden_folders_and_files_are_skipped(tmp_path):
+    write_tree(tmp_path, {split: {"cat": 2, ".ipynb_checkpoints": 1, "dog": 1} for split in ("train", "val")})
+    (tmp_path / "train" / "cat" / "._0.jpg").write_bytes(b"no image")
+    (tmp_path / "train" / ".DS_Store").write_bytes(b"no folder")
+    data = ImageFolder(str(tmp_path), image_size=32, num_workers=0)
+    data.setup("fit")
+    assert data.classes == ["cat", "dog"]
+    assert [label for _, label in data.train_set.samples] == [label for _, label in data.val_set.samples] == [0, 0, 1]
+
+
 def test_image_folder_with_an_empty_split(tmp_path):
     (tmp_path / "train").mkdir()
     with pytest.raises(ValueError, match=r"a folder per class in 'train'"):
@@ -327,6 +337,24 @@ def test_imagenet_reads_torchvisions_folders(tmp_path):
     assert len(data.test_set) == 4
     torch.save((dict.fromkeys(WNIDS, ("crane",)), ["n02102040"]), tmp_path / "meta.bin")
     assert ImageNet(str(tmp_path)).classes == ["crane (n01440764)", "crane (n02102040)"]
+
+
+@pytest.mark.parametrize("kind", [ImageNet, Imagenette])
+def test_folders_of_imagenet_that_are_no_classes(kind, tmp_path):
+    """A hidden folder is skipped, one that is no WNID is named."""
+    root = tmp_path if kind is ImageNet else tmp_path / "imagenette2"
+    write_tree(root, {split: dict.fromkeys(WNIDS, 2) for split in ("train", "val")})
+    for split in ("train", "val"):
+        (root / split / ".ipynb_checkpoints").mkdir()
+    torch.save(({wnid: (name,) for wnid, name in WNIDS.items()}, ["n02102040"]), tmp_path / "meta.bin")
+    data = kind(str(tmp_path), num_workers=0)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.classes == ["tench", "English springer"]
+    assert [data.train_set[index][1] for index in range(4)] == [0, 0, 1, 1]
+    (root / "train" / "n00000000").mkdir()
+    with pytest.raises(ValueError, match=r"root must hold a folder per WNID, got .*train/n00000000"):
+        _ = kind(str(tmp_path)).classes
 
 
 PLAIN = Preprocessing(24, 28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

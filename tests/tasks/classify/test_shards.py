@@ -57,6 +57,14 @@ def test_shards_by_webdatasets_own_writer(tmp_path: Path) -> None:
     assert [TarImages([tmp_path / "a.tar"], 2, level)[i] for i in range(4)] == [(i, i % 2) for i in range(4)]
 
 
+def test_hidden_members_are_skipped(tmp_path: Path) -> None:
+    """macOS adds a ._ file for every file to an archive."""
+    hidden = [(f"./._{name}", b"\0\5\x16\7") for name, _ in samples(range(2))]
+    file = write(tmp_path / "mac.tar", [*hidden, *samples(range(2))])
+    read = TarImages([file], 3, lambda image: image)
+    assert [level(image) for image, _ in map(read.__getitem__, range(len(read)))] == [0, 1]
+
+
 def test_two_keys_in_two_folders_are_two(tmp_path: Path) -> None:
     parts = [("a/1.png", png(7)), ("a/1.cls", b"0"), ("b/1.cls", b"1"), ("b/1.seg.png", b""), ("b/1.png", png(9))]
     found = TarImages([write(tmp_path / "a.tar", parts)], 2, level)

@@ -156,7 +156,7 @@ def damage(root: Path, kind: str) -> tuple[Path, str]:
         return mask, "must have its image in"
     if kind == "other size":
         Image.fromarray(ids[:, 1:]).save(mask)
-        return mask, "must have the size of its image (upright, as EXIF says), 64x48, got 63x48"
+        return mask, "must have the size of its image, 64x48, got 63x48; data.orientation says"
     if kind == "unknown id":
         ids[3, 5], ids[4, 5] = 3, 254
         Image.fromarray(ids).save(mask)

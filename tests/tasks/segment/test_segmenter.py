@@ -252,6 +252,19 @@ def test_upernet_needs_two_images(tree: Callable[[str], Path], capsys: pytest.Ca
     assert "batch_size must be at least 2 for upernet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("crop", "code"), [(32, 1), (64, 0)])
+def test_single_images_of_one_pixel_in_the_last_stage(
+    crop: int, code: int, make_masks: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data.root", str(make_masks(tmp_path / "masks")), "--data.classes", json.dumps(NAMES), *QUIET]
+    options += ["--data.num_workers", "0", "--data.batch_size", "1", "--data.crop", str(crop)]
+    options += ["--model.backbone", "rednet26", "--trainer.max_epochs", "1"]
+    options += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
+    assert main(["fit", "-c", "masks_rednet50", *options]) == code
+    message = "batch_size must be at least 2, or crop larger than 32 pixels, because the last stage's batch norms"
+    assert (message in capsys.readouterr().err) == bool(code)
+
+
 def test_loss_averages_known_pixels() -> None:
     logits, masks = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     masks[0, :2] = 255

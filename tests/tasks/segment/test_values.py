@@ -152,6 +152,43 @@ def test_all_masks_are_checked_before_training(tmp_path: Path) -> None:
         data(root)
 
 
+def turned(root: Path, orientation: int) -> None:
+    """Gives the images, not the masks, an EXIF orientation; pixels stay as they are."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for file in sorted((root / "images").rglob("*.png")):
+        Image.open(file).save(file, exif=exif)
+
+
+def test_masks_of_images_as_they_are_stored(tmp_path: Path) -> None:
+    root = tree(tmp_path, (0, 1))
+    turned(root, 6)
+    with pytest.raises(ValueError, match=r"must have the size of its image, 24x32, got 32x24; data\.orientation says"):
+        data(root)
+    made = data(root, orientation="stored", photometric=False)
+    image, mask = made.val_set[0]
+    assert image.shape[1:] == mask.shape == (24, 32)
+    assert made.train_set[0][0].shape[1:] == (24, 24)
+    with pytest.raises(ValueError, match="orientation must be upright or stored, got 'left'"):
+        data(root, orientation="left")
+
+
+@pytest.mark.parametrize("orientation", ["upright", "stored"])
+def test_orientations_without_a_size_that_tells(orientation: str, tmp_path: Path) -> None:
+    root = tree(tmp_path, (0, 1))
+    turned(root, 3)
+    with pytest.warns(UserWarning, match=f"4 images of train have an EXIF .* data.orientation is {orientation}"):
+        made = data(root, orientation=orientation, resize=24)
+    file = root / "images" / "val" / "0.png"
+    marked = np.array(Image.open(file))
+    marked[0, 0] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(marked).save(file, exif=exif)
+    brightest = divmod(int(made.val_set[0][0].sum(0).argmax()), 32)
+    assert brightest == ((23, 31) if orientation == "upright" else (0, 0))
+
+
 def test_one_class_is_refused_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"classes must be two at least, got \['object'\].*\['background', 'object'\]"):
         data(tree(tmp_path, (0, 1)), classes=["object"])

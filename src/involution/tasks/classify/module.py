@@ -78,8 +78,8 @@ class Classifier(TaskModule):
             ResNet of its depth, see `zoo.load_resnet`.
 
     Raises:
-        ValueError: timm does not know `model_name`; mixup or cutmix is negative; the number of classes of the data
-            differs, or init_from does not fit (once the trainer starts).
+        ValueError: timm does not know `model_name`; there is only one class; mixup or cutmix is negative; the number of
+            classes of the data differs, or init_from does not fit (once the trainer starts).
     """
 
     preprocessing_type = Preprocessing
@@ -104,6 +104,8 @@ class Classifier(TaskModule):
     ) -> None:
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes!r}: with one, every answer is right")
         self._mixing = _mixing(mixup, cutmix, num_classes)
         if not timm.is_model(model_name.partition(".")[0]) and ":" not in model_name:
             close = get_close_matches(model_name, timm.list_models(), 3)
@@ -122,7 +124,8 @@ class Classifier(TaskModule):
         self._decayed = {name for name, parameter in net.named_parameters() if parameter.ndim > 1}
         # Loading a checkpoint needs no other weights.
         sources = ("pretrained", "checkpoint_path")
-        self.hparams["model_kwargs"] = {k: v for k, v in (model_kwargs or {}).items() if k not in sources}
+        if model_kwargs is not None:
+            self.hparams["model_kwargs"] = {k: v for k, v in model_kwargs.items() if k not in sources}
         metrics = {"accuracy": MulticlassAccuracy(num_classes, average="micro")}
         if num_classes >= 5:
             metrics["top5"] = MulticlassAccuracy(num_classes, average="micro", top_k=5)

@@ -188,12 +188,22 @@ class Segmenter(TaskModule):
         self.palette = list(getattr(data, "palette", self.palette))
 
     def on_train_start(self) -> None:
-        """Refuses single-image batches, which UPerNet cannot normalise."""
+        """Refuses single images whose features are a pixel, which has no batch statistics."""
         super().on_train_start()
         shared = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in self.modules())
-        images = getattr(getattr(self.trainer, "datamodule", None), "batch_size", 2)
-        if images * (self.trainer.world_size if shared else 1) == 1 and self.hparams["model_name"] == "upernet":
+        data = getattr(self.trainer, "datamodule", None)
+        if getattr(data, "batch_size", 2) * (self.trainer.world_size if shared else 1) > 1:
+            return
+        if self.hparams["model_name"] == "upernet":
             raise ValueError("batch_size must be at least 2 for upernet, which pools images to a pixel each, got 1")
+        features: Any = self.backbone
+        stride = features.feature_info.reduction()[-1]
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in features.modules())
+        if norms and max(getattr(data, "crop", (stride + 1,))) <= stride:
+            raise ValueError(
+                f"batch_size must be at least 2, or crop larger than {stride} pixels, because the last stage's batch "
+                f"norms have one value per channel otherwise, got 1 and {data.crop}"  # type: ignore[union-attr]
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the palette to what every task stores."""

@@ -8,12 +8,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Subset
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from involution.engine.data import IMAGENET_MEAN, IMAGENET_STD
 from involution.engine.files import entries, is_hidden
-from involution.engine.images import SkipUnreadable, UnreadableImage, for_each, inspect, read_image
+from involution.engine.images import ENDINGS, SkipUnreadable, UnreadableImage, for_each, inspect, read_image
 
 from ..preprocessing import Preprocessing, random_crops
 from .base import ClassificationData
@@ -159,6 +158,11 @@ class ImageFolder(Photographs):
         """The folders of root/train."""
         return self._class_folders("train")
 
+    @property
+    def can_test(self) -> bool:
+        """Whether there is a folder of test images."""
+        return self._folder("test").is_dir()
+
     def _folder(self, split: str) -> Path:
         return self.root / split
 
@@ -179,7 +183,7 @@ class ImageFolder(Photographs):
         def is_image(path: str) -> bool:
             if is_hidden(Path(path).relative_to(folder)):
                 return False
-            image = path.lower().endswith(IMG_EXTENSIONS)
+            image = path.lower().endswith(ENDINGS)
             if not image:
                 others.append(path)
             return image
@@ -189,9 +193,7 @@ class ImageFolder(Photographs):
         except FileNotFoundError as error:
             raise FileNotFoundError(f"root must hold images of every class, got {folder}: {error}") from error
         if others and self.on_error == "raise":
-            raise ValueError(
-                f"{others[0]} is no image ({', '.join(IMG_EXTENSIONS)}); on_error=skip leaves such files out"
-            )
+            raise ValueError(f"{others[0]} is no image ({', '.join(ENDINGS)}); on_error=skip leaves such files out")
         if others:
             rank_zero_warn(f"left out {len(others)} files that are no images, {others[0]} the first (on_error=skip)")
         return found

@@ -1,17 +1,31 @@
 """ImageNet and Imagenette in torchvision's folders."""
 
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torchvision import datasets
+from torchvision.datasets import imagenet
 
 from .image_folder import ImageFolder
 
 _IMAGENETTE = {"full": "imagenette2", "320px": "imagenette2-320", "160px": "imagenette2-160"}
 
 
-class ImageNet(ImageFolder):
+class _WordNetFolders(ImageFolder):
+    """Class folders whose names are WNIDs. torchvision's data sets would take hidden folders for classes."""
+
+    def _names(self, known: Mapping[str, Sequence[str]]) -> list[list[str]]:
+        """The English names of every folder of root/train, given those of all WNIDs."""
+        found = self._class_folders("train")
+        unknown = [wnid for wnid in found if wnid not in known]
+        if unknown:
+            raise ValueError(f"root must hold a folder per WNID, got {self._folder('train') / unknown[0]}")
+        return [list(known[wnid]) for wnid in found]
+
+
+class ImageNet(_WordNetFolders):
     """ImageNet-1k (ILSVRC 2012) in the folders of torchvision's `datasets.ImageNet`; tested on its validation images.
 
     `root` holds the archives that the ImageNet site offers after registration, including ILSVRC2012_devkit_t12.tar.gz;
@@ -32,9 +46,15 @@ class ImageNet(ImageFolder):
 
     def prepare_data(self) -> None:
         """Unpacks the archives unless that has been done."""
-        for split in ("train", "val"):
+        steps = {
+            imagenet.META_FILE: imagenet.parse_devkit_archive,
+            "train": imagenet.parse_train_archive,
+            "val": imagenet.parse_val_archive,
+        }
+        for name, unpack in steps.items():
             try:
-                datasets.ImageNet(self.root, split)
+                if not (self.root / name).exists():
+                    unpack(self.root)
             except RuntimeError as error:  # torchvision's, for an archive that is missing or broken
                 raise FileNotFoundError(f"root must hold ImageNet's archives, got {self.root}: {error}") from error
 
@@ -43,16 +63,16 @@ class ImageNet(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
-        found = datasets.ImageNet(self.root, "val")
-        names = [names[0] for names in found.classes]  # two names occur twice
-        pairs = zip(names, found.wnids, strict=True)
+        known, _ = imagenet.load_meta_file(self.root)
+        names = [names[0] for names in self._names(known)]  # two names occur twice
+        pairs = zip(names, self._class_folders("train"), strict=True)
         return [f"{name} ({wnid})" if names.count(name) > 1 else name for name, wnid in pairs]
 
     def _folder(self, split: str) -> Path:
         return self.root / ("train" if split == "train" else "val")
 
 
-class Imagenette(ImageFolder):
+class Imagenette(_WordNetFolders):
     """Imagenette: ten easily distinguished classes of ImageNet; tested on its validation images.
 
     Args:
@@ -88,8 +108,7 @@ class Imagenette(ImageFolder):
     @cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         """Every class's first English name, in the order of WNIDs."""
-        self._class_folders("train")  # its error names the folder
-        return [names[0] for names in datasets.Imagenette(self.root, "train", self.size).classes]
+        return [names[0] for names in self._names(datasets.Imagenette._WNID_TO_CLASS)]
 
     def _folder(self, split: str) -> Path:
         return self.root / _IMAGENETTE[self.size] / ("train" if split == "train" else "val")

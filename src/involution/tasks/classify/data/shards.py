@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from involution.engine.files import decode, is_hidden, read_lines
-from involution.engine.images import read_image
+from involution.engine.images import ENDINGS, read_image
 
 from .image_folder import Photographs
 
@@ -83,7 +82,7 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
             key, dot, kind = name.partition(".")  # webdataset's rule: the key ends at the first dot
             if not member.isfile() or not dot or is_hidden(member.name):
                 continue
-            if f".{kind.lower()}" in IMG_EXTENSIONS:
+            if f".{kind.lower()}" in ENDINGS:
                 note(folder + slash + key, "image", (member.offset_data, member.size))
             elif kind == "cls":
                 content: Any = archive.extractfile(member)

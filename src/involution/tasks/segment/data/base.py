@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,10 @@ def read_mask(file: Path, size: tuple[int, int], values: PixelValues) -> Tensor:
         image.load()
     if image.size != size:
         found, wanted = (f"{width}x{height}" for width, height in (image.size, size))
-        raise ValueError(f"{file} must have the size of its image (upright, as EXIF says), {wanted}, got {found}")
+        raise ValueError(
+            f"{file} must have the size of its image, {wanted}, got {found}; data.orientation says whether masks "
+            "belong to upright images, as EXIF turns them, or to images as they are stored"
+        )
     return torch.from_numpy(values.apply(image, file))
 
 
@@ -52,16 +55,17 @@ class TrainingPairs(Dataset[Sample]):
         pairs: the files.
         values: see `read_mask`.
         transform: of an image and its mask.
+        upright: turn images as EXIF says.
     """
 
-    def __init__(self, pairs: Sequence[Pair], values: PixelValues, transform: Any) -> None:
-        self.pairs, self.values, self.transform = pairs, values, transform
+    def __init__(self, pairs: Sequence[Pair], values: PixelValues, transform: Any, upright: bool = True) -> None:
+        self.pairs, self.values, self.transform, self.upright = pairs, values, transform, upright
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self.pairs[index][0])
+        image = read_image(self.pairs[index][0], upright=self.upright)
         mask = read_mask(self.pairs[index][1], image.size, self.values)
         result: Sample = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
         return result
@@ -71,13 +75,24 @@ class EvaluationPairs(TrainingPairs):
     """Preprocessed images [3, h, w] with masks [H, W] of the files' size."""
 
     def __getitem__(self, index: int) -> Sample:
-        image = read_image(self.pairs[index][0])
+        image = read_image(self.pairs[index][0], upright=self.upright)
         return self.transform(image), read_mask(self.pairs[index][1], image.size, self.values)
 
 
 def batch(samples: list[Sample]) -> tuple[list[Tensor], list[Tensor]]:
     """Images and masks as lists: in evaluation, sizes differ."""
     return [image for image, _ in samples], [mask for _, mask in samples]
+
+
+class _Contents(NamedTuple):
+    """What a check has found: pixels of each class, and images with an EXIF orientation.
+
+    Only orientations that exchange width and height tell, by the mask's size, which pixels the mask belongs to.
+    """
+
+    counts: np.ndarray  # [256]; the last one counts ignored pixels
+    turned: int
+    telling: int
 
 
 class SegmentationData(TaskData):
@@ -96,6 +111,7 @@ class SegmentationData(TaskData):
         max_share: largest share of a single class among a crop's known pixels; at most ten crops are tried.
         flip: probability of a horizontal flip.
         photometric: random brightness, contrast, saturation and hue of training images.
+        orientation: masks belong to "upright" images, as EXIF turns them, or to images as they are "stored".
         check_files: before training, read all masks and all images' headers, to find unreadable files, sizes and values
             that do not fit, and classes that never occur.
 
@@ -117,11 +133,14 @@ class SegmentationData(TaskData):
         max_share: float = 1.0,
         flip: float = 0.5,
         photometric: bool = True,
+        orientation: str = "upright",
         check_files: bool = True,
     ) -> None:
         super().__init__(batch_size, num_workers)
-        self.check_files = check_files
-        crop = height_and_width(crop)
+        if orientation not in ("upright", "stored"):
+            raise ValueError(f"orientation must be upright or stored, got {orientation!r}")
+        self.check_files, self._upright = check_files, orientation == "upright"
+        self.crop = crop = height_and_width(crop)
         if min(resize, *crop) < 1:
             raise ValueError(f"resize and crop must be at least 1, got {resize} and {crop}")
         if not 0 < scale[0] <= scale[1]:
@@ -162,11 +181,11 @@ class SegmentationData(TaskData):
         if stage == "fit" and self.check_files:
             self._check()
         if stage == "fit":
-            self.train_set = TrainingPairs(self.pairs("train"), self.values, self._training)
+            self.train_set = TrainingPairs(self.pairs("train"), self.values, self._training, self._upright)
         if stage in ("fit", "validate"):
-            self.val_set = EvaluationPairs(self.pairs("val"), self.values, evaluation)
+            self.val_set = EvaluationPairs(self.pairs("val"), self.values, evaluation, self._upright)
         if stage == "test":
-            self.test_set = EvaluationPairs(self.pairs("test"), self.values, evaluation)
+            self.test_set = EvaluationPairs(self.pairs("test"), self.values, evaluation, self._upright)
 
     def _check(self) -> None:
         """Checks all files of training and validation, and warns of missing classes and many ignored pixels.
@@ -175,7 +194,13 @@ class SegmentationData(TaskData):
             ValueError: a file cannot be read, an image and its mask do not fit, or only one class occurs in training.
         """
         for part in ("train", "val"):
-            counts = self._by_first(partial(self._pixels, part))
+            counts, turned, telling = self._by_first(partial(self._contents, part))
+            if turned and not telling:
+                rank_zero_warn(
+                    f"{turned} images of {part} have an EXIF orientation, and no size tells whether masks belong to "
+                    f"upright images or to images as they are stored: data.orientation is "
+                    f"{'upright' if self._upright else 'stored'}"
+                )
             known, ignored = counts[: self.num_classes], counts[IGNORED] / counts.sum()
             missing = [name for name, count in zip(self.classes, known, strict=True) if not count]
             if part == "train" and len(missing) >= self.num_classes - 1:
@@ -192,19 +217,22 @@ class SegmentationData(TaskData):
             if ignored > MUCH_IGNORED:
                 rank_zero_warn(f"{ignored:.0%} of the pixels in the masks of {part} are ignored{self._remedy}")
 
-    def _pixels(self, part: str) -> np.ndarray:
-        """Pixel counts of a part per class, [256]; the last one counts ignored pixels."""
-        total = np.zeros(256, np.int64)
-        for found in for_each(self.pairs(part), self._pixels_of, f"files of {part}"):
+    def _contents(self, part: str) -> _Contents:
+        """What the files of a part hold together."""
+        counts, turned, telling = np.zeros(256, np.int64), 0, 0
+        for found in for_each(self.pairs(part), self._contents_of, f"files of {part}"):
             if isinstance(found, UnreadableImage):
                 raise found
-            total += found
-        return total
+            counts += found.counts
+            turned += found.turned
+            telling += found.telling
+        return _Contents(counts, turned, telling)
 
-    def _pixels_of(self, pair: Pair) -> np.ndarray:
-        image, mask = pair
-        classes = read_mask(mask, inspect(image).upright_size, self.values)
-        return np.bincount(classes.numpy().ravel(), minlength=256)
+    def _contents_of(self, pair: Pair) -> _Contents:
+        header = inspect(pair[0])
+        classes = read_mask(pair[1], header.upright_size if self._upright else header.size, self.values)
+        counts = np.bincount(classes.numpy().ravel(), minlength=256)
+        return _Contents(counts, header.orientation > 1, header.size != header.upright_size)
 
 
 def existing(pairs: Sequence[Pair]) -> list[Pair]:

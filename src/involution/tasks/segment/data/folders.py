@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from involution.engine.files import files_below
+from involution.engine.images import ENDINGS
 from involution.engine.pictures import Colour
 
 from ..preprocessing import IGNORED
@@ -112,10 +111,10 @@ class Folders(SegmentationData):
     def _images(self, folder: Path, masks: Path) -> dict[str, Path]:
         """Images by name; in a folder shared with the masks, suffix or ending distinguish them."""
         if folder.resolve() != masks.resolve():
-            return _by_name(folder, IMG_EXTENSIONS, "", masks)
+            return _by_name(folder, ENDINGS, "", masks)
         if not self._suffix:
-            return _by_name(folder, [ending for ending in IMG_EXTENSIONS if ending not in MASK_ENDINGS], "")
-        found = _by_name(folder, IMG_EXTENSIONS, "")
+            return _by_name(folder, [ending for ending in ENDINGS if ending not in MASK_ENDINGS], "")
+        found = _by_name(folder, ENDINGS, "")
         return {name: file for name, file in found.items() if not file.stem.endswith(self._suffix)}
 
 

@@ -10,7 +10,8 @@ import torch._inductor
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ..ops.decompositions import DECOMPOSITIONS
+from ..ops import decompositions as standard
+from ..ops import fused as fused  # registers the operators
 from ..rewrite.checks import check_inference
 
 Metadata = Mapping[str, Any]
@@ -30,7 +31,14 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         False
     """
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    table.update(DECOMPOSITIONS)
+    for function in (
+        standard.apply,
+        standard.adjoint,
+        standard.correlate,
+        standard.fused_layer,
+        standard.fused_bottleneck,
+    ):
+        table[getattr(torch.ops.involution, function.__name__).default] = function
     return table
 
 

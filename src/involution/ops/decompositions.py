@@ -1,22 +1,21 @@
 """The operators composed of torch's standard ones, for runtimes that have no others.
 
 apply and correlate are a product with a strided view of all windows, and a sum: ten nodes to trace and to compile
-instead of two hundred, and compilers fuse them. The table is separate from torch's own decompositions, which every
-FakeTensor and Inductor consult: if the environment variable CI is set, Inductor refuses operators with an entry there.
+instead of two hundred, and compilers fuse them. Exported programs consist of them (`involution.export.decompositions`),
+and so does what torch.onnx.export traces. torch's own table of decompositions has no entry for our operators: every
+FakeTensor would run it, and if the environment variable CI is set, Inductor refuses such operators.
 
 All trace with symbolic sizes. Padding is zeros that are multiplied, so a weight outside the image must be finite; the
 kernels skip it instead.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import fused as fused  # registers the operators
 from .arguments import same_padding
 from .geometry import Index
 from .layer import LayerParts, accumulable, average_windows, rms_norm, scale_shift_relu, unpack
@@ -201,9 +200,3 @@ def _spread(image: Tensor, stride: Sequence[int]) -> Tensor:
             image = F.pad(image.movedim(axis, -1).unsqueeze(-1), (0, step - 1)).flatten(-2)
             image = F.pad(image, (0, 1 - step)).movedim(-1, axis)
     return image
-
-
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    getattr(torch.ops.involution, function.__name__).default: function
-    for function in (apply, adjoint, correlate, fused_layer, fused_bottleneck)
-}

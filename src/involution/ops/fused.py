@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import decompositions
 from .arguments import Ints, per_axis
 from .backends import selection
 from .geometry import MAPS
@@ -86,6 +87,9 @@ def fused_layer(
     geometry_arguments = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if is_transformed():
         return _unfused(_layer_parts(*tensors, relu), geometry_arguments)  # its steps support every one
+    if torch.onnx.is_in_onnx_export():
+        sizes = dict(zip(("kernel_size", "stride", "dilation"), geometry_arguments, strict=True))
+        return decompositions.fused_layer(*tensors, relu=relu, **sizes)  # see `evaluate`
     result: Tensor = torch.ops.involution.fused_layer.default(*tensors, relu, *geometry_arguments)
     return result
 

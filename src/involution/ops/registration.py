@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula  # takes 0.1 s: loads triton if installed
 
+from . import decompositions
 from .backends import selection
 from .geometry import DTYPES, MAPS, Geometry, Map, geometry
 from .layouts import allocate, map_is_channels_last
@@ -27,8 +28,12 @@ def evaluate(map: Map, first: Tensor, second: Tensor, size: Sequence[int], *wind
     """Runs a map under any kind of differentiation.
 
     torch.library's autograd registration supports neither forward mode nor torch.func (tangents would silently be
-    zero), so where one of those is active an autograd.Function calls the same operators.
+    zero), so where one of those is active an autograd.Function calls the same operators. torch.onnx.export, which
+    knows only standard operators, traces those.
     """
+    if torch.onnx.is_in_onnx_export():
+        standard: Tensor = getattr(decompositions, map.name)(first, second, size, *window)
+        return standard
     if is_transformed():
         result: Tensor = _Differentiable.apply(map, first, second, size, *window)
         return result

@@ -87,10 +87,10 @@ def fused_layer(
     geometry_arguments = tuple(list(per_axis(name, value, input.dim() - 2, 1)) for name, value in named)
     if is_transformed():
         return _unfused(_layer_parts(*tensors, relu), geometry_arguments)  # its steps support every one
+    arguments: list[Any] = [*tensors, relu, *geometry_arguments]
     if torch.onnx.is_in_onnx_export():
-        sizes = dict(zip(("kernel_size", "stride", "dilation"), geometry_arguments, strict=True))
-        return decompositions.fused_layer(*tensors, relu=relu, **sizes)  # see `evaluate`
-    result: Tensor = torch.ops.involution.fused_layer.default(*tensors, relu, *geometry_arguments)
+        return decompositions.fused_layer(*arguments)  # see `evaluate`
+    result: Tensor = torch.ops.involution.fused_layer.default(*arguments)
     return result
 
 

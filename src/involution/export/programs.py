@@ -31,14 +31,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         False
     """
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
-    for function in (
-        standard.apply,
-        standard.adjoint,
-        standard.correlate,
-        standard.fused_layer,
-        standard.fused_bottleneck,
-    ):
-        table[getattr(torch.ops.involution, function.__name__).default] = function
+    for name in ("apply", "adjoint", "correlate", "fused_layer", "fused_bottleneck"):
+        table[getattr(torch.ops.involution, name).default] = getattr(standard, name)
     return table
 
 

@@ -3,8 +3,8 @@
     involution fit -c digits_rednet
     python experiments/int8_digits.py runs/digits_rednet/version_0/checkpoints/best.ckpt
 
-prints the table of docs/deploy.md. Ranges of activations are calibrated on training images, without augmentation; accuracy is on the test images. The
-weights are int8, the activations uint8, ranges are minimum and maximum.
+prints the table of docs/deploy.md. Ranges of activations are the minima and maxima over training images, without
+augmentation; accuracy is on the test images. Weights are int8, activations uint8.
 """
 
 import argparse

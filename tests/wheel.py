@@ -1,6 +1,6 @@
 """Checks an installed wheel where nothing else of this repository is: runs the operator and its gradients.
 
-    python tests/wheel.py [BACKEND]        BACKEND that must serve, by default cpu, the compiled kernels
+python tests/wheel.py [BACKEND]        BACKEND that must serve, by default cpu, the compiled kernels
 """
 
 import sys

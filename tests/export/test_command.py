@@ -75,13 +75,15 @@ def test_a_segmenter_for_onnx(name: str, tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
-@pytest.mark.parametrize("options", [["pt2", "--decompose"], ["aoti", "--static", "--image-size", "64", "96"]])
+@pytest.mark.parametrize(
+    "options", [["pt2", "--decompose"], ["aoti", "--static", "--image-size", "64", "96"]], ids=lambda given: given[0]
+)
 def test_a_segmenter_runs_without_this_package(options: list[str], name: str, tmp_path: Path) -> None:
     runs_elsewhere(segmenter(name), (64, 96), options, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [["onnx"], ["aoti", "--static"]])
+@pytest.mark.parametrize("options", [["onnx"], ["aoti", "--static"]], ids=lambda given: given[0])
 def test_rednet50_runs_without_this_package(options: list[str], tmp_path: Path) -> None:
     model = Classifier("rednetv2_50", 10, model_kwargs={"kernel_init": "paper", "zero_init_last": False})
     model.preprocessing, model.classes = Photograph(224, 256, *THIRDS), [*"0123456789"]

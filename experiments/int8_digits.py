@@ -38,7 +38,7 @@ class Images(CalibrationDataReader):
 def quantise(file: Path, result: Path, batches: Iterator[np.ndarray], operators: Sequence[str] | None) -> None:
     """Writes the int8 network; operators None quantises all that onnxruntime can."""
     prepared = result.with_suffix(".prepared.onnx")
-    quant_pre_process(file, prepared)
+    quant_pre_process(file, prepared, skip_symbolic_shape=True)
     quantize_static(
         prepared,
         result,

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test test-gpu-interpreted lint bench docs wheel clean
+.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 clean
 
 install: $(INSTALLED)
 
@@ -41,8 +41,21 @@ bench: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
+# The sources, and from them the wheel for this platform, repaired. torch brings libgomp: a wheel must not have its own.
 wheel: $(INSTALLED)
-	$(BIN)/pip wheel . --no-deps -w dist
+	$(BIN)/python -m build --outdir build/dist
+	mkdir -p dist && cp build/dist/*.tar.gz dist
+	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --exclude libgomp.so.1 -w dist build/dist/*.whl
+
+# The kernels for another processor, held against plain loops in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+ARM := aarch64-linux-gnu
+check-aarch64:
+	cmake -G Ninja -S . -B build/$(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=$(ARM)-g++
+	cmake --build build/$(ARM)
+	$(ARM)-gcc -std=gnu11 -O2 -I csrc tests/csrc/maps_against_loops.c -o build/$(ARM)/check \
+	  build/$(ARM)/libinvolution.so -lm
+	qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=build/$(ARM):/usr/$(ARM)/lib build/$(ARM)/check
 
 clean:
 	rm -rf .venv build dist runs docs/_build

@@ -182,7 +182,7 @@ def test_the_migration_from_an_unfold_computes_the_same() -> None:
     names: dict[str, Any] = {"F": torch.nn.functional, "involution2d": involution2d, "x": x, "kernel_map": kernel_map}
     names |= {"n": n, "channels": channels, "groups": groups, "h": h, "w": w}
     results = []
-    for _, code in blocks(DOCS / "migration.md"):
+    for _, code in blocks(DOCS / "migration.md")[:2]:
         exec(code, names)
         results.append(names.pop("y"))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)

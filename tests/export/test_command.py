@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from elsewhere import CHECK, elsewhere
 from lightning.pytorch import Trainer
 
 from involution.cli import main
@@ -70,6 +71,46 @@ def test_a_segmenter_for_onnx(name: str, tmp_path: Path, capsys: pytest.CaptureF
     with torch.no_grad():
         wanted = model.net(images)["out"].numpy()
     np.testing.assert_allclose(session.run(["logits"], {"images": images.numpy()})[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["semantic_fpn", "upernet"])
+@pytest.mark.parametrize(
+    "options", [["pt2", "--decompose"], ["aoti", "--static", "--image-size", "64", "96"]], ids=lambda given: given[0]
+)
+def test_a_segmenter_runs_without_this_package(options: list[str], name: str, tmp_path: Path) -> None:
+    runs_elsewhere(segmenter(name), (64, 96), options, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["onnx"], ["aoti", "--static"]], ids=lambda given: given[0])
+def test_rednet50_runs_without_this_package(options: list[str], tmp_path: Path) -> None:
+    model = Classifier("rednetv2_50", 10, model_kwargs={"kernel_init": "paper", "zero_init_last": False})
+    model.preprocessing, model.classes = Photograph(224, 256, *THIRDS), [*"0123456789"]
+    runs_elsewhere(model, (224, 224), options, tmp_path)
+
+
+LOADED = {
+    "onnx": """
+import onnxruntime
+session = onnxruntime.InferenceSession('exported.pt2')
+run = lambda images: torch.from_numpy(session.run(['logits'], {'images': images.numpy()})[0])
+""",
+    "pt2": "run = torch.export.load('exported.pt2').module()",
+    "aoti": "import torch._inductor; run = torch._inductor.aoti_load_package('exported.pt2')",
+}
+
+
+def runs_elsewhere(model: Any, size: tuple[int, int], options: list[str], folder: Path) -> None:
+    """Exports a model and holds its logits in another process against its own."""
+    file = folder / "exported.pt2"
+    assert main(["export", str(saved(model, folder)), "--output", str(file), "--to", *options]) == 0
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        found = model.eval().net(images)
+    torch.save(images, folder / "x.pt")
+    torch.save(found["out"] if isinstance(found, dict) else found, folder / "y.pt")
+    assert elsewhere(LOADED[options[0]] + CHECK, folder) == "agrees\n"
 
 
 def test_a_name_for_torch_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,9 +85,11 @@ def test_adaptive_pooling_at_other_sizes(tmp_path: Path) -> None:
         agrees(session, network, torch.randn(size))
 
 
-def test_pyramid_pooling_at_other_sizes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [(7, 9), (6, 6)])
+def test_pyramid_pooling_at_other_sizes(size: tuple[int, int], tmp_path: Path) -> None:
+    """Also where the traced size is one of the grids'."""
     network = PyramidPooling(8, 4).eval()
-    session = written(network, torch.randn(2, 8, 7, 9), tmp_path)
+    session = written(network, torch.randn(2, 8, *size), tmp_path)
     agrees(session, network, torch.randn(1, 8, 12, 14))
 
 

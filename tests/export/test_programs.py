@@ -1,12 +1,11 @@
 """torch.export programs and AOTInductor packages, and the errors of tracing."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import CHECK, elsewhere
 from torch import nn
 
 from involution.export import decompositions, to_aoti, to_pt2, trace
@@ -18,20 +17,6 @@ def randomised() -> nn.Module:
     layer = Involution2d(16, 3, stride=2).eval()
     nn.init.normal_(layer.generator.span.weight, std=0.3)  # type: ignore[union-attr, arg-type]
     return layer
-
-
-def elsewhere(code: str, folder: Path) -> str:
-    """Runs a program in a process in which this package cannot be imported."""
-    code = "import sys; sys.modules['involution'] = None\nimport json, torch\n" + code
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-CHECK = """
-torch.testing.assert_close(run(torch.load('x.pt')), torch.load('y.pt'), rtol=1e-4, atol=1e-4)
-print('agrees')
-"""
 
 
 def test_a_program_keeps_the_operators_and_reads_back(tmp_path: Path) -> None:

@@ -127,7 +127,9 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, channels, H, W]."""
-        result: Tensor = self.join(torch.cat([x, *(_resized(pool(x), x) for pool in self.pools)], dim=1))
+        size = x.shape[-2:]  # never compared with a grid's: an exported network would keep the comparison's outcome
+        averages = [F.interpolate(pool(x), size, mode="bilinear", align_corners=False) for pool in self.pools]
+        result: Tensor = self.join(torch.cat([x, *averages], dim=1))
         return result
 
 

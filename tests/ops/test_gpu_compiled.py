@@ -164,7 +164,8 @@ def test_image_sizes_make_no_new_program(channels: int, stride: int, layout: str
     assert {name: len(found) for name, found in programs.items()} == dict.fromkeys(MAPS, 1)
 
 
-@pytest.mark.parametrize("target", EVERYWHERE)
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
 def test_offsets_beyond_32_bits_compile(target: str) -> None:
     geometry = SHAPES["C64@56"].geometry()._replace(input=(2**13, 2**13), output=(2**13, 2**13))
     for name in MAPS:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from involution.ops.backends import cpu, selection, triton
+from involution.ops.backends import cpu_library, selection, triton
 from involution.ops.backends.triton_tiles import power_of_two
 from involution.ops.geometry import Geometry
 
@@ -17,8 +17,8 @@ BACKENDS = [name for name, module in selection._BACKENDS.items() if not module.w
 if INTERPRETED:
     BACKENDS = ["triton"]
 TILES = triton.tiles
-LIBRARY = cpu.library()
-assert LIBRARY is not None, cpu.why_not(None)
+LIBRARY = cpu_library.library()
+assert LIBRARY is not None, cpu_library.why_not_loaded()
 INSTRUCTION_SETS = [name for name in ("avx512", "avx2", "baseline") if LIBRARY.involution_use(name.encode())]
 LIBRARY.involution_use(INSTRUCTION_SETS[0].encode())
 

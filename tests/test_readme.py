@@ -68,6 +68,6 @@ def test_table_of_what_runs_where(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table[2][1] == "triton"  # tests marked gpu try it
     assert all(f"`{device}`" in table[2][0] for device in gpu.DEVICES)
     assert serving("meta") == table[3][1]  # a device without kernels of its own
-    monkeypatch.setattr(cpu, "_load", lambda: (None, "not installed"))
+    monkeypatch.setattr(cpu, "why_not_loaded", lambda: "not installed")
     with pytest.warns(RuntimeWarning, match="reference path"):
         assert serving("cpu") == table[1][1]

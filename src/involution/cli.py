@@ -202,10 +202,10 @@ def _doctor(rest: list[str]) -> int:
     import torch
 
     try:
-        from .ops.backends import cpu
+        from .ops.backends import cpu_library
         from .ops.backends.selection import backends
 
-        kernels = cpu.library()
+        kernels = cpu_library.library()
     except ValueError as error:  # an environment variable
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
@@ -216,7 +216,7 @@ def _doctor(rest: list[str]) -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "instruction set": cpu.instruction_set() if kernels else f"none: {cpu.why_not(None)}",
+        "instruction set": cpu_library.instruction_set() if kernels else f"none: {cpu_library.why_not_loaded()}",
         "threads": str(torch.get_num_threads()),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
     }

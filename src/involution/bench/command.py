@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..ops.backends import cpu
+from ..ops.backends import cpu_library
 from . import family, instructions, kernels, loading, memory, models, paper  # noqa: F401  (registers their subjects)
 from .cases import CASES, NECK, Case
 from .registry import SUBJECTS, Settings, Workload
@@ -122,7 +122,7 @@ def describe(roofline: Roofline) -> dict[str, Any]:
         "cpu": cpu_name(),
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         "threads": torch.get_num_threads(),
-        "instruction set": cpu.instruction_set(),
+        "instruction set": cpu_library.instruction_set(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
         "peak GFLOP/s": round(roofline.flops / 1e9, 1),

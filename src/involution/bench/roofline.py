@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops.backends import cpu
+from ..ops.backends import cpu_library
 
 
 class Roofline(NamedTuple):
@@ -32,4 +32,4 @@ def measure_roofline() -> Roofline:
         start = time.perf_counter()
         target.copy_(source)
         best = min(best, time.perf_counter() - start)
-    return Roofline(cpu.peak_flops(), 8.0 * _ELEMENTS / best)
+    return Roofline(cpu_library.peak_flops(), 8.0 * _ELEMENTS / best)

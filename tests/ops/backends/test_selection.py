@@ -89,13 +89,13 @@ def test_environment_variables_are_checked() -> None:
     assert "INVOLUTION_ISA='sse9': wanted avx512, avx2 or baseline" in wrong.stderr
     for name in INSTRUCTION_SETS:
         shown = run(
-            "from involution.ops.backends import cpu; import torch; print(cpu.instruction_set())", INVOLUTION_ISA=name
+            "from involution.ops.backends import cpu_library; print(cpu_library.instruction_set())", INVOLUTION_ISA=name
         )
         assert shown.stdout.strip() == name
 
 
 def test_without_kernels_the_reference_serves_and_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_load", lambda: (None, "libinvolution.so is not installed"))
+    monkeypatch.setattr(cpu, "why_not_loaded", lambda: "libinvolution.so is not installed")
     monkeypatch.setattr(selection, "_warned", False)
     with pytest.warns(RuntimeWarning, match=r"reference path.*libinvolution.so is not installed"):
         y = involution.involution2d(*call())

@@ -1,20 +1,12 @@
-"""The CPU backend: loads the C++ kernels of csrc/ and calls them through their C ABI (csrc/involution.h).
+"""The CPU backend: calls the C++ kernels of csrc/ through their C ABI.
 
-ctypes releases the GIL during a call. The library links libgomp by its plain soname and torch is imported first, so
-that both share one OpenMP runtime; every call passes torch's thread count.
+ctypes releases the GIL during a call. Every call passes torch's thread count.
 """
 
-import ctypes
 import math
-import os
-import statistics
-import time
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from importlib import metadata
+from functools import lru_cache
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,36 +14,13 @@ from torch import Tensor
 from ..geometry import MAPS, Geometry
 from ..layer import LayerParts, pack
 from ..layouts import is_channels_last, is_stored_channels_last, memory_order
+from .cpu_library import SUFFIX, TENSORS, CFusedLayer, CGeometry, function, why_not_loaded
 
-_FILE = "libinvolution.so"
 _ROLES = {map.name: (*map.takes, map.makes) for map in MAPS}
-_SUFFIX = {torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16"}
 _16_BIT = (torch.float16, torch.bfloat16)
 _MAX_16_BIT_TAPS, _MAX_16_BIT_WIDTH = 512, 16  # as csrc/involution.h has them
-_TENSORS = LayerParts._fields[:-3]
-_WEIGHTS = {name for name in _TENSORS if name.endswith("weight")}
+_WEIGHTS = {name for name in TENSORS if name.endswith("weight")}
 _IMAGES = {"input", "hidden", "shortcut"}
-
-
-class _CGeometry(ctypes.Structure):
-    """`involution_geometry` of csrc/involution.h. Missing leading axes have size 1."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "channels", "groups")),
-        *((name, ctypes.c_int64 * 3) for name in ("input", "kernel", "output", "stride", "padding", "dilation")),
-        *((name, ctypes.c_int64) for name in ("channels_last", "threads", "accumulate")),
-    ]
-
-
-class _CFusedLayer(ctypes.Structure):
-    """`involution_fused_layer` of csrc/involution.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_TENSORS, "output", "next_reduce_output", "workspace")),
-        *((name, ctypes.c_int64) for name in ("hidden_channels", "expand_channels", "next_reduce_channels")),
-        *((name, ctypes.c_int64) for name in ("relu", "expand_relu")),
-        ("rms_eps", ctypes.c_double),
-    ]
 
 
 def apply(input: Tensor, kernel_map: Tensor, out: Tensor, geometry: Geometry) -> None:
@@ -92,7 +61,7 @@ def _call(name: str, tensors: tuple[Tensor, Tensor, Tensor], geometry: Geometry)
     first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
     if out.dtype != result_dtype or not result.is_contiguous():
         result = torch.empty(result.shape, dtype=result_dtype)
-    _function(f"involution_{name}_{_SUFFIX[dtype]}")(
+    function(f"involution_{name}_{SUFFIX[dtype]}")(
         _c_geometry(geometry, channels_last, torch.get_num_threads()),
         first.data_ptr(),
         second.data_ptr(),
@@ -107,12 +76,12 @@ def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -
     dtype = _layer_dtype(outs[0].dtype)
     tensors = {
         name: _as_kernel_input(name, tensor, dtype)
-        for name, tensor in zip(_TENSORS, parts.tensors(), strict=True)
+        for name, tensor in zip(TENSORS, parts.tensors(), strict=True)
         if tensor is not None
     }
     results = [_as_kernel_output(out, dtype) for out in outs]
     c_geometry = _c_geometry(geometry, True, torch.get_num_threads())
-    c_layer = _CFusedLayer(
+    c_layer = CFusedLayer(
         **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         output=results[0].data_ptr(),
         next_reduce_output=results[-1].data_ptr(),
@@ -123,10 +92,10 @@ def fused_layer(parts: LayerParts, outs: Sequence[Tensor], geometry: Geometry) -
         expand_relu=parts.expand_relu,
         rms_eps=parts.rms_eps,
     )
-    elements = _function("involution_fused_layer_workspace")(c_geometry, c_layer) * c_geometry.threads
+    elements = function("involution_fused_layer_workspace")(c_geometry, c_layer) * c_geometry.threads
     workspace = torch.empty(elements, dtype=dtype)
     c_layer.workspace = workspace.data_ptr()
-    _function(f"involution_fused_layer_{_SUFFIX[dtype]}")(c_geometry, c_layer)
+    function(f"involution_fused_layer_{SUFFIX[dtype]}")(c_geometry, c_layer)
     _copy_back(outs, results)
 
 
@@ -189,11 +158,11 @@ def fused_layer_backward(grad: Tensor, parts: LayerParts, results: Sequence[Tens
             padding=(geometry.padding[0] - r * geometry.stride[0], *geometry.padding[1:]),
         )
         pointers = g[at].data_ptr(), kernels.data_ptr(), x[n].data_ptr(), dx[n].data_ptr()
-        suffix = _SUFFIX[dtype]
-        _function(f"involution_adjoint_{suffix}")(
+        suffix = SUFFIX[dtype]
+        function(f"involution_adjoint_{suffix}")(
             _c_geometry(part, True, threads, True), pointers[0], pointers[1], pointers[3]
         )
-        _function(f"involution_correlate_{suffix}")(
+        function(f"involution_correlate_{suffix}")(
             _c_geometry(part, True, threads), pointers[0], pointers[2], pointers[1]
         )
         dh[at] = (kernels @ span).view(dh[at].shape)
@@ -218,10 +187,10 @@ _MAP_AT_ONCE = 1 << 20  # elements of the kernel map in a step of the backward p
 
 
 @lru_cache(maxsize=1024)
-def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, accumulate: bool = False) -> _CGeometry:
+def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, accumulate: bool = False) -> CGeometry:
     missing = 3 - len(geometry.input)
     ones, zeros = (1,) * missing, (0,) * missing
-    return _CGeometry(
+    return CGeometry(
         batch=geometry.batch,
         channels=geometry.channels,
         groups=geometry.groups,
@@ -237,34 +206,9 @@ def _c_geometry(geometry: Geometry, channels_last: bool, threads: int, accumulat
     )
 
 
-def instruction_set() -> str:
-    """The instruction set in use: avx512, avx2 or baseline.
-
-    Raises:
-        RuntimeError: the library is not loaded.
-    """
-    name: bytes = _loaded().involution_instruction_set()
-    return name.decode()
-
-
-def peak_flops(seconds: float = 0.2) -> float:
-    """The float32 operations per second that all of torch's threads reach in registers, a multiply-add being two.
-
-    Args:
-        seconds: how long to measure, at least.
-    """
-    threads, end = torch.get_num_threads(), time.perf_counter() + seconds
-    rates: list[float] = []
-    while time.perf_counter() < end or not rates:
-        start = time.perf_counter()
-        operations = _function("involution_multiply_adds")(threads, 500_000)
-        rates.append(operations / (time.perf_counter() - start))
-    return statistics.quantiles([*rates, rates[-1]], n=10)[-1]  # near the best: a single best could be a timer's error
-
-
 def why_not(tensor: Tensor | None) -> str:
     """Why the kernels cannot run on tensors like this one, or (None) at all; empty if they can."""
-    reason = _load()[1]
+    reason = why_not_loaded()
     if not reason and tensor is not None and tensor.device.type != "cpu":
         return f"the tensors are on {tensor.device}"
     return reason
@@ -273,65 +217,6 @@ def why_not(tensor: Tensor | None) -> str:
 def fuses(tensor: Tensor) -> bool:
     """See selection.BackendModule: in the dtypes of the kernels; 16-bit tensors would be converted on the way."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.float64) and _AVAILABLE
-
-
-def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None."""
-    return _load()[0]
-
-
-@cache
-def _function(name: str) -> Any:
-    return getattr(_loaded(), name)
-
-
-def _loaded() -> ctypes.CDLL:
-    found = library()
-    if found is None:
-        raise RuntimeError(f"the CPU kernels cannot be used: {why_not(None)}")
-    return found
-
-
-@cache
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    path = _path()
-    if path is None:
-        return None, f"{_FILE} is not installed (was this installed with INVOLUTION_NATIVE=0, or without a compiler?)"
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        return None, f"{path} does not load: {error}"
-    for name in _ROLES:
-        for suffix in _SUFFIX.values():
-            function = getattr(loaded, f"involution_{name}_{suffix}")
-            function.argtypes = [ctypes.POINTER(_CGeometry), *[ctypes.c_void_p] * 3]
-            function.restype = None
-    for suffix in ("f32", "f64"):
-        function = getattr(loaded, f"involution_fused_layer_{suffix}")
-        function.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CFusedLayer)]
-        function.restype = None
-    loaded.involution_fused_layer_workspace.argtypes = [ctypes.POINTER(_CGeometry), ctypes.POINTER(_CFusedLayer)]
-    loaded.involution_fused_layer_workspace.restype = ctypes.c_int64
-    loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
-    loaded.involution_multiply_adds.restype = ctypes.c_double
-    loaded.involution_instruction_set.restype = ctypes.c_char_p
-    loaded.involution_use.argtypes = [ctypes.c_char_p]
-    wanted = os.environ.get("INVOLUTION_ISA")
-    if wanted and not loaded.involution_use(wanted.encode()):
-        raise ValueError(f"INVOLUTION_ISA={wanted!r}: wanted avx512, avx2 or baseline, and one that this CPU can run")
-    return loaded, ""
-
-
-def _path() -> Path | None:
-    """The library beside this file or, in an editable install, where the installer put it."""
-    beside = Path(__file__).with_name(_FILE)
-    if beside.exists():
-        return beside
-    try:
-        installed = Path(str(metadata.distribution("involution").locate_file(f"involution/ops/backends/{_FILE}")))
-    except metadata.PackageNotFoundError:
-        return None
-    return installed if installed.exists() else None
 
 
 _AVAILABLE = not why_not(None)  # evaluated at import: torch.compile cannot trace the loading of the library

@@ -1,8 +1,10 @@
-"""Runs of the command line, and what they have logged, for the tests of several tasks."""
+"""Checkpoints for the command line, its runs, and what they have logged, for the tests of several tasks."""
 
 import csv
 from pathlib import Path
+from typing import Any
 
+from lightning.pytorch import Trainer
 from processes import Run, command, ranks
 
 QUIET = [
@@ -15,6 +17,14 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.csv, without its empty cells."""
     with (folder / "metrics.csv").open(newline="") as lines:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(lines)]
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A checkpoint of a task's module that was not trained."""
+    trainer = Trainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
 
 
 def validate_alone_and_together(trained: Path, folder: Path, *together: str) -> list[Path]:

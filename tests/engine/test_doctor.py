@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from lightning.pytorch import Trainer
+from command_line import saved
 from PIL import Image
 
 from involution.cli import main
@@ -47,13 +47,6 @@ def detector(name: str = "faster_rcnn") -> Any:
     model = Detector(name, 2, "rednet26", neck="involution", **head, model_kwargs=few)
     model.preprocessing = Scene(64, 96, *THIRDS)
     return model
-
-
-def saved(model: Any, folder: Path) -> Path:
-    trainer = Trainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from command_line import saved
 from elsewhere import CHECK, elsewhere
-from lightning.pytorch import Trainer
 
 from involution.cli import main
 from involution.tasks.classify import Classifier
@@ -32,13 +32,6 @@ def segmenter(name: str) -> Any:
     model = Segmenter(name, 2, "rednet26", backbone_kwargs=SMALL, model_kwargs={"channels": 16})
     model.preprocessing = Street(64, *THIRDS)
     return model
-
-
-def saved(model: Any, folder: Path) -> Path:
-    trainer = Trainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
 
 
 def test_a_classifier_for_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from lightning.pytorch import Trainer
+from command_line import saved
 from PIL import Image
 from small_detectors import NARROW
 
@@ -58,13 +58,6 @@ def detector(name: str = "mask_rcnn", **model_kwargs: int) -> Any:
     )
     model.preprocessing = Scene(64, 96, *THIRDS)
     return model
-
-
-def saved(model: Any, folder: Path) -> Path:
-    trainer = Trainer(default_root_dir=folder, accelerator="cpu", logger=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(folder / "a.ckpt")
-    return folder / "a.ckpt"
 
 
 def randomised(model: Subject) -> Subject:

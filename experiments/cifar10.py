@@ -64,6 +64,15 @@ FAMILY: dict[str, dict[str, dict[str, Any]]] = {
     "0.03": ATTENTIONS,
 }
 FAMILY_SEEDS = {"0.3": (0, 1, 2), "0.1": (0,), "0.03": (0,)}
+# Generators and starts of RedNetV2, in place of its default (an L2 norm, kernels that begin as the identity).
+STARTS: dict[str, dict[str, Any]] = {
+    "group norm of one group": {"generator_norm_layer": "groupnorm1"},
+    "layer norm over channels": {"generator_norm_layer": "layernorm2d"},
+    "RMS norm over channels": {"generator_norm_layer": "rmsnorm2d"},
+    "batch norm": {"generator_norm_layer": "batchnorm2d"},
+    "kernels that begin as an average": {"kernel_init": "box"},
+}
+START_SEEDS = (0, 1)
 # Other recipes for both networks: the model's options, and those of `involution fit`.
 RECIPES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     **{f"lr/{lr}": ({}, ("--model.lr", str(lr))) for lr in (0.03, 0.1, 0.3, 1.0)},
@@ -106,6 +115,10 @@ def runs() -> Iterator[Run]:
         for depth, family in pairs:
             name, options = kinds[family]
             yield Run(f"twins/{depth}/{family}", name.format(depth), options, EPOCHS, seed, BETTER)
+    for seed in START_SEEDS:
+        for row, options in STARTS.items():
+            for depth in (26, 14):
+                yield Run(f"starts/{depth}/{row}", f"rednetv2_{depth}_cifar", SHARED | options, EPOCHS, seed, BETTER)
     for part, rows in ABLATIONS.items():
         for row, options in rows.items():
             yield Run(f"ablation/{part}/{row}", "rednet14_cifar", PAPER | options, COMPARED_EPOCHS, 0, BETTER)

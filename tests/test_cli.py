@@ -73,7 +73,8 @@ def test_doctor_shows_backends_and_versions(capsys):
     lines = capsys.readouterr().out.splitlines()
     words = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert words["torch"] == [torch.__version__]
-    assert words["threads"] == [str(torch.get_num_threads())]
+    assert words["threads"][0].rstrip(",") == str(torch.get_num_threads())
+    assert words["freed"][:2] in (["memory", "kept"], ["memory", "returned"])
     for backend in backends():
         assert words[backend.name][0] == ("yes" if backend.available else "no")
 
@@ -106,3 +107,18 @@ def test_doctor_explains_a_wrong_environment_variable():
     done = in_fresh_python(code)
     assert "involution doctor: INVOLUTION_ISA='sse9': wanted" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("policy", "remedied"), [("active", False), ("passive", True)])
+def test_doctor_names_the_remedy_for_busy_cores(policy, remedied, monkeypatch, capsys):
+    monkeypatch.setattr("os.getloadavg", lambda: (64.0, 0.0, 0.0))
+    monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    assert main(["doctor"]) == 0
+    assert ("set OMP_WAIT_POLICY=passive" in capsys.readouterr().out) is not remedied
+
+
+@pytest.mark.parametrize("verb", ["fit", "predict", "bench"])
+def test_a_wrong_value_of_keep_memory_is_one_line(verb, monkeypatch, capsys):
+    monkeypatch.setenv("INVOLUTION_KEEP_MEMORY", "maybe")
+    assert main([verb]) == 1
+    assert f"involution {verb}: INVOLUTION_KEEP_MEMORY must be 0 or 1, got 'maybe'" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .allocator import keep_freed_memory
     from .nn.involution import Involution1d, Involution2d, Involution3d
     from .ops.backends.selection import backends
     from .ops.functional import involution1d, involution2d, involution3d
@@ -23,6 +24,7 @@ _MODULES = {
     "Involution2d": "nn.involution",
     "Involution3d": "nn.involution",
     "optimize": "rewrite.optimize",
+    "keep_freed_memory": "allocator",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "involution1d",
     "involution2d",
     "involution3d",
+    "keep_freed_memory",
     "optimize",
 ]
 

@@ -1,6 +1,7 @@
 """The `involution` command: a dispatcher that imports a verb's modules only when the verb is called."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -94,6 +95,18 @@ def _lacks(what: str, extra: str) -> bool:
     return bool(missing)
 
 
+def _keeps_freed_memory(verb: str) -> bool:
+    """Lets malloc keep freed memory; False, after a message, if the environment variable for it is wrong."""
+    from .allocator import keep_freed_memory
+
+    try:
+        keep_freed_memory()
+    except ValueError as error:
+        print(f"involution {verb}: {error}", file=sys.stderr)
+        return False
+    return True
+
+
 def _cost(rest: list[str]) -> int:
     if _lacks("cost", "tasks"):
         return 1
@@ -136,7 +149,7 @@ def _export(rest: list[str]) -> int:
 
 
 def _bench(rest: list[str]) -> int:
-    if _lacks("bench", "bench"):
+    if _lacks("bench", "bench") or not _keeps_freed_memory("bench"):
         return 1
     from .bench.command import main as bench
 
@@ -160,7 +173,7 @@ def _show(rest: list[str]) -> int:
 
 
 def _train(verb: str, rest: list[str]) -> int:
-    if _lacks(verb, "tasks"):
+    if _lacks(verb, "tasks") or not _keeps_freed_memory(verb):
         return 1
     if verb == "predict":
         return _predict(rest)
@@ -201,11 +214,13 @@ def _doctor(rest: list[str]) -> int:
 
     import torch
 
+    from .allocator import why_not
+
     try:
         from .ops.backends import cpu_library
         from .ops.backends.selection import backends
 
-        kernels = cpu_library.library()
+        kernels, returned = cpu_library.library(), why_not()
     except ValueError as error:  # an environment variable
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
@@ -217,7 +232,10 @@ def _doctor(rest: list[str]) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "instruction set": cpu_library.instruction_set() if kernels else f"none: {cpu_library.why_not_loaded()}",
-        "threads": str(torch.get_num_threads()),
+        "threads": _threads(torch.get_num_threads()),
+        "freed memory": f"returned by malloc: {returned}"
+        if returned
+        else "kept by fit, validate, test, predict, bench",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
     }
     for name, value in facts.items():
@@ -226,6 +244,18 @@ def _doctor(rest: list[str]) -> int:
     for backend in backends():
         print(f"{backend.name:16} {_yes(backend.available):10} {_yes(backend.serves):8} {backend.reason}".rstrip())
     return 0
+
+
+def _threads(count: int) -> str:
+    """The number of threads, and what to do where other processes want the same cores."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # processes that ran or waited, last minute's mean
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if busy + count <= cores + 0.5 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
+        return str(count)
+    return (
+        f"{count}, on {cores} cores that {busy:.1f} other threads keep busy: set OMP_WAIT_POLICY=passive, or threads "
+        "that wait for each other take the cores from those that work"
+    )
 
 
 def _diagnose(rest: list[str]) -> int:

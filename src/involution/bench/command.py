@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..allocator import keep_freed_memory, why_not
 from ..ops.backends import cpu_library
 from . import family, instructions, kernels, loading, memory, models, paper  # noqa: F401  (registers their subjects)
 from .cases import CASES, NECK, Case
@@ -124,6 +125,7 @@ def describe(roofline: Roofline) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": cpu_library.instruction_set(),
         "torch": torch.__version__,
+        "freed memory": "kept" if keep_freed_memory() else f"returned by malloc ({why_not()})",
         "date": datetime.date.today().isoformat(),
         "peak GFLOP/s": round(roofline.flops / 1e9, 1),
         "copy GB/s": round(roofline.bandwidth / 1e9, 1),

@@ -111,6 +111,18 @@ int64_t involution_fused_layer_workspace(const involution_geometry* g, const inv
   return kernels().fused_layer_workspace(*g, *layer);
 }
 
+void involution_batch_norm_f32(const involution_batch_norm* norm) { kernels().norms_f32.batch_norm(*norm); }
+void involution_batch_norm_f64(const involution_batch_norm* norm) { kernels().norms_f64.batch_norm(*norm); }
+void involution_batch_norm_backward_f32(const involution_batch_norm* norm) { kernels().norms_f32.batch_norm_backward(*norm); }
+void involution_batch_norm_backward_f64(const involution_batch_norm* norm) { kernels().norms_f64.batch_norm_backward(*norm); }
+void involution_channel_norm_f32(const involution_channel_norm* norm) { kernels().norms_f32.channel_norm(*norm); }
+void involution_channel_norm_f64(const involution_channel_norm* norm) { kernels().norms_f64.channel_norm(*norm); }
+void involution_channel_norm_backward_f32(const involution_channel_norm* norm) { kernels().norms_f32.channel_norm_backward(*norm); }
+void involution_channel_norm_backward_f64(const involution_channel_norm* norm) { kernels().norms_f64.channel_norm_backward(*norm); }
+int64_t involution_batch_norm_workspace(const involution_batch_norm* norm) {
+  return kernels().batch_norm_workspace(*norm);
+}
+
 double involution_multiply_adds(int64_t threads, int64_t rounds) { return kernels().multiply_adds(threads, rounds); }
 
 const char* involution_instruction_set(void) { return kernels().name; }

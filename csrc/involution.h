@@ -82,6 +82,41 @@ INVOLUTION_PUBLIC void involution_fused_layer_f64(const involution_geometry*, co
 /* The elements of workspace that one thread needs. */
 INVOLUTION_PUBLIC int64_t involution_fused_layer_workspace(const involution_geometry*, const involution_fused_layer*);
 
+/* Batch norm in training over [rows, channels], with what follows it in a residual network.
+ *
+ *     z = (x - mean) / sqrt(variance + eps) * weight + bias + shortcut,  y = relu(z) or z
+ *
+ * mean and variance (biased, of the rows) are outputs of the forward pass and inputs of the backward pass, which makes
+ * dx, dweight, dbias and, unless it is null, dshortcut from dy. With relu it needs y if there was a shortcut; without
+ * one y may be null. */
+typedef struct {
+  int64_t rows, channels, threads, relu;
+  double eps;
+  const void *x, *weight, *bias, *shortcut, *dy; /* [rows, channels], [channels], [channels]; shortcut may be null */
+  void *y, *mean, *variance, *dx, *dweight, *dbias, *dshortcut;
+  double* workspace; /* involution_batch_norm_workspace elements */
+} involution_batch_norm;
+
+INVOLUTION_PUBLIC void involution_batch_norm_f32(const involution_batch_norm*);
+INVOLUTION_PUBLIC void involution_batch_norm_f64(const involution_batch_norm*);
+INVOLUTION_PUBLIC void involution_batch_norm_backward_f32(const involution_batch_norm*);
+INVOLUTION_PUBLIC void involution_batch_norm_backward_f64(const involution_batch_norm*);
+INVOLUTION_PUBLIC int64_t involution_batch_norm_workspace(const involution_batch_norm*);
+
+/* A norm over the channels of every row: z = scale * x / sqrt(mean square of the row + eps), y = relu(z) or z; and dx
+ * from dy and x. */
+typedef struct {
+  int64_t rows, channels, threads, relu;
+  double eps, scale;
+  const void *x, *dy; /* [rows, channels] */
+  void *y, *dx;
+} involution_channel_norm;
+
+INVOLUTION_PUBLIC void involution_channel_norm_f32(const involution_channel_norm*);
+INVOLUTION_PUBLIC void involution_channel_norm_f64(const involution_channel_norm*);
+INVOLUTION_PUBLIC void involution_channel_norm_backward_f32(const involution_channel_norm*);
+INVOLUTION_PUBLIC void involution_channel_norm_backward_f64(const involution_channel_norm*);
+
 /* Runs `rounds` rounds of independent multiply-adds in registers on every thread and returns the number of operations,
  * a multiply-add counting as two. Divided by the elapsed time, this is the peak of the chosen instruction set. */
 INVOLUTION_PUBLIC double involution_multiply_adds(int64_t threads, int64_t rounds);

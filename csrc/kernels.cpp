@@ -14,6 +14,9 @@ void untyped(const Geometry& g, const void* first, const void* second, void* out
 template <class S>
 constexpr Maps kMaps{untyped<S, S, apply<S>>, untyped<S, Compute<S>, adjoint<S>>, untyped<S, S, correlate<S>>};
 
+template <class T>
+constexpr Norms kNorms{batch_norm<T>, batch_norm_backward<T>, channel_norm<T>, channel_norm_backward<T>};
+
 #define INVOLUTION_STRING(text) #text
 #define INVOLUTION_NAME(isa) INVOLUTION_STRING(isa)
 
@@ -28,6 +31,9 @@ const Kernels kernels{
     fused_layer<float>,
     fused_layer<double>,
     fused_layer_workspace,
+    kNorms<float>,
+    kNorms<double>,
+    batch_norm_workspace,
     multiply_adds,
 };
 

@@ -5,6 +5,8 @@
 namespace involution {
 
 using Geometry = involution_geometry;
+using BatchNorm = involution_batch_norm;
+using ChannelNorm = involution_channel_norm;
 using Index = int64_t;
 
 // The three maps for one storage type.
@@ -13,12 +15,22 @@ struct Maps {
   Map apply, adjoint, correlate;
 };
 
+// Norms with the ReLU behind them, for one type.
+struct Norms {
+  void (*batch_norm)(const BatchNorm&);
+  void (*batch_norm_backward)(const BatchNorm&);
+  void (*channel_norm)(const ChannelNorm&);
+  void (*channel_norm_backward)(const ChannelNorm&);
+};
+
 struct Kernels {
   using FusedLayer = void (*)(const Geometry&, const involution_fused_layer&);
   const char* name;
   Maps f32, f64, f16, bf16;
   FusedLayer fused_layer_f32, fused_layer_f64;
   Index (*fused_layer_workspace)(const Geometry&, const involution_fused_layer&);
+  Norms norms_f32, norms_f64;
+  Index (*batch_norm_workspace)(const BatchNorm&);
   double (*multiply_adds)(Index threads, Index rounds);
 };
 
@@ -63,6 +75,15 @@ void correlate(const Geometry&, const S* dy, const S* x, S* dk);
 template <class T>
 void fused_layer(const Geometry&, const involution_fused_layer&);
 Index fused_layer_workspace(const Geometry&, const involution_fused_layer&);
+template <class T>
+void batch_norm(const BatchNorm&);
+template <class T>
+void batch_norm_backward(const BatchNorm&);
+Index batch_norm_workspace(const BatchNorm&);
+template <class T>
+void channel_norm(const ChannelNorm&);
+template <class T>
+void channel_norm_backward(const ChannelNorm&);
 double multiply_adds(Index threads, Index rounds);
 
 }  // namespace INVOLUTION_ISA

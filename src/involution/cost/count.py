@@ -16,7 +16,7 @@ from ..nn import (
     LocalSelfAttention2d,
     LocalSelfAttention3d,
 )
-from ..nn.generators import ChannelL2Norm
+from ..nn.norms import ChannelL2Norm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _DECONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

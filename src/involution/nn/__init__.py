@@ -4,7 +4,6 @@ from .attention import AttentionGenerator, LocalSelfAttention1d, LocalSelfAttent
 from .diagnose import Diagnosis, LayerSignal, diagnose
 from .generators import (
     BottleneckGenerator,
-    ChannelL2Norm,
     ContextGenerator,
     LinearGenerator,
     PositionGenerator,
@@ -12,6 +11,7 @@ from .generators import (
     window_softmax,
 )
 from .involution import Involution1d, Involution2d, Involution3d
+from .norms import ChannelL2Norm
 
 __all__ = [
     "AttentionGenerator",

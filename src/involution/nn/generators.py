@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.arguments import same_padding
 from ..ops.layer import average_windows
+from .norms import ChannelL2Norm, norm_act
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -22,29 +23,6 @@ class _AvgPool3d(nn.AvgPool3d):
 
 
 AVERAGE_POOL = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: _AvgPool3d}
-
-
-class ChannelL2Norm(nn.Module):
-    """L2 norm over the channels of each position, without parameters: features of unit length, whatever their scale.
-
-    Positions are independent: no batch statistics, no running statistics. float16 and bfloat16 compute the mean square
-    in float32. Where the RMS is not well above sqrt(eps), the result tends to 0.
-
-    Args:
-        eps: added to the mean square.
-
-    Shapes: ``[N, C, *S] -> [N, C, *S]``.
-    """
-
-    def __init__(self, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x / sqrt(C * (mean of x**2 over the channels + eps))."""
-        last = input.movedim(1, -1)
-        channels = last.shape[-1]
-        return (nn.functional.rms_norm(last, (channels,), eps=self.eps) * channels**-0.5).movedim(-1, 1)
 
 
 KernelInit = Literal["identity", "box", "paper"] | Callable[[Tensor, Tensor], None]
@@ -130,8 +108,7 @@ class BottleneckGenerator(nn.Module):
 
     def hidden(self, input: Tensor) -> Tensor:
         """The input of the span convolution: [N, C, *S] -> [N, width, *O]."""
-        hidden: Tensor = self.act(self.norm(self.reduce(self.pool(input))))
-        return hidden
+        return norm_act(self.reduce(self.pool(input)), self.norm, self.act)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, *S] -> [N, G, *K, *O]."""

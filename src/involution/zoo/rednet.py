@@ -35,6 +35,7 @@ from ..nn import (
 )
 from ..nn.attention import RELATIVE_POSITIONS
 from ..nn.generators import KERNEL_INITS, KernelInit
+from ..nn.norms import norm_act
 from .checkpoints import load_published
 
 __all__ = ["RedNet"]  # timm adds the entry points' names
@@ -63,6 +64,15 @@ class _Factories(NamedTuple):
     involution: Callable[..., nn.Module]  # (channels, kernel_size, stride=1, dilation=1)
     norm: Callable[[int], nn.Module]
     act: Callable[[], nn.Module]
+
+
+class Projection(nn.Sequential):
+    """A shortcut's strided 1x1 convolution and its norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
+        convolution, norm = self
+        return norm_act(convolution(input), norm)
 
 
 class Bottleneck(nn.Module):
@@ -106,7 +116,7 @@ class Bottleneck(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             projection = make.convolution(in_channels, out_channels, 1, stride=stride)
-            self.downsample = nn.Sequential(projection, make.norm(out_channels))
+            self.downsample = Projection(projection, make.norm(out_channels))
         self.act3 = make.act()
 
     def zero_init_last(self) -> None:
@@ -116,10 +126,12 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
-        branch = self.act1(self.bn1(self.conv1(x)))
-        branch = self.act2(self.bn2(self.conv2(branch)))
-        branch = self.drop_path(self.bn3(self.conv3(branch)))
-        result: Tensor = self.act3(branch + self.downsample(x))
+        branch = norm_act(self.conv1(x), self.bn1, self.act1)
+        branch = self.conv3(norm_act(self.conv2(branch), self.bn2, self.act2))
+        shortcut = self.downsample(x)
+        if isinstance(self.drop_path, nn.Identity):
+            return norm_act(branch, self.bn3, self.act3, shortcut)
+        result: Tensor = self.act3(self.drop_path(self.bn3(branch)) + shortcut)
         return result
 
 
@@ -497,7 +509,18 @@ def _attention(
     return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **factory_kwargs)
 
 
-def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, make: _Factories) -> nn.Sequential:
+class Stem(nn.Sequential):
+    """Three convolutions (or involutions), each with a norm and an activation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_chans, H, W] -> [N, channels, ceil(H / stride), ceil(W / stride)]."""
+        modules = list(self)
+        for layer, norm, act in zip(modules[::3], modules[1::3], modules[2::3], strict=True):
+            input = norm_act(layer(input), norm, act)
+        return input
+
+
+def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, make: _Factories) -> Stem:
     """ResNet's deep stem of three 3x3 convolutions, the second of which, at half the width, is an involution."""
     half = channels // 2
     middle = make.involution(half, kernel_size) if layer == "involution" else make.convolution(half, half, 3, padding=1)
@@ -512,7 +535,7 @@ def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: in
         ("bn3", make.norm(channels)),
         ("act3", make.act()),
     ]
-    return nn.Sequential(OrderedDict(modules))
+    return Stem(OrderedDict(modules))
 
 
 def _stages(

@@ -111,6 +111,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         function.restype = None
     loaded.involution_fused_layer_workspace.argtypes = [ctypes.POINTER(CGeometry), ctypes.POINTER(CFusedLayer)]
     loaded.involution_fused_layer_workspace.restype = ctypes.c_int64
+    loaded.involution_batch_norm_workspace.restype = ctypes.c_int64
     loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
     loaded.involution_multiply_adds.restype = ctypes.c_double
     loaded.involution_instruction_set.restype = ctypes.c_char_p

@@ -33,7 +33,9 @@ def geometric_means(rows: list[Row]) -> list[Row]:
     means = []
     for what, batch in kinds:
         group = [row for row in rows if (row["what"], row["batch"]) == (what, batch)]
-        ratios = [name for name, value in group[0].items() if isinstance(value, float) and name not in _HIDDEN]
+        ratios = [
+            name for name in group[0] if name not in _HIDDEN and all(isinstance(row.get(name), float) for row in group)
+        ]
         if len(group) > 1 and ratios:
             row: Row = {"what": what, "case": "geometric mean", "batch": batch}
             means.append(row | {r: math.exp(sum(math.log(row[r]) for row in group) / len(group)) for r in ratios})

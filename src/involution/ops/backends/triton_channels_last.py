@@ -29,6 +29,7 @@ from .triton_indexing import (
     tap_from_last,
     tile,
     vector,
+    within,
 )
 
 
@@ -99,7 +100,7 @@ def apply_channels_last(
             k_row = k_block + (((a * KERNEL[1] + b) * KERNEL[2] + first) + p * SPAN)
             weights += (split(tl.load(k_row, exists, 0.0), VECTOR),)
         for s in tl.static_range(steps(COLUMNS, TAPS, STRIDE[2], DILATION[2], UNIT)):
-            here = (is_row & (v + s * UNIT >= 0) & (v + s * UNIT < in_width))[:, None]
+            here = (is_row & within(v + s * UNIT, in_width))[:, None]
             value = tl.load(x_row + s * UNIT * CHANNELS, here[:, :, None] & is_channel, 0.0).to(dtype)
             sums = ()
             for p in tl.static_range(COLUMNS):
@@ -167,7 +168,7 @@ def adjoint_channels_last(
         of_group = row[:, None] * SPAN + g * (KERNEL[0] * KERNEL[1] * KERNEL[2]) + tap
         k_row = k + of_group[:, :, None] + taps * STEP[2]
         for s in tl.static_range(steps(COLUMNS, TAPS, 1, BACK[2], UNIT)):
-            here = (is_row & (v + s * UNIT >= 0) & (v + s * UNIT < out_width))[:, None]
+            here = (is_row & within(v + s * UNIT, out_width))[:, None]
             value = tl.load(grad_row + s * UNIT * CHANNELS, here[:, :, None] & is_channel, 0.0).to(dtype)
             meets = (here & is_group)[:, :, None] & (taps < TAPS) & (first + taps < taps_w)
             weights = split(tl.load(k_row + s * UNIT * SPAN, meets, 0.0), VECTOR)
@@ -229,17 +230,17 @@ def correlate_channels_last(
         is_row = is_block & inside(i, j, in_depth, in_height, DIMS)
         v = w + first * DILATION[2]
         x_row = x + ((i * in_height + j) * in_width + v)[:, None, None] * CHANNELS + channel
-        values, within = (), ()
+        values, masks = (), ()
         for s in tl.static_range(steps(COLUMNS, TAPS, STRIDE[2], DILATION[2], UNIT)):
-            here = (is_row & (v + s * UNIT >= 0) & (v + s * UNIT < in_width))[:, None]
+            here = (is_row & within(v + s * UNIT, in_width))[:, None]
             values += (tl.load(x_row + s * UNIT * CHANNELS, here[:, :, None] & is_channel, 0.0).to(dtype),)
-            within += (here,)
+            masks += (here,)
         for p in tl.static_range(COLUMNS):
             sums = ()
             for u in tl.static_range(VECTOR):
                 if u < TAPS:
                     products = grads[p] * values[(p * STRIDE[2] + u * DILATION[2]) // UNIT]
-                    here = within[(p * STRIDE[2] + u * DILATION[2]) // UNIT]
+                    here = masks[(p * STRIDE[2] + u * DILATION[2]) // UNIT]
                     sums += (tl.where(here, tl.sum(products, 2), 0.0),)
                 else:
                     sums += (tl.zeros([BLOCKS, GROUPS], dtype),)

@@ -26,6 +26,7 @@ from .triton_indexing import (
     tap_at,
     tap_from_last,
     tile,
+    within,
 )
 
 
@@ -111,7 +112,7 @@ def apply_contiguous(
         x_row = x + ((i * in_height + j) * in_width + v)
         k_row = k + (((a * KERNEL[1] + b) * KERNEL[2] + first) * outputs + o)
         for s in tl.static_range(steps(COLUMNS, TAPS, STRIDE[2], DILATION[2], UNIT)):
-            here = is_row & (v + s * UNIT >= 0) & (v + s * UNIT < in_width)
+            here = is_row & within(v + s * UNIT, in_width)
             values = _load(x_row + s * UNIT, inputs, here, part * WIDTH, dtype, width, WIDTH)
             sums = ()
             for p in tl.static_range(COLUMNS):
@@ -171,7 +172,7 @@ def adjoint_contiguous(
         tap = ((u_d + a * STEP[0]) * KERNEL[1] + u_h + b * STEP[1]) * KERNEL[2] + u_w + first * STEP[2]
         grad_row, k_row = grad + row, k + (tap * outputs + row)
         for s in tl.static_range(steps(COLUMNS, TAPS, 1, BACK[2], UNIT)):
-            here = is_row & (v + s * UNIT >= 0) & (v + s * UNIT < out_width)
+            here = is_row & within(v + s * UNIT, out_width)
             values = _load(grad_row + s * UNIT, outputs, here, part * WIDTH, dtype, width, WIDTH)
             sums = ()
             for p in tl.static_range(COLUMNS):
@@ -236,7 +237,7 @@ def correlate_contiguous(
                     width, WIDTH, COLUMNS,
                 )  # fmt: skip
             for s in tl.static_range(steps(COLUMNS, TAPS, STRIDE[2], DILATION[2], UNIT)):
-                here = is_row & (v + s * UNIT >= 0) & (v + s * UNIT < in_width)
+                here = is_row & within(v + s * UNIT, in_width)
                 x_part = x_row + (part * WIDTH * inputs + s * UNIT)
                 values = _load(x_part, inputs, here, part * WIDTH, dtype, width, WIDTH)
                 more = ()

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .triton_channels_last import channels
-from .triton_indexing import SIZES, block_start, in_bits, inside, row_of_taps, tile
+from .triton_indexing import SIZES, block_start, in_bits, inside, row_of_taps, tile, within
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -55,7 +55,7 @@ def fused_kernel(
             if bias is not None:
                 kernels += tl.load(bias + span, group < groups, 0.0)[None, :].to(tl.float32)
             v = w + u * DILATION[2]
-            here = (is_row & (v >= 0) & (v < in_width))[:, None, None]
+            here = (is_row & within(v, in_width))[:, None, None]
             from_x = x + (row + u * DILATION[2])[:, None, None] * (groups * width) + channel
             value = tl.load(from_x, here & is_channel, 0.0)
             total += tl.where(here, kernels[:, :, None], 0.0) * value.to(tl.float32)

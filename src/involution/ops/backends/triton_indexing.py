@@ -83,11 +83,18 @@ def block_start(block, height, width, COLUMNS: tl.constexpr, DIMS: tl.constexpr)
 
 
 @triton.jit
+def within(index, size):
+    """Whether 0 <= index < size, in one comparison: as an unsigned number a negative index is larger than any size."""
+    unsigned: tl.constexpr = tl.uint64 if index.dtype == tl.int64 else tl.uint32
+    return index.to(unsigned, bitcast=True) < size.to(unsigned)
+
+
+@triton.jit
 def inside(depth, height, in_depth, in_height, DIMS: tl.constexpr):
     """Whether a row of an image exists; its depth is checked in 3d only."""
-    exists = (height >= 0) & (height < in_height)
+    exists = within(height, in_height)
     if DIMS == 3:
-        exists = exists & (depth >= 0) & (depth < in_depth)
+        exists = exists & within(depth, in_depth)
     return exists
 
 

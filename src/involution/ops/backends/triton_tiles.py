@@ -97,7 +97,7 @@ def _channels_last(name: str, geometry: Geometry, width: int, dtype: torch.dtype
     elements = 256  # of a warp, in each column
     warps = between(1, groups * width // elements, 8)
     # The assembler spills a few bytes of these where it may choose.
-    registers = 255 if name == "correlate" or moves(name, geometry)[1] > 1 else None
+    registers = 255 if name == "correlate" or geometry.stride[-1] > 1 else None
     return [
         Tile(max(1, w * elements // (groups * width)), columns, groups, width, w, registers) for w in (warps, 2 * warps)
     ]

@@ -12,6 +12,7 @@ from involution import cli, involution3d
 from involution.bench import baselines, command, family, kernels, loading, memory, models, paper, registry, report
 from involution.bench.cases import CASES, NECK, Case
 from involution.bench.roofline import Roofline
+from involution.nn import LocalSelfAttention2d
 
 SMALL = [Case("small", 16, 8, 8, 3, 1), Case("strided", 32, 8, 7, 3, 2)]
 
@@ -94,6 +95,14 @@ def test_means_leave_out_columns_that_a_row_lacks() -> None:
     rows = [{"what": "apply", "case": case, "batch": 1, "roofline": 0.5} for case in "ab"]
     rows[0]["issue, us"] = 3.0  # known for some GPUs only
     assert report.geometric_means(rows) == [{"what": "apply", "case": "geometric mean", "batch": 1, "roofline": 0.5}]
+
+
+def test_torchs_flex_attention_is_local_self_attention() -> None:
+    """The rival computes what our layer does, border included."""
+    local = LocalSelfAttention2d(32, 5, stride=2, heads=2)
+    x = torch.randn(2, 32, 9, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(family.FlexNeighbourhood(local)(x), local(x), rtol=1e-4, atol=1e-5)
 
 
 def test_an_operator_with_wrong_results_is_not_timed() -> None:

@@ -1,12 +1,13 @@
 """Members of the involution family with the same window: other kernel generators, and local self-attention."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from statistics import median
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from ..nn import (
     ContextGenerator,
@@ -28,10 +29,12 @@ GENERATORS = {
     "normalised": SoftmaxGenerator,
 }
 
+FLEX = "local self-attention, torch's flex_attention"
+
 
 @subject("family", ("workloads", "seconds"))
 def family(workloads: Sequence[Workload], seconds: float) -> list[Row]:
-    """Forward, and forward + backward, of every member, interleaved, and of torch's attention over the whole image."""
+    """Forward, and forward + backward, of every member, interleaved, and of torch's two attentions."""
     rows = []
     for case, batch in workloads:
         if case is NECK:  # attention over the whole image does not fit into memory
@@ -40,7 +43,10 @@ def family(workloads: Sequence[Workload], seconds: float) -> list[Row]:
         x, _, g = case.tensors(batch)
         calls: dict[str, Rivals] = {
             "forward": {name: partial(_forward, member, x.detach()) for name, member in members.items()},
-            "forward + backward": {name: partial(_both, member, x, g) for name, member in members.items()},
+            # flex_attention has no gradient on CPUs.
+            "forward + backward": {
+                name: partial(_both, member, x, g) for name, member in members.items() if name != FLEX
+            },
         }
         for what, some in calls.items():
             times = interleaved(some, 5 * seconds)
@@ -60,6 +66,7 @@ def _members(case: Case) -> dict[str, nn.Module]:
         attention = LocalSelfAttention2d(*window, heads=case.groups, relative_position=kind)
         members[f"local self-attention, {kind}"] = attention
     members["full self-attention, torch's"] = _Full(LocalSelfAttention2d(*window, heads=case.groups))
+    members[FLEX] = FlexNeighbourhood(LocalSelfAttention2d(*window, heads=case.groups))
     return {name: member.to(memory_format=torch.channels_last) for name, member in members.items()}
 
 
@@ -72,14 +79,55 @@ class _Full(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
-        generator = self.local.generator
-        query, key, value = (
-            one.unflatten(1, (self.local.heads, -1)).flatten(3).transpose(2, 3)
-            for one in (generator.query(x), generator.key(x), self.local.value(x))
-        )
-        sizes = [-(-size // step) for size, step in zip(x.shape[2:], self.local.stride, strict=True)]
-        found = F.scaled_dot_product_attention(query, key, value)
-        return found.transpose(2, 3).flatten(1, 2).unflatten(2, sizes)
+        query, key, value = _heads(self.local, x)
+        return _heads_joined(F.scaled_dot_product_attention(query, key, value), self.local, x)
+
+
+class FlexNeighbourhood(nn.Module):
+    """Local self-attention by torch's own means: flex_attention, compiled, with a mask of each query's window.
+
+    Args:
+        local: whose projections and window it takes.
+    """
+
+    def __init__(self, local: LocalSelfAttention2d) -> None:
+        super().__init__()
+        self.local = local
+        self.attention = torch.compile(flex_attention, dynamic=False)
+        self.mask = cache(self._mask)
+
+    def _mask(self, height: int, width: int) -> BlockMask:
+        (row_step, column_step), (rows, columns) = self.local.stride, self.local.kernel_size
+        across = -(-width // column_step)
+
+        def within(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            down = key // width - query // across * row_step
+            right = key % width - query % across * column_step
+            return (down.abs() <= rows // 2) & (right.abs() <= columns // 2)
+
+        queries = -(-height // row_step) * across
+        return create_block_mask(within, None, None, queries, height * width, device="cpu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
+        query, key, value = (one.contiguous() for one in _heads(self.local, x))
+        found = self.attention(query, key, value, block_mask=self.mask(*x.shape[2:]))
+        return _heads_joined(found, self.local, x)
+
+
+def _heads(local: LocalSelfAttention2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values as [N, heads, positions, channels of a head]."""
+
+    def by_head(projected: Tensor) -> Tensor:
+        return projected.unflatten(1, (local.heads, -1)).flatten(3).transpose(2, 3)
+
+    return by_head(local.generator.query(x)), by_head(local.generator.key(x)), by_head(local.value(x))
+
+
+def _heads_joined(found: Tensor, local: LocalSelfAttention2d, x: Tensor) -> Tensor:
+    """[N, heads, positions, channels of a head] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
+    sizes = [-(-size // step) for size, step in zip(x.shape[2:], local.stride, strict=True)]
+    return found.transpose(2, 3).flatten(1, 2).unflatten(2, sizes)
 
 
 @torch.no_grad()

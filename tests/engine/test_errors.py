@@ -32,6 +32,21 @@ FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "
         ),
         (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        (["--trainer.log_every_n_steps", "-1"], "trainer.log_every_n_steps must be at least 0, got -1"),
+        (["--trainer.min_epochs", "-1"], "trainer.min_epochs must be at least 0, got -1"),
+        (["--trainer.min_epochs", "5"], "trainer.min_epochs must be at most max_epochs, which is 1, got 5"),
+        (["--trainer.min_steps", "9", "--trainer.max_steps", "2"], "trainer.min_steps must be at most max_steps, which"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval must be above 0, got 0; trainer.limit_val"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        (["--trainer.num_sanity_val_steps", "-2"], "trainer.num_sanity_val_steps must be at least -1, got -2"),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "-1"], "trainer.devices: `devices` selected with `CPU"),
+        (["--model.weight_decay", "-1"], "weight_decay must be at least 0, got -1.0"),
+        (["--model.warmup_steps", "-1"], "warmup_steps must be at least 0, got -1"),
+        (["--model.warmup_ratio", "2"], "warmup_ratio must be at most 1, got 2.0"),
+        (["--model.lr_batch_size", "0"], "lr_batch_size must be at least 1, got 0"),
+        (["--model.label_smoothing", "1"], "label_smoothing must be in [0, 1), got 1.0"),
         (["--model.model_kwargs", '{"in_chans": 1}'], "model_kwargs.in_chans must be 3, or left out, got 1"),
     ],
 )
@@ -44,6 +59,13 @@ def test_an_option_that_does_not_fit_is_one_line(
     assert main([*FIT, "--trainer.max_epochs", "1", *options]) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("involution fit: ")]
     assert line.startswith(f"involution fit: {message}")
+
+
+def test_one_value_per_channel_names_the_option() -> None:
+    with pytest.raises(ValueError, match="per channel") as raised:
+        torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1))
+    want = "batch_size must be at least 2, or images larger: a batch norm has one value per channel in [1, 4, 1, 1]"
+    assert one_line(raised.value) == want
 
 
 def test_a_runtime_error_is_one_line_and_its_traceback_is_kept() -> None:

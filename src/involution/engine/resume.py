@@ -34,6 +34,9 @@ class BestCheckpoint(ModelCheckpoint):
             scores = ", ".join(f"{path} ({self.monitor} {float(recorded[path]):.4f})" for path in missing)
             rank_zero_info(f"new checkpoints are not compared with these, whose files do not exist: {scores}")
         best, worst = (min, max) if self.mode == "min" else (max, min)
+        if len(kept) > self.save_top_k > 0:  # the earlier run kept more
+            ranked = sorted(kept, key=lambda path: float(kept[path]), reverse=self.mode == "max")
+            kept = {path: kept[path] for path in ranked[: self.save_top_k]}
         best_path = best(kept, key=lambda path: kept[path]) if kept else ""
         kth_path = worst(kept, key=lambda path: kept[path]) if len(kept) == self.save_top_k else ""
         restored = {

@@ -252,16 +252,18 @@ def test_upernet_needs_two_images(tree: Callable[[str], Path], capsys: pytest.Ca
     assert "batch_size must be at least 2 for upernet" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("crop", "code"), [(32, 1), (64, 0)])
+@pytest.mark.parametrize(("crop", "norm", "code"), [(32, "batchnorm", 1), (32, "groupnorm1", 1), (64, "groupnorm1", 0)])
 def test_single_images_of_one_pixel_in_the_last_stage(
-    crop: int, code: int, make_masks: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    crop: int, norm: str, code: int, make_masks: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Batch norms of backbone and decoder alike are refused before the first step."""
     options = ["--data.root", str(make_masks(tmp_path / "masks")), "--data.classes", json.dumps(NAMES), *QUIET]
     options += ["--data.num_workers", "0", "--data.batch_size", "1", "--data.crop", str(crop)]
     options += ["--model.backbone", "rednet26", "--trainer.max_epochs", "1"]
+    options += ["--model.backbone_kwargs", json.dumps({"norm_layer": norm})]
     options += ["--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "0"]
     assert main(["fit", "-c", "masks_rednet50", *options]) == code
-    message = "batch_size must be at least 2, or crop larger than 32 pixels, because the last stage's batch norms"
+    message = "batch_size must be at least 2, or crop larger than 32 pixels, because batch norms at the last stage's"
     assert (message in capsys.readouterr().err) == bool(code)
 
 

@@ -101,6 +101,7 @@ class Detector(TaskModule):
     ) -> None:
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        self.check_rates()
         if init_from is not None and backbone_weights is not None:
             raise ValueError(
                 f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"

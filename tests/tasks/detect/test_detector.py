@@ -55,7 +55,7 @@ def trained(make_coco: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         "--trainer.log_every_n_steps",
         "2",
     ]
-    cli = fit("mask_rcnn_rednet50_neck_head_fpn_1x", root, 96, *options)
+    cli = fit("mask_rcnn_rednet50_neck_head_fpn_1x", root, 72, *options)
     return Path(str(cli.trainer.log_dir))
 
 
@@ -135,7 +135,7 @@ def test_predictions_are_drawn_and_written(trained: Path, tmp_path: Path, capsys
     assert [one["name"] for one in written.dataset["categories"]] == ["cat", "dog"]
     assert sorted(file.name for file in out.iterdir()) == ["a.png", "a_2.png", "b.png", "predictions.json"]
     model = Detector.load_from_checkpoint(checkpoint, map_location="cpu").eval()
-    assert (model.classes, model.preprocessing.min_size) == (["cat", "dog"], 96)
+    assert (model.classes, model.preprocessing.min_size) == (["cat", "dog"], 72)
     with torch.no_grad():
         [found] = model([model.read(photographs / "b.png")])
     ours = written.loadAnns(written.getAnnIds(imgIds=[2]))

@@ -50,9 +50,10 @@ REFUSED: dict[str, tuple[str, str]] = {
 def command(make_masks: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The arguments of a run of one epoch of three steps, which has ended."""
     folder = tmp_path_factory.mktemp("resume")
-    options = ["fit", "-c", "masks_rednet50", "--model.backbone", "rednet26", "--trainer.default_root_dir", str(folder)]
+    options = ["fit", "-c", "masks_rednet50", "--model.backbone", "rednet26", "--model.neck", "convolution", *QUIET]
+    options += ["--trainer.default_root_dir", str(folder)]
     options += ["--model.backbone_kwargs", json.dumps(NARROW), "--model.model_kwargs", '{"channels": 16}']
-    options += ["--data.root", str(make_masks(folder / "masks", train=6)), "--data.classes", '["a", "b", "c"]', *QUIET]
+    options += ["--data.root", str(make_masks(folder / "masks", train=6)), "--data.classes", '["a", "b", "c"]']
     options += ["--data.num_workers", "0", "--data.resize", "48", "--data.crop", "64", "--data.batch_size", "2"]
     options += ["--trainer.limit_val_batches", "1", "--trainer.check_val_every_n_epoch", "1"]
     run([*options, "--trainer.max_epochs", "1", "--model.lr", "0.3"])
@@ -96,9 +97,5 @@ def test_options_of_data_and_trainer_are_in_force(resumed: TaskCLI) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_options_that_would_need_other_weights_are_refused(name: str, command: list[str], capsys: Any) -> None:
     value, message = REFUSED[name]
-    try:
-        assert main([*command, f"--model.{name}", value]) == 1
-        error = capsys.readouterr().err
-    except ValueError as raised:
-        error = str(raised)
-    assert message in error
+    assert main([*command, f"--model.{name}", value]) == 1
+    assert message in capsys.readouterr().err

@@ -36,7 +36,10 @@ FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "
         (["--trainer.log_every_n_steps", "-1"], "trainer.log_every_n_steps must be at least 0, got -1"),
         (["--trainer.min_epochs", "-1"], "trainer.min_epochs must be at least 0, got -1"),
         (["--trainer.min_epochs", "5"], "trainer.min_epochs must be at most max_epochs, which is 1, got 5"),
-        (["--trainer.min_steps", "9", "--trainer.max_steps", "2"], "trainer.min_steps must be at most max_steps, which"),
+        (
+            ["--trainer.min_steps", "9", "--trainer.max_steps", "2"],
+            "trainer.min_steps must be at most max_steps, which",
+        ),
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval must be above 0, got 0; trainer.limit_val"),
         (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
         (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches must be at least 1, got 0"),

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
@@ -153,6 +154,13 @@ class TaskModule(LightningModule, ABC):
         net: nn.Module = self.net
         return net
 
+    @property
+    def prints_tables(self) -> bool:
+        """Whether evaluation prints all scores; in training only with a progress bar, else an epoch is one line."""
+        trainer = self.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return not trainer.sanity_checking and (not fitting or trainer.progress_bar_callback is not None)
+
     def plain_norms(self) -> list[nn.Module]:
         """The batch norms that `--trainer.sync_batchnorm true` leaves unchanged."""
         return []
@@ -230,8 +238,12 @@ class TaskModule(LightningModule, ABC):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            pairs = {name: (self.hparams.get(name), self._loaded.get(name)) for name in _NETWORK if name in self.hparams}
-            other = [f"model.{name} {theirs!r}, got {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+            pairs = {
+                name: (self.hparams.get(name), self._loaded.get(name)) for name in _NETWORK if name in self.hparams
+            }
+            other = [
+                f"model.{name} {theirs!r}, got {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs
+            ]
             if not other or not self._loaded:
                 raise
             raise ValueError(

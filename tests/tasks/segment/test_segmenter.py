@@ -168,12 +168,13 @@ def test_predictions_are_drawn_and_written(trained: Path, tmp_path: Path, capsys
 @pytest.mark.parametrize(
     "options", [{"window": (24, 32), "window_stride": (12, 16)}, {"scales": (0.75, 1.0), "flip": True}]
 )
-def test_other_inference_settings(trained: Path, options: dict[str, Any]) -> None:
+def test_other_inference_settings(trained: Path, options: dict[str, Any], caplog: Any) -> None:
     checkpoint, root = trained / "checkpoints" / "last.ckpt", trained.parents[1] / "masks"
     given = [part for name, value in options.items() for part in (f"--model.{name}", json.dumps(value))]
     cli = run(["validate", "-c", str(trained / "config.yaml"), "--ckpt_path", str(checkpoint), *given, *QUIET[:4],
                "--trainer.default_root_dir", str(trained.parent / "again")])  # fmt: skip
     found = float(cli.trainer.callback_metrics["val/mIoU"])
+    assert f"mIoU           {100 * found:6.2f}" in caplog.text
     [logged] = [row for row in metrics(trained) if "val/mIoU" in row]
     assert found > 0.3
     assert found != logged["val/mIoU"]
@@ -336,7 +337,7 @@ def test_recipes_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_recipe_runs(recipe: str, tree: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_recipe_runs(recipe: str, tree: Callable[[str], Path], tmp_path: Path, caplog: Any) -> None:
     kind = "cityscapes" if recipe.endswith("_80k") else recipe.partition("_")[0]
     small = ["--data.num_workers", "0", "--data.batch_size", "2", "--data.resize", "32", "--data.crop", "[32, 32]"]
     where = ["--data.root", str(tree(kind)), "--trainer.default_root_dir", str(tmp_path)]
@@ -344,3 +345,4 @@ def test_every_recipe_runs(recipe: str, tree: Callable[[str], Path], tmp_path: P
     cli = run(["fit", "-c", recipe, *small, *where, *more, *QUIET[:4], "--trainer.fast_dev_run", "1"])
     assert cli.trainer.global_step == 1
     assert "val/mIoU" in cli.trainer.callback_metrics
+    assert "val, percent:" not in caplog.text  # redirected, an epoch is one line

@@ -205,8 +205,9 @@ class Detector(TaskModule):
         categories = list(annotations.categories)
         results = [one for image, found in everything.items() for one in as_results(image, found, categories, kind)]
         numbers, summary = average_precision(ground_truth(annotations), results, kind, everything)
-        if not self.trainer.sanity_checking:
+        if self.prints_tables:
             print(f"{part}, {len(everything)} images, {KINDS[kind]}:", *summary, sep="\n")
+        if not self.trainer.sanity_checking:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}

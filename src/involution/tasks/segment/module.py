@@ -274,7 +274,7 @@ class Segmenter(TaskModule):
     def _evaluate(self, part: str) -> None:
         found = scores(self.confusion.compute(), self.classes)
         self.confusion.reset()
-        if not self.trainer.sanity_checking:
+        if self.prints_tables:
             rank_zero_info(f"{part}, percent:\n{table(found)}")
         self.log_dict({f"{part}/{name}": value for name, value in found.items()})
 

@@ -32,7 +32,7 @@ FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "
         ),
         (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
-        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be at least 0, got -1"),
         (["--trainer.log_every_n_steps", "-1"], "trainer.log_every_n_steps must be at least 0, got -1"),
         (["--trainer.min_epochs", "-1"], "trainer.min_epochs must be at least 0, got -1"),
         (["--trainer.min_epochs", "5"], "trainer.min_epochs must be at most max_epochs, which is 1, got 5"),

@@ -24,7 +24,6 @@ from .finite_loss import FiniteLoss
 from .images import read_image
 from .writer import PredictionWriter
 
-
 _NETWORK = ("model_name", "backbone", "neck", "head", "backbone_kwargs", "model_kwargs")  # define a network's weights
 
 
@@ -99,7 +98,7 @@ class TaskModule(LightningModule, ABC):
         Raises:
             ValueError: one is too small, or warmup_ratio is above 1.
         """
-        minima = {name: 0 for name in ("lr", "momentum", "weight_decay", "warmup_steps", "warmup_ratio")}
+        minima = dict.fromkeys(("lr", "momentum", "weight_decay", "warmup_steps", "warmup_ratio"), 0)
         for name, minimum in {**minima, "lr_batch_size": 1}.items():
             value = self.hparams.get(name)
             if value is not None and value < minimum:

@@ -1,6 +1,7 @@
 """Data in COCO's format: the content of batches, scales and groups, and errors."""
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from involution.engine.images import UnreadableImage
+from involution.engine.module import Reader
 from involution.tasks.detect import COCO
 from involution.tasks.detect.annotations import AnnotationError
 from involution.tasks.detect.data.sampling import GroupedSampler
@@ -130,6 +132,17 @@ def test_batches_are_of_one_shape(coco_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "replicas", "size"), [(53, 1, 4), (53, 2, 4), (8, 3, 2), (3, 1, 8)])
+def test_loader_workers_receive_no_module(coco_folder: Path) -> None:
+    """Python 3.14 pickles what they get; neither the data module, nor the trainer and its network, are part of it."""
+    made = data(coco_folder, masks=True)
+    reader = Reader(made.preprocessing.evaluation())
+    for loader in (made.train_dataloader(), made.val_dataloader()):
+        content = pickle.dumps((loader.dataset, loader.collate_fn, reader))
+        assert b"EvaluationImages" in content or b"TrainingImages" in content
+        assert b"lightning" not in content
+        assert b"torch.nn" not in content
+
+
 def test_grouping_keeps_every_image_and_resumes(count: int, replicas: int, size: int) -> None:
     random = np.random.default_rng(0)
     wide = random.random(count) < 0.6

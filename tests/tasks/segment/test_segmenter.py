@@ -193,8 +193,8 @@ def test_inference_options_of_predict(trained: Path, tmp_path: Path, capsys: pyt
         ("plain", [], {}),
         (
             "window",
-            ["--window", "[24, 32]", "--window_stride", "[12, 16]"],
-            {"window": (24, 32), "window_stride": (12, 16)},
+            ["--window", "24", "--window_stride", "[12, 16]"],  # one number is a square
+            {"window": (24, 24), "window_stride": (12, 16)},
         ),
         ("scales", ["--scales", "[0.5]", "--flip", "true"], {"scales": (0.5,), "flip": True}),
     ):

@@ -131,7 +131,6 @@ def test_batches_are_of_one_shape(coco_folder: Path) -> None:
     assert all(len(set(batch)) == 1 for batch in shapes[:2])
 
 
-@pytest.mark.parametrize(("count", "replicas", "size"), [(53, 1, 4), (53, 2, 4), (8, 3, 2), (3, 1, 8)])
 def test_loader_workers_receive_no_module(coco_folder: Path) -> None:
     """Python 3.14 pickles what they get; neither the data module, nor the trainer and its network, are part of it."""
     made = data(coco_folder, masks=True)
@@ -143,6 +142,16 @@ def test_loader_workers_receive_no_module(coco_folder: Path) -> None:
         assert b"torch.nn" not in content
 
 
+@pytest.mark.parametrize(("size", "batches"), [(48, [5, 1]), (32, [5])])
+def test_a_last_image_whose_features_could_be_a_pixel_is_dropped(
+    size: int, batches: list[int], coco_folder: Path
+) -> None:
+    """The backbone's stride is 32: at that size a batch norm could have one value per channel."""
+    made = data(coco_folder, min_size=size, batch_size=5, group_by_shape=False)
+    assert [len(images) for images, _ in made.train_dataloader()] == batches
+
+
+@pytest.mark.parametrize(("count", "replicas", "size"), [(53, 1, 4), (53, 2, 4), (8, 3, 2), (3, 1, 8)])
 def test_grouping_keeps_every_image_and_resumes(count: int, replicas: int, size: int) -> None:
     random = np.random.default_rng(0)
     wide = random.random(count) < 0.6

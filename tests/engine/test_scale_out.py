@@ -33,6 +33,12 @@ def with_lightning(folder: Path, *arguments: str) -> None:
     subprocess.run([sys.executable, *CLI, *arguments], cwd=folder, check=True, timeout=300)
 
 
+def with_variables(folder: Path, *arguments: str) -> None:
+    """Two processes with the variables that torchrun sets."""
+    for run in ranks(folder, command, *arguments):
+        run.finish()
+
+
 def with_slurm(folder: Path, *arguments: str) -> None:
     """Two tasks, as srun starts them."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
@@ -65,7 +71,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launch", [with_torchrun, with_slurm, pytest.param(with_lightning, marks=pytest.mark.slow)])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in (with_torchrun, with_lightning)]  # each imports everything
+
+
+@pytest.mark.parametrize("launch", [with_variables, with_slurm, *SLOW])
 def test_two_processes_train_as_one_does(launch: Any, alone: Path, tmp_path: Path) -> None:
     """Two batches of four equal one of eight: gradients, norm statistics, losses and accuracies."""
     launch(tmp_path, *OPTIONS, *TWO, "--data.batch_size", "4", *OUT)

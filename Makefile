@@ -20,7 +20,7 @@ demo: $(INSTALLED)
 # test files, because much of a test runs on one thread.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
-	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.02 $(BIN)/pytest -n 2 $(INTERPRETED) -k "random or interpreted or taps_outside"
+	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.012 $(BIN)/pytest -n 2 $(INTERPRETED) -k "random or interpreted or taps_outside"
 
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled
 # ahead of time for four targets. About ten minutes each.

@@ -28,6 +28,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[dict]]:
     monkeypatch.setattr(loading, "PHOTOGRAPHS", 2)
     some = ("inference", "training")  # each is a process
     monkeypatch.setattr(memory, "MEMORY_CASES", {what: memory.MEMORY_CASES[what] for what in some})
+    monkeypatch.setattr(memory, "VOLUME_CASES", {"volume": memory.VOLUME_CASES["volume"]})
     monkeypatch.setattr(models, "optimize", lambda model, image: model)
     names = ("rednet14_cifar", "resnet14_cifar")
     pairs, roofline = command.workloads(SMALL, [1, 2]), Roofline(1e11, 1e10)

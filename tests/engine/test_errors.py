@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from involution.cli import main
 from involution.engine.errors import one_line
 from involution.engine.images import UnreadableImage
+from involution.engine.trainer_options import check_trainer_options
 from involution.tasks.classify import Classifier, ImageFolder
 
 FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "1"]
@@ -32,6 +34,13 @@ FIT = ["fit", "-c", "digits_rednet", "--trainer.enable_progress_bar", "false", "
         ),
         (["--model.mixup", "-1"], "mixup must be at least 0, got -1.0"),
         (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--trainer.gradient_clip_val", "-1"], "trainer.gradient_clip_val must be at least 0, got -1"),
+        (["--trainer.accelerator", "cpu", "--trainer.devices", "-1"], "trainer.devices: `devices` selected with `CPU"),
+        (["--model.weight_decay", "-1"], "weight_decay must be at least 0, got -1.0"),
+        (["--model.warmup_steps", "-1"], "warmup_steps must be at least 0, got -1"),
+        (["--model.warmup_ratio", "2"], "warmup_ratio must be at most 1, got 2.0"),
+        (["--model.lr_batch_size", "0"], "lr_batch_size must be at least 1, got 0"),
+        (["--model.label_smoothing", "1"], "label_smoothing must be in [0, 1), got 1.0"),
         (["--model.model_kwargs", '{"in_chans": 1}'], "model_kwargs.in_chans must be 3, or left out, got 1"),
     ],
 )
@@ -44,6 +53,39 @@ def test_an_option_that_does_not_fit_is_one_line(
     assert main([*FIT, "--trainer.max_epochs", "1", *options]) == 1
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("involution fit: ")]
     assert line.startswith(f"involution fit: {message}")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": -1.0}, "trainer.gradient_clip_val must be at least 0, got -1.0"),
+        ({"log_every_n_steps": -1}, "trainer.log_every_n_steps must be at least 0, got -1"),
+        ({"min_epochs": -1}, "trainer.min_epochs must be at least 0, got -1"),
+        ({"min_steps": -1}, "trainer.min_steps must be at least 0, got -1"),
+        ({"min_epochs": 5, "max_epochs": 1}, "trainer.min_epochs must be at most max_epochs, which is 1, got 5"),
+        ({"min_steps": 9, "max_steps": 2}, "trainer.min_steps must be at most max_steps, which is 2, got 9"),
+        ({"val_check_interval": 0}, "trainer.val_check_interval must be above 0, got 0; trainer.limit_val_batches 0"),
+        ({"check_val_every_n_epoch": 0}, "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        ({"accumulate_grad_batches": 0}, "trainer.accumulate_grad_batches must be at least 1, got 0"),
+        ({"num_sanity_val_steps": -2}, "trainer.num_sanity_val_steps must be at least -1, got -2"),
+    ],
+)
+def test_numbers_of_the_trainer_that_make_no_sense(options: dict[str, float], message: str) -> None:
+    """Lightning takes them in silence, or fails on them in the midst of a run."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_trainer_options(options)
+
+
+def test_numbers_of_the_trainer_that_mean_something() -> None:
+    check_trainer_options({"gradient_clip_val": 0, "log_every_n_steps": 0, "num_sanity_val_steps": -1})
+    check_trainer_options({"min_epochs": 3, "max_epochs": -1, "min_steps": 3, "max_steps": None})
+
+
+def test_one_value_per_channel_names_the_option() -> None:
+    with pytest.raises(ValueError, match="per channel") as raised:
+        torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1))
+    want = "batch_size must be at least 2, or images larger: a batch norm has one value per channel in [1, 4, 1, 1]"
+    assert one_line(raised.value) == want
 
 
 def test_a_runtime_error_is_one_line_and_its_traceback_is_kept() -> None:
@@ -92,7 +134,7 @@ def test_a_locale_without_utf_8(tmp_path: Path) -> None:
     quick = ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
     options = ["--data.root", str(tmp_path), "--data.image_size", "32", "--data.num_workers", "0"]
     options += ["--data.batch_size", "4", "--model.model_name", "rednet14_cifar", "--trainer.max_epochs", "1"]
-    environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    environment = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     fit = ["fit", "-c", "imagefolder_rednet50", *options, *quick]
     last = "runs/imagefolder_rednet50/version_0/checkpoints/last.ckpt"
     predict = ["predict", "--ckpt_path", last, "--data.predict_path", str(tmp_path / "val"), "--output", "out", *quick]

@@ -174,6 +174,25 @@ def test_every_missing_checkpoint_is_named_with_its_score(tmp_path: Path, caplog
     assert callback.best_model_path == str(tmp_path / "b.ckpt")
 
 
+@pytest.mark.parametrize(("mode", "best"), [("max", "a.ckpt"), ("min", "c.ckpt")])
+def test_fewer_best_checkpoints_than_the_earlier_run_kept(mode: str, best: str, tmp_path: Path) -> None:
+    """Three, and now one: the next is compared with the best of them, and no file is deleted."""
+    recorded = {
+        str(tmp_path / f"{name}.ckpt"): torch.tensor(score) for name, score in (("a", 0.9), ("b", 0.8), ("c", 0.7))
+    }
+    for path in recorded:
+        Path(path).touch()
+    callback = BestCheckpoint(dirpath=tmp_path, monitor="val/top1", mode=mode, save_top_k=1)
+    callback.load_state_dict(callback.state_dict() | {"best_k_models": recorded})
+    assert [Path(path).name for path in callback.best_k_models] == [best]
+    assert Path(callback.best_model_path).name == Path(callback.kth_best_model_path).name == best
+    better, trainer = torch.tensor(0.95 if mode == "max" else 0.6), SimpleNamespace(strategy=SimpleNamespace())
+    trainer.strategy.reduce_boolean_decision = bool
+    assert callback.check_monitor_top_k(trainer, better)  # type: ignore[arg-type]
+    assert not callback.check_monitor_top_k(trainer, torch.tensor(0.75))  # type: ignore[arg-type]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 class TwoOptimizers:
     """What GivenOptions reads of a trainer: a LambdaLR for the first optimizer, OneCycleLR for the second."""
 

@@ -1,6 +1,7 @@
 """Two processes on one machine, over gloo, compute what one process computes alone."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,23 +21,22 @@ OPTIONS = [
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.sync_batchnorm", "true"]
 
 
-def torchrun(folder: Path, script: str, *arguments: str, code: int = 0, **environment: str) -> None:
-    """torch's launcher, which starts two processes of a script."""
-    port = ["--nproc-per-node", "2", "--master-port", str(free_port())]
-    everything = {**os.environ, **environment}
-    line = [sys.executable, "-m", "torch.distributed.run", *port, script, *arguments]
-    done = subprocess.run(line, cwd=folder, env=everything, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-
-
 def with_torchrun(folder: Path, *arguments: str) -> None:
-    """torchrun starts both processes."""
-    torchrun(folder, "-m", "involution.cli", *arguments)
+    """torch's launcher starts both processes."""
+    port = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    line = [sys.executable, "-m", "torch.distributed.run", *port, *CLI, *arguments]
+    subprocess.run(line, cwd=folder, check=True, timeout=300)
 
 
 def with_lightning(folder: Path, *arguments: str) -> None:
     """Lightning itself starts the second process."""
     subprocess.run([sys.executable, *CLI, *arguments], cwd=folder, check=True, timeout=300)
+
+
+def with_variables(folder: Path, *arguments: str) -> None:
+    """Two processes with the variables that torchrun sets."""
+    for run in ranks(folder, command, *arguments):
+        run.finish()
 
 
 def with_slurm(folder: Path, *arguments: str) -> None:
@@ -71,7 +71,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("launch", [with_torchrun, with_slurm, pytest.param(with_lightning, marks=pytest.mark.slow)])
+SLOW = [pytest.param(one, marks=pytest.mark.slow) for one in (with_torchrun, with_lightning)]  # each imports everything
+
+
+@pytest.mark.parametrize("launch", [with_variables, with_slurm, *SLOW])
 def test_two_processes_train_as_one_does(launch: Any, alone: Path, tmp_path: Path) -> None:
     """Two batches of four equal one of eight: gradients, norm statistics, losses and accuracies."""
     launch(tmp_path, *OPTIONS, *TWO, "--data.batch_size", "4", *OUT)
@@ -94,22 +97,23 @@ def test_without_synchronised_norms_the_statistics_differ(alone: Path, tmp_path:
     assert not torch.allclose(*means, rtol=1e-3)
 
 
-KILLED = """
-import os, signal, sys
-from lightning.pytorch import Trainer
-from involution.cli import main
-step = Trainer.global_step.fget
-def global_step(self):
-    if step(self) == int(os.environ["KILL_AT"]) and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self)
-Trainer.global_step = property(global_step)
-sys.exit(main(sys.argv[1:]))
-"""
+def killed(*arguments: str) -> int:
+    """The command line, whose second process is killed at step 5."""
+    from lightning.pytorch import Trainer
+
+    step: Any = Trainer.global_step.fget  # type: ignore[attr-defined]
+
+    def global_step(self: Trainer) -> int:
+        if step(self) == 5 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return int(step(self))
+
+    Trainer.global_step = property(global_step)  # type: ignore[assignment, method-assign]
+    return command(*arguments)
 
 
 def test_a_run_of_two_processes_resumes_after_a_kill(tmp_path: Path) -> None:
-    """One of two is killed in the second epoch, torchrun ends the other, and last.ckpt leads to the same weights."""
+    """One of two is killed in the second epoch, the other one ends, and last.ckpt leads to the same weights."""
     options = [*OPTIONS, *TWO, *OUT, "--trainer.deterministic", "true", "--data.batch_size", "4"]
     # Not 64-true: Lightning loads weights before it makes the network double.
     options += ["--recovery.every_n_train_steps", "2", "--trainer.precision", "32-true"]
@@ -117,9 +121,8 @@ def test_a_run_of_two_processes_resumes_after_a_kill(tmp_path: Path) -> None:
     whole.mkdir()
     broken.mkdir()
     uninterrupted = ranks(whole, command, *options)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    torchrun(broken, str(script), *options, code=1, KILL_AT="5")
+    for run, code in zip(ranks(broken, killed, *options), (1, -signal.SIGKILL), strict=True):
+        run.finish(code)
     assert not list(broken.rglob("*.part"))
     for run in [*uninterrupted, *ranks(broken, command, *options, "--ckpt_path", "last")]:
         run.finish()

@@ -196,7 +196,8 @@ def test_compile_export_autocast_and_training_agree_with_eager(dims: int) -> Non
     layer = LAYERS[dims](32, 3, 2, kernel_init="paper").eval()
     x = torch.randn(2, 32, *ONES[dims])
     expected = layer(x).detach()
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # with gradients Inductor would compile a backward that nothing here runs
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(torch.export.export(layer, (x,)).module()(x), expected, rtol=1e-5, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)

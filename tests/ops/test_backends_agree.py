@@ -34,9 +34,9 @@ def assert_agrees(name: str, call: Call, seed: int) -> None:
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_random_geometries(dims: int) -> None:
-    """700 geometries per dimension, each on every backend."""
+    """500 geometries per dimension, each on every backend."""
 
-    @settings(max_examples=examples(700))
+    @settings(max_examples=examples(500))
     @given(call=calls(dims), seed=st.integers(0, 2**16))
     def check(call: Call, seed: int) -> None:
         for name in BACKENDS:

@@ -18,6 +18,7 @@ from .recipes import resolve_configs
 from .resume import BestCheckpoint, EpochCounterFix, GivenOptions
 from .sampling import RandomStates
 from .sync_batch_norm import SyncBatchNorms
+from .trainer_options import check_trainer_options
 
 
 class TaskCLI(LightningCLI):
@@ -71,6 +72,7 @@ class TaskCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Logs to CSV and TensorBoard unless `trainer.logger` is given; checkpoints are written atomically."""
         trainer = self.config[self.subcommand]["trainer"]
+        check_trainer_options(trainer)
         plugins = trainer["plugins"] or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         plugins = [*plugins, AtomicCheckpointIO()]
@@ -83,7 +85,12 @@ class TaskCLI(LightningCLI):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = on_a_terminal()
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            if not str(error).startswith("`devices`"):  # -1 on a CPU
+                raise
+            raise ValueError(f"trainer.devices: {error}, got {trainer['devices']!r}") from error
 
     def after_fit(self) -> None:
         """Prints the best score, its checkpoint and the next commands."""

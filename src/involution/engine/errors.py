@@ -23,6 +23,9 @@ def one_line(error: BaseException) -> str:
     if "Original Traceback (most recent call last)" in message:
         message = re.sub(r"^[\w.]+: ", "", _last_paragraph(message))
     message = re.sub(r"\s*\n\s*", " ", message.strip()) or type(error).__name__
+    if message.startswith("Expected more than 1 value per channel"):  # torch's, which names no option
+        shape = message[message.find("[") : message.rfind("]") + 1]
+        return f"batch_size must be at least 2, or images larger: a batch norm has one value per channel in {shape}"
     if not isinstance(error, RuntimeError):
         return message
     with tempfile.NamedTemporaryFile("w", prefix="involution-", suffix=".txt", delete=False, encoding="utf-8") as file:

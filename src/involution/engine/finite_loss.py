@@ -59,7 +59,7 @@ class FiniteLoss(Callback):
             finding, name = "of another process is not finite", "diagnosis_rank*.txt"
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(f"{what} {finding} ({place})\n{report}\n")
+            (folder / name).write_text(f"{what} {finding} ({place})\n{report}\n", encoding="utf-8")
             print(report, flush=True)
         trainer.strategy.barrier()  # the launcher ends the others as soon as one process ends
         raise FloatingPointError(f"the {what} {finding} ({place}): see {folder / name}; {_last_good(trainer)}")

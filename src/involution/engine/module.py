@@ -2,7 +2,7 @@
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from PIL import Image
@@ -22,6 +23,8 @@ from .data import TaskData
 from .finite_loss import FiniteLoss
 from .images import read_image
 from .writer import PredictionWriter
+
+_NETWORK = ("model_name", "backbone", "neck", "head", "backbone_kwargs", "model_kwargs")  # define a network's weights
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -85,8 +88,23 @@ class TaskModule(LightningModule, ABC):
         self.classes = [str(index) for index in range(num_classes)]
         self.preprocessing: Any = None  # of `preprocessing_type`, once data or a checkpoint define it
         self._data_classes: list[str] | None = None
+        self._loaded: dict[str, Any] = {}  # the hyperparameters of a checkpoint that is being loaded
         self._backbone_file: str | None = None  # that backbone_weights named
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def check_rates(self) -> None:
+        """Checks the hyperparameters of optimizer and warm-up, which torch accepts below their minimum.
+
+        Raises:
+            ValueError: one is too small, or warmup_ratio is above 1.
+        """
+        minima = dict.fromkeys(("lr", "momentum", "weight_decay", "warmup_steps", "warmup_ratio"), 0)
+        for name, minimum in {**minima, "lr_batch_size": 1}.items():
+            value = self.hparams.get(name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+        if self.hparams["warmup_ratio"] > 1:
+            raise ValueError(f"warmup_ratio must be at most 1, got {self.hparams['warmup_ratio']!r}")
 
     @staticmethod
     @abstractmethod
@@ -134,6 +152,13 @@ class TaskModule(LightningModule, ABC):
         """The part of `net` that `init_from` fills."""
         net: nn.Module = self.net
         return net
+
+    @property
+    def prints_tables(self) -> bool:
+        """Whether evaluation prints all scores; in training only with a progress bar, else an epoch is one line."""
+        trainer = self.trainer
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return not trainer.sanity_checking and (not fitting or trainer.progress_bar_callback is not None)
 
     def plain_norms(self) -> list[nn.Module]:
         """The batch norms that `--trainer.sync_batchnorm true` leaves unchanged."""
@@ -190,6 +215,7 @@ class TaskModule(LightningModule, ABC):
             ValueError: the data module's classes are not the checkpoint's.
         """
         self._init_from = None
+        self._loaded = dict(checkpoint.get("hyper_parameters", {}))
         stored = checkpoint.get("involution")
         if stored is None:
             return
@@ -200,6 +226,29 @@ class TaskModule(LightningModule, ABC):
             self.preprocessing = self.preprocessing_type(**values) if values else None
         elif self._data_classes != stored["classes"]:
             raise ValueError(_difference(stored["classes"], self._data_classes))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Fills the module.
+
+        Raises:
+            ValueError: the weights do not fit, because the checkpoint's network has other options.
+            RuntimeError: they do not fit for another reason.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            pairs = {
+                name: (self.hparams.get(name), self._loaded.get(name)) for name in _NETWORK if name in self.hparams
+            }
+            other = [
+                f"model.{name} {theirs!r}, got {ours!r}" for name, (ours, theirs) in pairs.items() if ours != theirs
+            ]
+            if not other or not self._loaded:
+                raise
+            raise ValueError(
+                f"the network must be the checkpoint's, with {'; '.join(other)}; to start another network from these "
+                "weights, give model.init_from and no ckpt_path"
+            ) from error
 
     def on_train_start(self) -> None:
         """Starts the clock: an epoch that a run resumes in the middle of is timed from here."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 
@@ -34,6 +34,9 @@ class BestCheckpoint(ModelCheckpoint):
             scores = ", ".join(f"{path} ({self.monitor} {float(recorded[path]):.4f})" for path in missing)
             rank_zero_info(f"new checkpoints are not compared with these, whose files do not exist: {scores}")
         best, worst = (min, max) if self.mode == "min" else (max, min)
+        if len(kept) > self.save_top_k > 0:  # the earlier run kept more
+            ranked = sorted(kept, key=lambda path: float(kept[path]), reverse=self.mode == "max")
+            kept = {path: kept[path] for path in ranked[: self.save_top_k]}
         best_path = best(kept, key=lambda path: kept[path]) if kept else ""
         kth_path = worst(kept, key=lambda path: kept[path]) if len(kept) == self.save_top_k else ""
         restored = {
@@ -64,14 +67,32 @@ class GivenOptions(Callback):
     def __init__(self) -> None:
         self._patience: list[tuple[EarlyStopping, int]] = []
         self._groups: list[list[dict[str, Any]]] = []
+        self._trained: int | None = None  # the parameters that the checkpoint's optimizers train
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Records the patience, before callbacks are restored."""
         stopping: list[Any] = [one for one in trainer.callbacks if isinstance(one, EarlyStopping)]  # type: ignore[attr-defined]
         self._patience = [(one, one.patience) for one in stopping]
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Counts the parameters of the checkpoint's optimizers."""
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
+        self._trained = sum(len(group["params"]) for group in groups) if groups else None
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Records the optimizers' options, before they are restored."""
+        """Records the optimizers' options, before they are restored.
+
+        Raises:
+            ValueError: the checkpoint's run trained other parameters.
+        """
+        found = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        unfreezing = any(isinstance(one, BaseFinetuning) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if self._trained not in (None, found) and not unfreezing:
+            raise ValueError(
+                f"the trained parameters must be the checkpoint's, {self._trained} tensors, got {found}; options that "
+                "freeze parameters, such as model.frozen_stages, must be left out on resume, or ckpt_path, to start "
+                "another run from these weights by model.init_from"
+            )
         self._groups = [
             [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
             for optimizer in trainer.optimizers

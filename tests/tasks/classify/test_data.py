@@ -254,15 +254,17 @@ def test_image_files_are_checked_before_training(tmp_path):
         ImageFolder(str(tmp_path), on_error="skip").setup("fit")
 
 
-def test_broken_validation_images_are_not_left_out_silently(tmp_path):
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_validation_images_are_never_left_out(tmp_path, on_error):
+    """Not when files are checked, and not when they are read."""
     write_tree(tmp_path, {split: {"cat": 2, "dog": 2} for split in ("train", "val")})
     damage(tmp_path, "val/cat/1.jpg")
+    with pytest.raises(ValueError, match=r"val.cat.1\.jpg cannot be read .* out of training"):
+        ImageFolder(str(tmp_path), on_error=on_error).setup("fit")
+    data = ImageFolder(str(tmp_path), num_workers=0, on_error=on_error, check_files=False)
+    data.setup("validate")
     with pytest.raises(ValueError, match=r"val.cat.1\.jpg cannot be read"):
-        ImageFolder(str(tmp_path)).setup("fit")
-    data = ImageFolder(str(tmp_path), on_error="skip")
-    with pytest.warns(UserWarning, match=r"1 images of val are replaced by others: .*cat.1\.jpg"):
-        data.setup("fit")
-    assert len(data.val_set) == 4
+        list(data.val_dataloader())
 
 
 def test_hidden_folders_and_files_are_skipped(tmp_path):

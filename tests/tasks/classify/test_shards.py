@@ -143,17 +143,15 @@ def test_a_shard_cut_between_two_members_is_named(tmp_path: Path) -> None:
         TarImages([tmp_path / "a.tar"], 3, level)
 
 
-def test_a_broken_image_is_named_or_skipped(tmp_path: Path) -> None:
-    broken = [("000.png", b"no image"), ("000.cls", b"0"), *samples([1])]
-    write(tmp_path / "val.tar", broken)
-    shards = Shards("", str(tmp_path / "val.tar"), 3, num_workers=0)
-    shards.setup("validate")
-    with pytest.raises(ValueError, match=r"val\.tar: 000 cannot be read as an image"):
-        list(shards.val_dataloader())
-    shards = Shards("", str(tmp_path / "val.tar"), 3, num_workers=0, on_error="skip")
-    shards.setup("validate")
+def test_a_broken_image_is_named_or_left_out_of_training(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "a.tar", [("000.png", b"no image"), ("000.cls", b"0"), *samples([1])]))
+    for on_error in ("raise", "skip"):
+        shards = Shards(file, file, 3, num_workers=0, batch_size=2, on_error=on_error)
+        shards.setup("fit")
+        with pytest.raises(ValueError, match=r"a\.tar: 000 cannot be read as an image"):
+            list(shards.val_dataloader())
     with pytest.warns(RuntimeWarning, match=r"skipped: .*000 cannot be read"):
-        [(_, labels)] = shards.val_dataloader()
+        [(_, labels)] = shards.train_dataloader()
     assert labels.tolist() == [1, 1]
     with pytest.warns(UserWarning, match="1 files could not be read and were skipped"):
-        shards.teardown("validate")
+        shards.teardown("fit")

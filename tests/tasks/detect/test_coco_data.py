@@ -1,6 +1,7 @@
 """Data in COCO's format: the content of batches, scales and groups, and errors."""
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 from PIL import Image
 
 from involution.engine.images import UnreadableImage
+from involution.engine.module import Reader
 from involution.tasks.detect import COCO
 from involution.tasks.detect.annotations import AnnotationError
 from involution.tasks.detect.data.sampling import GroupedSampler
@@ -127,6 +129,26 @@ def test_batches_are_of_one_shape(coco_folder: Path) -> None:
     shapes = [[image.shape[2] >= image.shape[1] for image in images] for images, _ in loader]
     assert sorted(map(len, shapes)) == [1, 2, 2, 2]
     assert all(len(set(batch)) == 1 for batch in shapes[:2])
+
+
+def test_loader_workers_receive_no_module(coco_folder: Path) -> None:
+    """Python 3.14 pickles what they get; neither the data module, nor the trainer and its network, are part of it."""
+    made = data(coco_folder, masks=True)
+    reader = Reader(made.preprocessing.evaluation())
+    for loader in (made.train_dataloader(), made.val_dataloader()):
+        content = pickle.dumps((loader.dataset, loader.collate_fn, reader))
+        assert b"EvaluationImages" in content or b"TrainingImages" in content
+        assert b"lightning" not in content
+        assert b"torch.nn" not in content
+
+
+@pytest.mark.parametrize(("size", "batches"), [(48, [5, 1]), (32, [5])])
+def test_a_last_image_whose_features_could_be_a_pixel_is_dropped(
+    size: int, batches: list[int], coco_folder: Path
+) -> None:
+    """The backbone's stride is 32: at that size a batch norm could have one value per channel."""
+    made = data(coco_folder, min_size=size, batch_size=5, group_by_shape=False)
+    assert [len(images) for images, _ in made.train_dataloader()] == batches
 
 
 @pytest.mark.parametrize(("count", "replicas", "size"), [(53, 1, 4), (53, 2, 4), (8, 3, 2), (3, 1, 8)])

@@ -1,5 +1,6 @@
 """The data modules: what they read, and their errors."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torchvision import tv_tensors
 from involution.engine.images import UnreadableImage
 from involution.tasks.segment import VOC, CamVid, Cityscapes, Folders, Pets
 from involution.tasks.segment.data.base import SegmentationData
+from involution.tasks.segment.module import SizedReader
 from involution.tasks.segment.preprocessing import Preprocessing, RandomCrop
 
 Tree = Callable[[str], Path]
@@ -142,6 +144,18 @@ def test_training_batches_are_complete(tree: Tree) -> None:
     module.batch_size = 5
     with pytest.raises(ValueError, match="batch_size must be at most 4, a process's images, got 5"):
         module.train_dataloader()
+
+
+def test_loader_workers_receive_no_module(tree: Tree) -> None:
+    """Python 3.14 pickles what they get; neither the data module, nor the trainer and its network, are part of it."""
+    module = data("masks", tree("masks"))
+    module.setup("fit")
+    reader = SizedReader(module.preprocessing.evaluation())
+    for loader in (module.train_dataloader(), module.val_dataloader()):
+        content = pickle.dumps((loader.dataset, loader.collate_fn, reader))
+        assert b"TrainingPairs" in content or b"EvaluationPairs" in content
+        assert b"lightning" not in content
+        assert b"torch.nn" not in content
 
 
 def damage(root: Path, kind: str) -> tuple[Path, str]:

@@ -104,8 +104,11 @@ class Classifier(TaskModule):
     ) -> None:
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        self.check_rates()
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes!r}: with one, every answer is right")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing!r}")
         self._mixing = _mixing(mixup, cutmix, num_classes)
         if not timm.is_model(model_name.partition(".")[0]) and ":" not in model_name:
             close = get_close_matches(model_name, timm.list_models(), 3)
@@ -236,7 +239,8 @@ class Classifier(TaskModule):
             {"params": others, "weight_decay": given["weight_decay"] if given["decay_all"] else 0.0},
         ]
         scale = self.lr_scale(given["lr_batch_size"])
-        optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=given["momentum"], nesterov=True)
+        momentum = given["momentum"]
+        optimizer = torch.optim.SGD(groups, lr=given["lr"] * scale, momentum=momentum, nesterov=momentum > 0)
         factor = partial(
             warmup_cosine,
             total=self.training_steps(),

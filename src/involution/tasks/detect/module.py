@@ -101,6 +101,7 @@ class Detector(TaskModule):
     ) -> None:
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        self.check_rates()
         if init_from is not None and backbone_weights is not None:
             raise ValueError(
                 f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
@@ -204,8 +205,9 @@ class Detector(TaskModule):
         categories = list(annotations.categories)
         results = [one for image, found in everything.items() for one in as_results(image, found, categories, kind)]
         numbers, summary = average_precision(ground_truth(annotations), results, kind, everything)
-        if not self.trainer.sanity_checking:
+        if self.prints_tables:
             print(f"{part}, {len(everything)} images, {KINDS[kind]}:", *summary, sep="\n")
+        if not self.trainer.sanity_checking:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"{part}.{KINDS[kind]}.json").write_text(json.dumps(results))
         return {f"{part}/{kind}_{name}": number for name, number in numbers.items()}

@@ -140,6 +140,7 @@ class Segmenter(TaskModule):
     ) -> None:
         super().__init__(num_classes, channels_last, init_from)
         self.save_hyperparameters()
+        self.check_rates()
         if init_from is not None and backbone_weights is not None:
             raise ValueError(
                 f"init_from and backbone_weights exclude each other, got {init_from!r} and {backbone_weights!r}"
@@ -190,20 +191,24 @@ class Segmenter(TaskModule):
     def on_train_start(self) -> None:
         """Refuses single images whose features are a pixel, which has no batch statistics."""
         super().on_train_start()
-        shared = any(isinstance(module, SyncBatchNorm | nn.SyncBatchNorm) for module in self.modules())
         data = getattr(self.trainer, "datamodule", None)
-        if getattr(data, "batch_size", 2) * (self.trainer.world_size if shared else 1) > 1:
+        if getattr(data, "batch_size", 2) > 1:
             return
-        if self.hparams["model_name"] == "upernet":
+        if self.hparams["model_name"] == "upernet" and self._averages_over_a_process(self.net.pooling):
             raise ValueError("batch_size must be at least 2 for upernet, which pools images to a pixel each, got 1")
         features: Any = self.backbone
         stride = features.feature_info.reduction()[-1]
-        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in features.modules())
-        if norms and max(getattr(data, "crop", (stride + 1,))) <= stride:
+        if max(getattr(data, "crop", (stride + 1,))) <= stride and self._averages_over_a_process(self.net):
             raise ValueError(
-                f"batch_size must be at least 2, or crop larger than {stride} pixels, because the last stage's batch "
-                f"norms have one value per channel otherwise, got 1 and {data.crop}"  # type: ignore[union-attr]
+                f"batch_size must be at least 2, or crop larger than {stride} pixels, because batch norms at the last "
+                f"stage's stride have one value per channel otherwise, got 1 and {data.crop}"  # type: ignore[union-attr]
             )
+
+    def _averages_over_a_process(self, part: Any) -> bool:
+        """Whether a part of the network has batch norms over the images of one process, backbone or decoder."""
+        norms = [module for module in part.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        shared = self.trainer.world_size > 1
+        return not all(shared and isinstance(norm, SyncBatchNorm | nn.SyncBatchNorm) for norm in norms)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the palette to what every task stores."""
@@ -269,7 +274,7 @@ class Segmenter(TaskModule):
     def _evaluate(self, part: str) -> None:
         found = scores(self.confusion.compute(), self.classes)
         self.confusion.reset()
-        if not self.trainer.sanity_checking:
+        if self.prints_tables:
             rank_zero_info(f"{part}, percent:\n{table(found)}")
         self.log_dict({f"{part}/{name}": value for name, value in found.items()})
 

@@ -28,8 +28,8 @@ class Photographs(ClassificationData):
         resize: the shorter side before the centre crop, in pixels.
         auto_augment: a policy in timm's notation for the training images, such as rand-m9-mstd0.5-inc1.
         random_erasing: probability that a rectangle of a training image is replaced by noise.
-        on_error: for a file that cannot be read: "raise", or "skip" to use the next readable one instead, after a
-            warning.
+        on_error: for a file that cannot be read: "raise", or "skip" to train on the next readable one instead, after a
+            warning. Evaluation is on all files or none.
 
     Raises:
         ValueError: an argument does not fit.
@@ -60,14 +60,14 @@ class Photographs(ClassificationData):
         if stage == "fit":
             self.train_set = self._guarded(self._read("train", self._training))
         if stage in ("fit", "validate"):
-            self.val_set = self._guarded(self._read("val", self.preprocessing.evaluation()))
+            self.val_set = self._read("val", self.preprocessing.evaluation())
         if stage == "test":
-            self.test_set = self._guarded(self._read("test", self.preprocessing.evaluation()))
+            self.test_set = self._read("test", self.preprocessing.evaluation())
 
     def teardown(self, stage: str) -> None:
         """Warns of the number of files skipped in all processes."""
-        sets = [vars(self).get(f"{part}_set") for part in ("train", "val", "test")]
-        count = sum(int(self._anywhere(part.broken).sum()) for part in sets if isinstance(part, SkipUnreadable))
+        train = vars(self).get("train_set")
+        count = int(self._anywhere(train.broken).sum()) if isinstance(train, SkipUnreadable) else 0
         if count:
             rank_zero_warn(f"{count} files could not be read and were skipped (on_error=skip)")
 
@@ -108,7 +108,7 @@ class ImageFolder(Photographs):
         root: the tree.
         check_files: before training, check that every image file has a readable header and is complete. That takes
             about 0.1 ms of one core per file (two minutes for a million), more on slow file systems. With on_error
-            "skip", broken files are left out of training; in validation the next readable file replaces them.
+            "skip", broken files are left out of training.
         **photographs: see `Photographs`.
 
     Raises:
@@ -136,7 +136,7 @@ class ImageFolder(Photographs):
 
     def _check(self, split: str, dataset: Any) -> None:
         """Raises at the first broken file, or leaves broken ones out of training."""
-        images = dataset.dataset if self.on_error == "skip" else dataset
+        images = dataset.dataset if isinstance(dataset, SkipUnreadable) else dataset
         broken: dict[int, str] = self._by_first(partial(_broken, images, split))
         if not broken:
             return
@@ -144,8 +144,7 @@ class ImageFolder(Photographs):
         if self.on_error == "raise":
             raise UnreadableImage(f"{first}; on_error=skip leaves such files out of training")
         if split != "train":
-            rank_zero_warn(f"{len(broken)} images of {split} are replaced by others: {first} (on_error=skip)")
-            return
+            raise UnreadableImage(f"{first}; on_error=skip leaves images out of training, and none out of evaluation")
         kept = [index for index in range(len(images)) if index not in broken]
         lost = set(range(self.num_classes)) - {images.targets[index] for index in kept}
         if lost:

@@ -63,7 +63,6 @@ class COCO(TaskData):
     """
 
     collate = staticmethod(batch)
-    drop_single = False  # batch norms of one image average over many positions, because images are large
 
     def __init__(
         self,
@@ -92,6 +91,7 @@ class COCO(TaskData):
         super().__init__(batch_size, num_workers)
         sizes = [min_size] if train_min_sizes is None else train_min_sizes
         _check_sizes(min_size, max_size, sizes)
+        self.drop_single = min(sizes) <= 32  # else batch norms of one image average over several positions
         if jitter is not None and not 0 < jitter[0] <= jitter[1]:
             raise ValueError(f"jitter must be a range of positive scales, got {jitter!r}")
         if on_error not in ("raise", "skip"):

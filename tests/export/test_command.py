@@ -134,7 +134,7 @@ def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ([str(tmp_path / "none.ckpt"), *to], 1, "which is no file"),
         ([str(tmp_path / "text.ckpt"), *to], 1, "model must be a checkpoint of involution fit, got"),
         ([str(saved(bare, tmp_path)), *to], 1, "model must carry its preprocessing, got"),
-        ([str(detector), *to], 1, "model must be a classifier or a segmenter, got"),
+        ([str(detector), *to], 1, "model must be a classifier, a detector or a segmenter, got"),
         ([str(tmp_path / "a.ckpt"), *to, "--pretrained"], 1, "pretrained is for names of timm's, got the checkpoint"),
         (["rednet14_cifar", "--to", "aoti", "--decompose"], 1, "decompose is for --to pt2, got --to aoti"),
         (["rednet14_cifar", *to, "--image-size", "0", "8"], 1, "image-size must be positive, got [0, 8]"),

@@ -44,8 +44,10 @@ def _export(options: argparse.Namespace) -> None:
     size = tuple(options.image_size or made.size)
     if min(size) < 1:
         raise ValueError(f"image-size must be positive, got {list(size)}")
-    dynamic = () if options.static else (0, 2, 3)
-    example = torch.rand(1 if options.static else 2, 3, *size)
+    if made.static and any(length % made.multiple for length in size):
+        raise ValueError(f"image-size must be multiples of {made.multiple} for a detector, got {list(size)}")
+    dynamic = () if options.static or made.static else (0, 2, 3)
+    example = torch.rand(2 if dynamic else 1, 3, *size)
     program = trace(made.network, example, dynamic, made.multiple)
     metadata = made.metadata | {"image_size": list(size)}
     if options.to == "onnx":

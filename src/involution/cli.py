@@ -59,7 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return verbs[verb](rest)
+    try:
+        return verbs[verb](rest)
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        print(f"involution {verb}: {error}", file=sys.stderr)
+        return 1
 
 
 def _help() -> str:
@@ -199,8 +205,6 @@ def _doctor(rest: list[str]) -> int:
     """Prints backends, versions, and the machine as torch and the kernels see it; or a network's diagnosis."""
     import platform
 
-    import torch
-
     try:
         from .ops.backends import cpu_library
         from .ops.backends.selection import backends
@@ -211,6 +215,8 @@ def _doctor(rest: list[str]) -> int:
         return 1
     if rest:
         return _diagnose(rest)
+    import torch
+
     facts = {package: _version(package) for package in ("involution", "timm", "lightning")}
     facts |= {
         "torch": torch.__version__,

@@ -66,8 +66,7 @@ def test_detections_are_the_detectors(name: str, score: float, monkeypatch: pyte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("score", [0.0, 1.0])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "score"), [*((name, 0.0) for name in NAMES), ("mask_rcnn", 1.0)])
 def test_a_detector_for_onnx(
     name: str, score: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -88,10 +87,28 @@ def test_a_detector_for_onnx(
         np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=2e-4 * WIDTH if other.dim() == 2 else 1e-4)
 
 
-def test_a_detectors_image_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = saved(detector("retinanet"), tmp_path)
-    assert main(["export", str(file), "--to", "pt2", "--image-size", "64", "90"]) == 1
-    assert "image-size must be multiples of 32 for a detector, got [64, 90]" in capsys.readouterr().err
+def test_a_detector_for_torch_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, file = detector("retinanet"), tmp_path / "a.pt2"
+    expected = wanted(model, monkeypatch)
+    assert main(["export", str(saved(model, tmp_path)), "--to", "pt2", "--output", str(file)]) == 0
+    with torch.no_grad():
+        found = torch.export.load(file).module()(normalised())
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["pt2", "--image-size", "64", "90"], "image-size must be multiples of 32 for a detector, got [64, 90]"),
+        (["aoti"], "--to must be onnx or pt2 for a detector, got aoti, which has no non-maximum suppression"),
+    ],
+)
+def test_what_detectors_cannot(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(saved(detector("retinanet"), tmp_path)), "--to", *options]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

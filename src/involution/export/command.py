@@ -40,6 +40,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.decompose and options.to != "pt2":
         raise ValueError(f"decompose is for --to pt2, got --to {options.to}, which has no other operators anyway")
     made = exportable(options.model, options.pretrained)
+    if made.static and options.to == "aoti":
+        raise ValueError("--to must be onnx or pt2 for a detector, got aoti, which has no non-maximum suppression")
     file = options.output or Path(Path(options.model).stem + SUFFIXES[options.to])
     size = tuple(options.image_size or made.size)
     if min(size) < 1:

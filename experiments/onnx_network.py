@@ -96,7 +96,7 @@ def compare(name: str, side: int, rounds: int, folder: Path) -> None:
         memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(f"{name} {kind}: {1e3 * statistics.median(times[kind]):.0f} ms, {memory:.0f} MiB", flush=True)
     middle, low, high = statistics.median(ratios), ratios[0], ratios[-1]
-    print(f"{name}: unfold's time over the export's, median (range) of {rounds}: {middle:.2f} ({low:.2f} to {high:.2f})")
+    print(f"{name}: unfold's time over the export's: {middle:.2f} ({low:.2f} to {high:.2f}), median of {rounds}")
 
 
 def main() -> None:

@@ -68,6 +68,14 @@ sys.exit(main(["fit", "-c", "digits_rednet"]))
     assert "Traceback" not in done.stderr
 
 
+def test_doctor_names_a_torch_for_the_cpu_alone(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor"]) == 0
+    assert "none: this torch is built for the CPU alone" in capsys.readouterr().out
+
+
 def test_doctor_shows_backends_and_versions(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -224,7 +224,7 @@ def _doctor(rest: list[str]) -> int:
         "platform": platform.platform(),
         "instruction set": cpu_library.instruction_set() if kernels else f"none: {cpu_library.why_not_loaded()}",
         "threads": str(torch.get_num_threads()),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
+        "cuda": _cuda(),
     }
     for name, value in facts.items():
         print(f"{name:16} {value}")
@@ -232,6 +232,15 @@ def _doctor(rest: list[str]) -> int:
     for backend in backends():
         print(f"{backend.name:16} {_yes(backend.available):10} {_yes(backend.serves):8} {backend.reason}".rstrip())
     return 0
+
+
+def _cuda() -> str:
+    """The GPU's name, or why there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "no device" if torch.version.cuda or torch.version.hip else "none: this torch is built for the CPU alone"
 
 
 def _diagnose(rest: list[str]) -> int:

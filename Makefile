@@ -65,7 +65,7 @@ check-windows:
 	cmake -G Ninja -S . -B build/windows -DCMAKE_SYSTEM_NAME=Windows -DCMAKE_SYSTEM_PROCESSOR=AMD64 \
 	  -DCMAKE_CXX_COMPILER=clang++ -DCMAKE_CXX_COMPILER_TARGET=$(WINDOWS) -DCMAKE_DISABLE_FIND_PACKAGE_OpenMP=ON \
 	  -DCMAKE_CXX_FLAGS="-isystem $(MINGW)/include/c++ -isystem $(MINGW)/include/c++/$(WINDOWS)" \
-	  -DCMAKE_EXE_LINKER_FLAGS="$(LINKED)" -DCMAKE_SHARED_LINKER_FLAGS="$(LINKED)"
+	  -DCMAKE_EXE_LINKER_FLAGS="$(LINKED)" -DCMAKE_SHARED_LINKER_FLAGS="$(LINKED)" -DCMAKE_CXX_STANDARD_LIBRARIES=-lpthread
 	cmake --build build/windows
 	$(WINDOWS)-gcc-posix -std=gnu11 -O2 -I csrc tests/csrc/maps_against_loops.c -o build/windows/check.exe \
 	  build/windows/libinvolution.so -lm

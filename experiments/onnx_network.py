@@ -1,9 +1,10 @@
 """An exported network in onnxruntime against the same network with its involutions unfolded: agreement, time, memory.
 
-    python experiments/onnx_network.py rednet50        a line of docs/deploy.md
+    python experiments/onnx_network.py rednetv2_50        a line of docs/deploy.md
 
-The unfolded network is what implementations without an operator of their own can export. Time is that of the process's
-own CPU, one thread, in interleaved rounds; memory is by how much a fresh process's peak grows in two calls.
+The unfolded network is what implementations without an operator of their own can export. Kernels are random, not the
+identity that training begins with. Time is that of the process's own CPU, one thread, in interleaved rounds; memory is
+what two calls need in a fresh process beyond the loaded network.
 """
 
 import argparse
@@ -58,8 +59,9 @@ def images(side: int) -> dict[str, np.ndarray]:
 
 
 def print_memory(file: Path, side: int) -> None:
-    """By how many MiB the peak of this process grows."""
+    """How many MiB this process needs at its peak beyond the loaded network."""
     run = session(file)
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak, which loading has raised, to the present size
     before = peak()
     for _ in range(2):
         run.run(None, images(side))
@@ -74,6 +76,8 @@ def compare(name: str, side: int, rounds: int, folder: Path) -> None:
     network = timm.create_model(name, kernel_init="paper", zero_init_last=False).eval()
     with torch.no_grad():
         wanted = network(example).numpy()
+    if not np.isfinite(wanted).all():
+        raise SystemExit(f"network must give finite logits with random kernels, got {name}: take a rednetv2")
     files = {"involution export --static": folder / "ours.onnx", "unfold, exported": folder / "unfold.onnx"}
     ours, theirs = files.values()
     to_onnx(trace(network, example, ()), ours, ["logits"])

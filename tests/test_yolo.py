@@ -26,8 +26,8 @@ def test_a_yolo_trains_fuses_and_exports(
     trained = yolo.main([network]).model
     involutions = [module for module in trained.modules() if isinstance(module, Involution2d)]
     assert len(involutions) == count
-    # The epoch is one step: a span, which begins at zero, moves where a gradient reaches it. RedNet's blocks end in norms
-    # that begin at zero, and the first convolution of YOLO11n sees almost none.
+    # The epoch is one step: a span, which begins at zero, moves where a gradient reaches it. RedNet's blocks end in
+    # norms that begin at zero, and the first convolution of YOLO11n sees almost none.
     spans = [one.involution.generator.span for one in trained.modules() if isinstance(one, yolo.InvolutionBlock)]
     assert sum(bool(span.weight.abs().max() > 0) for span in spans) >= moved
     assert not any(isinstance(module, yolo.Conv) and hasattr(module, "bn") for module in trained.modules())

@@ -51,18 +51,23 @@ def normalised() -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("score", [0.0, 0.3, 1.0])
-def test_detections_are_the_detectors(name: str, score: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At threshold 0 as many as the maximum, at 1 none."""
-    model = detector(name, score)
-    expected = wanted(model, monkeypatch)
-    with torch.no_grad():
-        found = detections(model.net)(normalised())
-    assert len(found) == len(expected) == (4 if name == "mask_rcnn" else 3)
-    count = len(expected[0])
-    assert {0.0: count == (100 if name == "retinanet" else 10), 0.3: count > 0, 1.0: count == 0}[score]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+def test_detections_are_the_detectors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the maximum number of detections, with some, and with none."""
+    model, counts = detector(name), []
+    thresholded = model.net if name == "retinanet" else model.net.roi_heads
+    scores = wanted(model, monkeypatch)[1]
+    for threshold in (0.0, float(scores.median()), float(scores.max())):
+        thresholded.score_thresh = threshold
+        expected = wanted(model, monkeypatch)
+        counts.append(len(expected[0]))
+        with torch.no_grad():
+            found = detections(model.net)(normalised())
+        assert len(found) == len(expected) == (4 if name == "mask_rcnn" else 3)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert counts[0] == (100 if name == "retinanet" else 10)
+    assert 0 < counts[1] < counts[0]
+    assert counts[2] == 0
 
 
 @pytest.mark.slow

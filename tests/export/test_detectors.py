@@ -88,8 +88,10 @@ def test_a_detector_for_onnx(
     told = session.get_modelmeta().custom_metadata_map
     assert (told["task"], json.loads(told["image_size"])) == ("detect", [HEIGHT, WIDTH])
     found = session.run(None, {"images": normalised().numpy()})
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=2e-4 * WIDTH if other.dim() == 2 else 1e-4)
+    # Pixels, scores, labels, masks: with these weights torch's own masks differ by 2e-4 between its memory formats.
+    for one, other, atol in zip(found, expected, (0.02, 1e-4, 0, 1e-3), strict=False):
+        np.testing.assert_allclose(one, other.numpy(), rtol=1e-4, atol=atol)
+    assert len(found) == len(expected)
 
 
 def test_a_detector_for_torch_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

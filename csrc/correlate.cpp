@@ -313,7 +313,7 @@ struct TapBlock {
         const Range columns = inside ? columns_of_tap[w] : Range{0, 0};
         const Integer first(min(L, max(0, columns.first - column))), end(min(L, max(0, columns.end - column)));
         const Vector<T, L> all = load<Vector<T, L>>(sums + w * L);
-        store(sums + w * L, (lane >= first) & (lane < end) ? all : Vector<T, L>{});
+        store(sums + w * L, ((lane >= first) & (lane < end)) ? all : Vector<T, L>{});
       }
     }
   }

@@ -17,17 +17,25 @@ struct InstructionSet {
 };
 
 #ifdef INVOLUTION_X86
-// F16C, which Clang's __builtin_cpu_supports knows from version 18 on.
-bool has_f16c() {
+// The bits of XCR0: the operating system saves the registers of AVX, and those of AVX-512 too.
+constexpr unsigned kSavesAvx = 0x06, kSavesAvx512 = 0xe6;
+
+// Whether the CPU has all features of cpuid's leaf 1 (ecx) and leaf 7 (ebx), and the system saves their registers.
+// Not __builtin_cpu_supports, whose table is in a runtime library that clang-cl does not link.
+bool has(unsigned leaf1, unsigned leaf7, unsigned saved) {
   unsigned a, b, c, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+  leaf1 |= bit_OSXSAVE;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & leaf1) != leaf1) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (b & leaf7) != leaf7) return false;
+  asm volatile("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
+  return (a & saved) == saved;
 }
 
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+bool has_avx2() { return has(bit_AVX | bit_FMA | bit_F16C, bit_AVX2, kSavesAvx); }
 
 bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+  return has(bit_AVX | bit_FMA | bit_F16C, bit_AVX2 | bit_AVX512F | bit_AVX512VL | bit_AVX512BW | bit_AVX512DQ,
+             kSavesAvx512);
 }
 #endif
 
@@ -41,9 +49,6 @@ const InstructionSet kInstructionSets[] = {
 };
 
 const Kernels* best() {
-#ifdef INVOLUTION_X86
-  __builtin_cpu_init();
-#endif
   for (const auto& set : kInstructionSets) {
     if (set.runs_here()) return &set.kernels;
   }

@@ -15,7 +15,11 @@
 
 #define INVOLUTION_MAX_16_BIT_TAPS 512
 #define INVOLUTION_MAX_16_BIT_WIDTH 16
+#ifdef _WIN32
+#define INVOLUTION_PUBLIC __declspec(dllexport)
+#else
 #define INVOLUTION_PUBLIC __attribute__((visibility("default")))
+#endif
 
 #ifdef __cplusplus
 extern "C" {

@@ -20,7 +20,7 @@ INVOLUTION_INLINE Index thread_index() {
 
 // Calls body(0), ..., body(count - 1), each once, in equal contiguous shares of the threads.
 template <class F>
-INVOLUTION_INLINE void parallel_for(Index threads, Index count, F&& body) {
+INVOLUTION_INLINE void parallel_for([[maybe_unused]] Index threads, Index count, F&& body) {
 #pragma omp parallel for schedule(static) num_threads(int(threads)) if (threads > 1)
   for (Index i = 0; i < count; ++i) body(i);
 }

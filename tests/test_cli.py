@@ -68,13 +68,21 @@ sys.exit(main(["fit", "-c", "digits_rednet"]))
     assert "Traceback" not in done.stderr
 
 
+def test_doctor_names_a_torch_for_the_cpu_alone(capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["doctor"]) == 0
+    assert "none: this torch is built for the CPU alone" in capsys.readouterr().out
+
+
 def test_doctor_shows_backends_and_versions(capsys):
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     words = {line.split()[0]: line.split()[1:] for line in lines if line}
     assert words["torch"] == [torch.__version__]
     assert words["threads"][0].rstrip(",") == str(torch.get_num_threads())
-    assert words["freed"][:2] in (["memory", "kept"], ["memory", "returned"])
+    assert words["freed"][:2] in (["memory", "kept"], ["memory", "malloc"])
     for backend in backends():
         assert words[backend.name][0] == ("yes" if backend.available else "no")
 

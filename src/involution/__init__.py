@@ -48,6 +48,7 @@ def __getattr__(name: str) -> Any:
         return version("involution")
     if name not in _MODULES:
         raise AttributeError(f"module 'involution' has no attribute {name!r}")
+    import_module("involution.ops")  # first: its error names a torch that is missing or too old
     value = getattr(import_module(f"involution.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

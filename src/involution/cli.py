@@ -60,7 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    return verbs[verb](rest)
+    try:
+        return verbs[verb](rest)
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        print(f"involution {verb}: {error}", file=sys.stderr)
+        return 1
 
 
 def _help() -> str:
@@ -212,20 +218,20 @@ def _doctor(rest: list[str]) -> int:
     """Prints backends, versions, and the machine as torch and the kernels see it; or a network's diagnosis."""
     import platform
 
-    import torch
-
     from .allocator import why_not
 
     try:
         from .ops.backends import cpu_library
         from .ops.backends.selection import backends
 
-        kernels, returned = cpu_library.library(), why_not()
+        kernels, unchanged = cpu_library.library(), why_not()
     except ValueError as error:  # an environment variable
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
     if rest:
         return _diagnose(rest)
+    import torch
+
     facts = {package: _version(package) for package in ("involution", "timm", "lightning")}
     facts |= {
         "torch": torch.__version__,
@@ -233,10 +239,8 @@ def _doctor(rest: list[str]) -> int:
         "platform": platform.platform(),
         "instruction set": cpu_library.instruction_set() if kernels else f"none: {cpu_library.why_not_loaded()}",
         "threads": _threads(torch.get_num_threads()),
-        "freed memory": f"returned by malloc: {returned}"
-        if returned
-        else "kept by fit, validate, test, predict, bench",
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
+        "freed memory": f"malloc unchanged: {unchanged}" if unchanged else "kept by fit, validate, test, predict, bench",
+        "cuda": _cuda(),
     }
     for name, value in facts.items():
         print(f"{name:16} {value}")
@@ -256,6 +260,15 @@ def _threads(count: int) -> str:
         f"{count}, on {cores} cores that {busy:.1f} other threads keep busy: set OMP_WAIT_POLICY=passive, or threads "
         "that wait for each other take the cores from those that work"
     )
+
+
+def _cuda() -> str:
+    """The GPU's name, or why there is none."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return "no device" if torch.version.cuda or torch.version.hip else "none: this torch is built for the CPU alone"
 
 
 def _diagnose(rest: list[str]) -> int:

@@ -14,7 +14,6 @@ from elsewhere import CHECK, elsewhere
 from involution.cli import main
 from involution.tasks.classify import Classifier
 from involution.tasks.classify.preprocessing import Preprocessing as Photograph
-from involution.tasks.detect import Detector
 from involution.tasks.segment import Segmenter
 from involution.tasks.segment.preprocessing import Preprocessing as Street
 
@@ -126,15 +125,12 @@ def test_wrong_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     (tmp_path / "text.ckpt").write_text("nothing")
     bare = classifier()
     bare.preprocessing = None
-    (tmp_path / "detector").mkdir()
-    detector = saved(Detector("retinanet", 2, "rednet26"), tmp_path / "detector")
     to = ["--to", "pt2"]
     for arguments, code, message in (
         (["rednet27", *to], 1, "or the name of a network of timm's, got 'rednet27'"),
         ([str(tmp_path / "none.ckpt"), *to], 1, "which is no file"),
         ([str(tmp_path / "text.ckpt"), *to], 1, "model must be a checkpoint of involution fit, got"),
         ([str(saved(bare, tmp_path)), *to], 1, "model must carry its preprocessing, got"),
-        ([str(detector), *to], 1, "model must be a classifier or a segmenter, got"),
         ([str(tmp_path / "a.ckpt"), *to, "--pretrained"], 1, "pretrained is for names of timm's, got the checkpoint"),
         (["rednet14_cifar", "--to", "aoti", "--decompose"], 1, "decompose is for --to pt2, got --to aoti"),
         (["rednet14_cifar", *to, "--image-size", "0", "8"], 1, "image-size must be positive, got [0, 8]"),

@@ -125,7 +125,7 @@ def describe(roofline: Roofline) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction set": cpu_library.instruction_set(),
         "torch": torch.__version__,
-        "freed memory": "kept" if keep_freed_memory() else f"returned by malloc ({why_not()})",
+        "freed memory": "kept" if keep_freed_memory() else f"malloc unchanged ({why_not()})",
         "date": datetime.date.today().isoformat(),
         "peak GFLOP/s": round(roofline.flops / 1e9, 1),
         "copy GB/s": round(roofline.bandwidth / 1e9, 1),

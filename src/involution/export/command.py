@@ -40,12 +40,16 @@ def _export(options: argparse.Namespace) -> None:
     if options.decompose and options.to != "pt2":
         raise ValueError(f"decompose is for --to pt2, got --to {options.to}, which has no other operators anyway")
     made = exportable(options.model, options.pretrained)
+    if made.static and options.to == "aoti":
+        raise ValueError("--to must be onnx or pt2 for a detector, got aoti, which has no non-maximum suppression")
     file = options.output or Path(Path(options.model).stem + SUFFIXES[options.to])
     size = tuple(options.image_size or made.size)
     if min(size) < 1:
         raise ValueError(f"image-size must be positive, got {list(size)}")
-    dynamic = () if options.static else (0, 2, 3)
-    example = torch.rand(1 if options.static else 2, 3, *size)
+    if made.static and any(length % made.multiple for length in size):
+        raise ValueError(f"image-size must be multiples of {made.multiple} for a detector, got {list(size)}")
+    dynamic = () if options.static or made.static else (0, 2, 3)
+    example = torch.rand(2 if dynamic else 1, 3, *size)
     program = trace(made.network, example, dynamic, made.multiple)
     metadata = made.metadata | {"image_size": list(size)}
     if options.to == "onnx":

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from .. import zoo as zoo  # registers our models with timm
 from ..zoo.checkpoints import checkpoint_or_name
 
-COARSEST = 32  # stride of the coarsest feature level
+COARSEST = 32  # stride of the coarsest stage
 
 
 class Exportable(NamedTuple):
     """A network in evaluation mode and how to call it.
 
-    `multiple`: heights and widths that stay free are multiples of it.
+    `multiple`: heights and widths are multiples of it. `static`: takes one image of a fixed size alone.
     """
 
     network: nn.Module
@@ -25,6 +25,7 @@ class Exportable(NamedTuple):
     outputs: tuple[str, ...]
     metadata: dict[str, Any]
     multiple: int = 1
+    static: bool = False
 
 
 class Logits(nn.Module):
@@ -45,7 +46,7 @@ def exportable(model: str, pretrained: bool = False) -> Exportable:
 
     Raises:
         FileNotFoundError: model looks like a file, but there is none.
-        ValueError: model is neither, or a detector; a checkpoint carries no preprocessing.
+        ValueError: model is neither; a checkpoint is of another module, or carries no preprocessing.
     """
     file = checkpoint_or_name(model, pretrained)
     return _of_name(model, pretrained) if file is None else _of_checkpoint(file)
@@ -61,22 +62,37 @@ def _of_name(name: str, pretrained: bool) -> Exportable:
 def _of_checkpoint(file: Path) -> Exportable:
     from ..engine.checkpoints import load_module
     from ..tasks.classify import Classifier
+    from ..tasks.detect import Detector
     from ..tasks.segment import Segmenter
 
     module: Any = load_module(file, "model").eval()
-    if not isinstance(module, Classifier | Segmenter):
-        raise ValueError(f"model must be a classifier or a segmenter, got {file}, a {type(module).__name__}")
+    tasks = {Classifier: "classify", Detector: "detect", Segmenter: "segment"}
+    task = next((task for kind, task in tasks.items() if isinstance(module, kind)), None)
+    if task is None:
+        raise ValueError(
+            f"model must be a classifier, a detector or a segmenter, got {file}, a {type(module).__name__}"
+        )
     given = module.preprocessing
     if given is None:
         raise ValueError(f"model must carry its preprocessing, got {file}, which was trained on data that name none")
     metadata = {
         "model": module.hparams["model_name"],
-        "task": "classify" if isinstance(module, Classifier) else "segment",
+        "task": task,
         "classes": module.classes,
         "preprocessing": given._asdict(),
     }
     network = module.net.to(memory_format=torch.contiguous_format)
-    if isinstance(module, Classifier):
+    if task == "classify":
         return Exportable(network, (given.image_size,) * 2, ("logits",), metadata)
+    if task == "detect":
+        from .detectors import OUTPUTS, detections
+
+        size = (_rounded_up(given.min_size), _rounded_up(given.max_size))
+        outputs = OUTPUTS if "mask" in module.kinds else OUTPUTS[:-1]
+        return Exportable(detections(network).eval(), size, outputs, metadata, COARSEST, static=True)
     side = max(2, round(given.resize / COARSEST)) * COARSEST
     return Exportable(Logits(network).eval(), (side, side), ("logits",), metadata, COARSEST)
+
+
+def _rounded_up(length: int) -> int:
+    return -(-length // COARSEST) * COARSEST

@@ -6,10 +6,21 @@ and .fused_bottleneck; a process that loads an exported program has to import it
 
 import os
 
-import torch
+OLDEST_TORCH = (2, 10)  # as in pyproject.toml
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    missing = "involution needs torch, not installed here: pip install torch (for the CPU alone: see docs/install.md)"
+    raise ModuleNotFoundError(missing, name="torch") from error
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    raise ImportError(f"involution needs torch {oldest} or later, got {torch.__version__}", name="torch")
 
 if os.environ.get("INVOLUTION_BACKEND") == "triton" and not torch.accelerator.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # run its kernels on CPU tensors; Triton reads this at import
 
-from . import fused as fused
-from . import registration as registration
+from . import fused as fused  # noqa: E402
+from . import registration as registration  # noqa: E402

@@ -38,3 +38,12 @@ def test_the_kernels_for_aarch64_agree_with_loops_in_an_emulator() -> None:
         if shutil.which(name) is None:
             pytest.skip(f"no {name}")
     assert "baseline: 0 of " in run(["make", "-C", str(ROOT), "check-aarch64"])
+
+
+@pytest.mark.slow
+def test_the_kernels_for_windows_agree_with_loops_in_wine() -> None:
+    for name in ("clang++", "ld.lld", "x86_64-w64-mingw32-g++-posix", "wine", "cmake", "ninja"):
+        if shutil.which(name) is None:
+            pytest.skip(f"no {name}")
+    printed = run(["make", "-C", str(ROOT), "check-windows"])
+    assert all(f"{name}: 0 of " in printed for name in ("baseline", "avx2"))

@@ -66,7 +66,7 @@ class RegionAlign(MultiScaleRoIAlign):
         images = torch.cat([torch.full_like(of_image[:, :1], index) for index, of_image in enumerate(boxes)])
         regions = torch.cat([images, torch.cat(boxes)], dim=1).float()
         chosen = self.map_levels(boxes)
-        shape = (len(regions), levels[0].shape[1], *self.output_size)
+        shape = (regions.shape[0], levels[0].shape[1], *self.output_size)
         result = torch.zeros(shape, dtype=torch.float32, device=regions.device)
         for index, (level, scale) in enumerate(zip(levels, self.scales, strict=True)):
             here = torch.where(chosen == index)[0]

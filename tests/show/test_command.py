@@ -151,7 +151,7 @@ def test_images_of_one_name_get_a_picture_each(image: Path, tmp_path: Path) -> N
 def shown_of(model: Subject, file: Path, name: str, pixel: tuple[int, int]) -> tuple[Picture, Shown]:
     picture = Image.open(file).convert("RGB")
     with torch.no_grad():
-        calls, x, view = model.calls(picture, [name])
+        calls, (x, view, _) = model.calls(picture, [name])
     [call] = [one for one in calls if one.kernel_map is not None]
     size = (x.shape[2], x.shape[3])
     return Picture(picture, view, [pixel]), Shown(

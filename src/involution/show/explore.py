@@ -137,7 +137,7 @@ def predict(model: Subject, image: Image.Image, run: Run) -> Prediction:
     if isinstance(model.module, Detector):
         return _detected(model.module, image, run.output)
     if isinstance(model.module, Segmenter):
-        return _segmented(model.module, image, run.output["out"])
+        return _segmented(model.module, image, run.output)
     names = _class_names(model, run.output.shape[1])
     best = run.output[0].softmax(0).topk(min(5, len(names)))
     scores = {names[index]: value for index, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)}

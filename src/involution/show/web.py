@@ -151,7 +151,9 @@ def build(model: str | None, images: Sequence[Path], folder: Path, pretrained: b
                     elem_id="upload",
                     buttons=[],
                 )
-                gradio.Examples([[one] for one in given or examples(folder)], [file], cache_examples=False)
+                gradio.Examples(
+                    [[one] for one in given or examples(folder)], [file], cache_examples=False, api_visibility="private"
+                )
                 scores = gradio.Label(num_top_classes=5, label="Prediction", elem_id="scores")
             with gradio.Column(min_width=300, scale=2):
                 text = gradio.Markdown(elem_id="text")

@@ -1,6 +1,6 @@
 import pytest
 
-from involution.show.curves import draw_curves, read_curve
+from involution.engine.curves import draw_curves, read_curve
 
 METRICS = """epoch,lr,step,train/accuracy,train/loss,val/accuracy,val/loss
 0,0.1,9,,,,

@@ -111,6 +111,8 @@ def test_tutorial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         for verb, *arguments in commands(code) if language == "sh" else []:
             small = [] if verb == "predict" else [*ONE_STEP, *SMALL[name]]
             assert main([verb, *arguments, *QUICK, *LOADING, *small]) == 0, arguments
+    for run in (file.parent for file in tmp_path.glob("runs/*/*/metrics.csv")):
+        assert not (run / "checkpoints").is_dir() or (run / "curves.png").is_file(), run  # of fit, for every task
 
 
 @pytest.mark.parametrize("page", ["family", "your-network"])

@@ -120,9 +120,8 @@ class TaskModule(LightningModule, ABC):
 
     def pixels(self, image: Tensor) -> Tensor:
         """A normalised image [3, H, W] as uint8 pixels on the CPU."""
-        mean, std = (
-            torch.tensor(values)[:, None, None] for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
+        given = self.preprocessing
+        mean, std = (torch.tensor(values)[:, None, None] for values in (given.mean, given.std))
         return (255 * (image.float().cpu() * std + mean)).round().clamp(0, 255).byte()
 
     def configure_inference(self) -> None:

@@ -19,6 +19,7 @@ from involution.show.layers import involutions
 from involution.show.sheet import Picture, Shown, draw_heat, draw_kernels_at, draw_sheet, most_varied
 from involution.show.subject import Subject, runner, subject
 from involution.show.view import Grid
+from involution.show.web import _parser as web_options
 from involution.tasks.classify import Classifier
 from involution.tasks.classify.preprocessing import Preprocessing as Photograph
 from involution.tasks.detect import Detector
@@ -253,6 +254,6 @@ def test_the_default_of_a_detector_is_its_stages_its_pyramid_and_its_head(tmp_pa
 def test_the_documented_options_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "show.md").read_text()
     main(["show", "--help"])
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) - {"--trainer"} == set(
-        re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)
-    ) - {"--help", "--receptive-field"}
+    told = capsys.readouterr().out + web_options().format_help()
+    options, of_fit = re.compile(r"--[a-z][a-z-]+"), {"--trainer", "--model"}
+    assert set(options.findall(page)) - of_fit == set(options.findall(told)) - {"--help", "--receptive-field"}

@@ -56,7 +56,7 @@ def test_links_hold(site: Path) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["index", "show", "results", "tutorials/own-folder", "api"])
+@pytest.mark.parametrize("name", ["index", "show", "api"])
 def test_pages_in_the_browser(name: str, width: str, site: Path, chromium: Any) -> None:
     """Nothing is wider than the window; pictures are there; text and background differ in both schemes."""
     url = (site / f"{name}.html").as_uri()

@@ -26,7 +26,7 @@ THIRDS = ((0.3, 0.3, 0.3), (0.3, 0.3, 0.3))
 def test_a_run_leaves_curves_and_sample_predictions(in_tmp_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every validation, but not of the one before training."""
     monkeypatch.setattr("involution.engine.curves.SECONDS", 0.0)
-    options = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "1"]
+    options = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "2", "--trainer.limit_train_batches", "2"]
     options += ["--trainer.limit_val_batches", "2", "--trainer.num_sanity_val_steps", "1", "--data.batch_size", "4"]
     small = "{channels: [16, 16, 16, 16], stem_channels: 32}"
     run(["fit", "-c", "digits_rednet", *options, "--model.model_kwargs", small])
@@ -37,7 +37,7 @@ def test_a_run_leaves_curves_and_sample_predictions(in_tmp_path: None, monkeypat
     events.Reload()
     assert events.Tags()["images"] == ["val/predictions"]
     logged = events.Images("val/predictions")
-    assert [one.step for one in logged] == [1, 2]
+    assert [one.step for one in logged] == [2, 4]
     picture = Image.open(io.BytesIO(logged[1].encoded_image_string))
     assert picture.width == 4 * 192  # four digits in a row
 

@@ -154,11 +154,12 @@ def _metrics(trainer: Trainer) -> list[str]:
 
 def _batches(trainer: Trainer) -> int | None:
     """The training batches of the whole run, or None if it has no end."""
+    ends = []
     if trainer.max_steps > 0:
-        return int(trainer.max_steps * trainer.accumulate_grad_batches)
-    if (trainer.max_epochs or -1) <= 0:
-        return None
-    return int(trainer.max_epochs * trainer.num_training_batches)  # type: ignore[operator]
+        ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
+    if (trainer.max_epochs or -1) > 0:
+        ends.append((trainer.max_epochs or 1) * trainer.num_training_batches)
+    return None if not ends or min(ends) == float("inf") else int(min(ends))
 
 
 def _done(trainer: Trainer) -> int:

@@ -154,7 +154,7 @@ def _metrics(trainer: Trainer) -> list[str]:
 
 def _batches(trainer: Trainer) -> int | None:
     """The training batches of the whole run, or None if it has no end."""
-    ends = []
+    ends: list[float] = []
     if trainer.max_steps > 0:
         ends.append(trainer.max_steps * trainer.accumulate_grad_batches)
     if (trainer.max_epochs or -1) > 0:

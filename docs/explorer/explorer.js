@@ -88,9 +88,15 @@ function drawScores(logits) {
   );
 }
 
+// The nearest whole number, and the even one of two, as in Python.
+function nearest(value) {
+  const found = Math.round(value);
+  return found - value === 0.5 && found % 2 ? found - 1 : found;
+}
+
 // The output position of a layer nearest to the centre of a pixel, along one axis.
 function position(layer, coordinate) {
-  return Math.min(Math.max(0, Math.round(coordinate / (layer.jump * layer.stride))), layer.size - 1);
+  return Math.min(Math.max(0, nearest(coordinate / (layer.jump * layer.stride))), layer.size - 1);
 }
 
 // Where the footprint of a position begins, and its length, in pixels of the image.

@@ -40,6 +40,7 @@ bench: $(INSTALLED)
 
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/explorer/build.py docs/_build/html/explorer
 
 # The sources, and from them the wheel for this platform, repaired. torch brings libgomp: a wheel must not have its own.
 wheel: $(INSTALLED)

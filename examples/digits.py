@@ -23,8 +23,8 @@ from rich.table import Table
 
 from involution.cost import multiply_adds, parameters
 from involution.engine.command import TaskCLI, run
-from involution.show import catch_kernel_maps, draw_curves, draw_kernels, kernel_heat
-from involution.show.curves import read_curve
+from involution.engine.curves import draw_curves, read_curve
+from involution.show import catch_kernel_maps, draw_kernels, kernel_heat
 
 FOLDER = Path("runs/demo")
 RECIPES = {"rednet": "digits_rednet", "twin": "digits_resnet"}

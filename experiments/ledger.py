@@ -70,7 +70,7 @@ def fit(options: list[str], root: str, folder: str) -> Any:
 
 def curves(cli: Any, *metrics: str) -> list[tuple[list[int], list[float]]]:
     """Epochs and values of a run's metrics."""
-    from involution.show.curves import read_curve
+    from involution.engine.curves import read_curve
 
     log = Path(str(cli.trainer.log_dir)) / "metrics.csv"
     return [read_curve(log, metric) for metric in metrics]

@@ -82,7 +82,27 @@ def make_scenes() -> None:
             save(Image.fromarray(mask), Path("scenes", "masks", split, f"{number}.png"))
 
 
-DATA: dict[str, Callable[[], None]] = {"own-folder": make_photos, "detector": make_boxes, "masks": make_scenes}
+def make_trained() -> None:
+    """Photos, and a checkpoint of the tutorial that trains on them, untrained."""
+    from command_line import saved
+
+    from involution.tasks.classify import Classifier
+    from involution.tasks.classify.preprocessing import Preprocessing
+
+    make_photos()
+    model = Classifier("rednetv2_14_cifar", 2)
+    model.classes, model.preprocessing = ["cat", "dog"], Preprocessing(32, 36, (0.5,) * 3, (0.25,) * 3)
+    folder = Path("runs", "imagefolder_rednet50", "version_0", "checkpoints")
+    folder.mkdir(parents=True)
+    saved(model, folder).rename(folder / "best.ckpt")
+
+
+DATA: dict[str, Callable[[], None]] = {
+    "own-folder": make_photos,
+    "detector": make_boxes,
+    "masks": make_scenes,
+    "deploy": make_trained,
+}
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -109,8 +129,11 @@ def test_tutorial(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         if language == "python":
             exec(compile(code, f"{name}.md", "exec"), names)
         for verb, *arguments in commands(code) if language == "sh" else []:
-            small = [] if verb == "predict" else [*ONE_STEP, *SMALL[name]]
-            assert main([verb, *arguments, *QUICK, *LOADING, *small]) == 0, arguments
+            small = [*QUICK, *LOADING] if verb in ("fit", "validate", "test", "predict") else []
+            small += [*ONE_STEP, *SMALL[name]] if verb in ("fit", "validate", "test") else []
+            assert main([verb, *arguments, *small]) == 0, arguments
+    for run in (file.parent for file in tmp_path.glob("runs/*/*/metrics.csv")):
+        assert not (run / "checkpoints").is_dir() or (run / "curves.png").is_file(), run  # of fit, for every task
 
 
 @pytest.mark.parametrize("page", ["family", "your-network"])

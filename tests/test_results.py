@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import involution.zoo  # noqa: F401  (registers RedNet with timm)
-from involution.cost.published import cost_of, counterpart
+from involution.cost.published import cost_of
+from involution.zoo.resnet import counterpart
 
 ROOT = Path(__file__).parents[1]
 

@@ -19,6 +19,7 @@ _EXTRAS = {  # the modules that each extra of pyproject.toml installs
     "export": ("timm", "onnx", "onnxscript"),
     "bench": ("timm", "matplotlib", "rich"),
     "show": ("matplotlib",),
+    "web": ("gradio",),
     "tasks": (
         *("lightning", "jsonargparse", "timm", "torchvision", "torchmetrics", "tensorboard", "rich", "sklearn"),
         "faster_coco_eval",
@@ -163,7 +164,7 @@ def _bench(rest: list[str]) -> int:
 
 
 def _show(rest: list[str]) -> int:
-    if _lacks("show", "show") or _lacks("show", "tasks"):
+    if _lacks("show", "show") or _lacks("show", "tasks") or ("--web" in rest and _lacks("show --web", "web")):
         return 1
     from .engine.errors import EXPECTED, one_line
     from .show.command import main as show
@@ -173,6 +174,8 @@ def _show(rest: list[str]) -> int:
     except EXPECTED as error:  # the model, an image or an option
         print(f"involution show: {one_line(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # ends the page
+        return 0
     except SystemExit as exit:  # from argparse
         return int(exit.code or 0)
     return 0

@@ -19,6 +19,7 @@ from involution.show.layers import involutions
 from involution.show.sheet import Picture, Shown, draw_heat, draw_kernels_at, draw_sheet, most_varied
 from involution.show.subject import Subject, runner, subject
 from involution.show.view import Grid
+from involution.show.web import _parser as web_options
 from involution.tasks.classify import Classifier
 from involution.tasks.classify.preprocessing import Preprocessing as Photograph
 from involution.tasks.detect import Detector
@@ -151,7 +152,7 @@ def test_images_of_one_name_get_a_picture_each(image: Path, tmp_path: Path) -> N
 def shown_of(model: Subject, file: Path, name: str, pixel: tuple[int, int]) -> tuple[Picture, Shown]:
     picture = Image.open(file).convert("RGB")
     with torch.no_grad():
-        calls, x, view = model.calls(picture, [name])
+        calls, (x, view, _) = model.calls(picture, [name])
     [call] = [one for one in calls if one.kernel_map is not None]
     size = (x.shape[2], x.shape[3])
     return Picture(picture, view, [pixel]), Shown(
@@ -253,6 +254,6 @@ def test_the_default_of_a_detector_is_its_stages_its_pyramid_and_its_head(tmp_pa
 def test_the_documented_options_are_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     page = (Path(__file__).parents[2] / "docs" / "show.md").read_text()
     main(["show", "--help"])
-    assert set(re.findall(r"--[a-z][a-z-]+", page)) - {"--trainer"} == set(
-        re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)
-    ) - {"--help", "--receptive-field"}
+    told = capsys.readouterr().out + web_options().format_help()
+    options, of_fit = re.compile(r"--[a-z][a-z-]+"), {"--trainer", "--model"}
+    assert set(options.findall(page)) - of_fit == set(options.findall(told)) - {"--help", "--receptive-field"}

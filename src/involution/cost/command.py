@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from ..zoo.resnet import counterpart
 from .count import Cost
-from .published import ROWS, Counted, Row, cost_of, count_row, counterpart, disagreement
+from .published import ROWS, Counted, Row, cost_of, count_row, disagreement
 
 
 def main(arguments: Sequence[str]) -> int:

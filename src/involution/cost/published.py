@@ -156,15 +156,6 @@ def disagreement(row: Row, counted: Counted) -> str:
     return "; ".join(reasons)
 
 
-def counterpart(name: str) -> str | None:
-    """The convolutional counterpart of a RedNet in timm's registry, or None."""
-    if not name.startswith("rednet"):
-        return None
-    same = name.replace("rednetv2_", "resnet").replace("rednet", "resnet")
-    paper = f"{same}_paper"  # timm's resnet26 has other depths
-    return paper if timm.is_model(paper) else same if timm.is_model(same) else None
-
-
 def cost_of(name: str, input_size: tuple[int, int, int] | None = None) -> tuple[Cost, tuple[int, int, int]]:
     """The cost of a network in timm's registry, at its default input size or another.
 

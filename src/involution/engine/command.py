@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from .checkpoints import AtomicCheckpointIO, last_checkpoint
 from .console import Screen, on_a_terminal, quiet_lightning, result_of
+from .curves import Curves
 from .finite_loss import FiniteLoss
+from .progress import OneLine
 from .recipes import resolve_configs
 from .resume import BestCheckpoint, EpochCounterFix, GivenOptions
+from .samples import Samples
 from .sampling import RandomStates
 from .sync_batch_norm import SyncBatchNorms
 from .trainer_options import check_trainer_options
@@ -29,7 +32,7 @@ class TaskCLI(LightningCLI):
     `recovery.every_n_train_steps` steps; last.ckpt is also written after every epoch. `--ckpt_path last` resumes from
     the newest last.ckpt below `trainer.default_root_dir`, with the same data order, random numbers and best score. The
     model's num_classes comes from the data. Each run writes to a new `version_N` in the trainer's default_root_dir:
-    config.yaml, metrics.csv, TensorBoard events, checkpoints.
+    config.yaml, metrics.csv, curves.png, TensorBoard events with sample predictions, checkpoints.
     """
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -85,12 +88,19 @@ class TaskCLI(LightningCLI):
             kwargs["logger"] = _loggers(Path(trainer["default_root_dir"]))
         if trainer["enable_progress_bar"] is None:
             kwargs["enable_progress_bar"] = on_a_terminal()
+        if kwargs.get("enable_progress_bar", trainer["enable_progress_bar"]) and not self._has_progress_bar():
+            self.trainer_defaults["callbacks"].append(OneLine())
         try:
             return super().instantiate_trainer(**kwargs)
         except TypeError as error:
             if not str(error).startswith("`devices`"):  # -1 on a CPU
                 raise
             raise ValueError(f"trainer.devices: {error}, got {trainer['devices']!r}") from error
+
+    def _has_progress_bar(self) -> bool:
+        """Whether trainer.callbacks of the configuration has one."""
+        given = self.config_init[self.subcommand]["trainer"]["callbacks"] or []
+        return any(isinstance(one, ProgressBar) for one in (given if isinstance(given, list) else [given]))
 
     def after_fit(self) -> None:
         """Prints the best score, its checkpoint and the next commands."""
@@ -176,7 +186,7 @@ def run(arguments: list[str]) -> TaskCLI:
             raise ValueError(f"num_classes comes from the data, got {argument}")
     # ModelCheckpoint's save_last writes only together with a best one, so last.ckpt has a callback of its own.
     last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-    callbacks = [last, RandomStates(), EpochCounterFix(), GivenOptions(), FiniteLoss(), Screen()]
+    callbacks = [last, RandomStates(), EpochCounterFix(), GivenOptions(), FiniteLoss(), Screen(), Curves(), Samples()]
     finished = TaskCLI(
         LightningModule,
         LightningDataModule,

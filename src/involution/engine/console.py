@@ -10,6 +10,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from .progress import OneLine
+
 _ADVICE = (
     "Tip:",
     "TPU available",
@@ -47,7 +49,7 @@ def on_a_terminal() -> bool:
 
 
 class Screen(Callback):
-    """Prints the network's size and, without a progress bar, one line per epoch."""
+    """Prints the network's size and one line per epoch, but for a progress bar that prints epochs itself."""
 
     def __init__(self) -> None:
         self._began = time.perf_counter()
@@ -69,7 +71,7 @@ class Screen(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the epoch's line: losses, and the metrics that checkpoints are selected by."""
-        if trainer.progress_bar_callback is not None or not trainer.is_global_zero:
+        if not isinstance(trainer.progress_bar_callback, OneLine | None) or not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
         monitored = [one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]

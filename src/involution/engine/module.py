@@ -127,6 +127,21 @@ class TaskModule(LightningModule, ABC):
     def unlabelled(self, images: list[Tensor]) -> Any:
         """A training batch of preprocessed images [3, H, W] of equal size, with placeholder labels."""
 
+    def illustrate(self, batch: Any, count: int) -> Image.Image | None:
+        """A picture of the predictions for the first images of a validation batch, or None.
+
+        Args:
+            batch: with labels.
+            count: of images, at most.
+        """
+        return None
+
+    def pixels(self, image: Tensor) -> Tensor:
+        """A normalised image [3, H, W] as uint8 pixels on the CPU."""
+        given = self.preprocessing
+        mean, std = (torch.tensor(values)[:, None, None] for values in (given.mean, given.std))
+        return (255 * (image.float().cpu() * std + mean)).round().clamp(0, 255).byte()
+
     def configure_inference(self) -> None:
         """Sets how `predict_step` runs the network; arguments of a subclass become options of `involution predict`."""
 

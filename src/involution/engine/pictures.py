@@ -20,6 +20,16 @@ def picture_names(files: Sequence[Path]) -> list[str]:
     return list(names)
 
 
+def side_by_side(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Pictures in rows of `columns`, each in a cell of the largest one's size, on white."""
+    width, height = (max(sides) for sides in zip(*(one.size for one in pictures), strict=True))
+    used = min(columns, len(pictures))
+    sheet = Image.new("RGB", (used * width, -(-len(pictures) // columns) * height), "white")
+    for index, one in enumerate(pictures):
+        sheet.paste(one, (index % columns * width, index // columns * height))
+    return sheet
+
+
 def colour(index: int) -> Colour:
     """The colour of a class: hues in golden-ratio steps, so that consecutive classes differ clearly."""
     hue = round(255 * (index * 0.618034 % 1))

@@ -26,6 +26,11 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: the model has no involution, an image cannot be read, or an option does not fit.
         SystemExit: an argument is wrong or missing (the message is on stderr).
     """
+    if "--web" in arguments:
+        from .web import main as web
+
+        web([argument for argument in arguments if argument != "--web"])
+        return
     options = _parser().parse_args(arguments)
     if options.output.resolve() in {file.resolve().parent for file in options.images}:
         raise ValueError(
@@ -49,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a checkpoint of involution fit, or a timm name (random weights)")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--pretrained", action="store_true", help="a name's weights from timm, instead of random ones")
+    parser.add_argument("--web", action="store_true", help="a page instead of files: see involution show --web --help")
     layers = "names or indices, separated by commas, or all; default: the last of every stage, all levels of a pyramid"
     parser.add_argument("--layers", help=layers)
     at = "a pixel of the image whose kernels are drawn; repeatable; default: the centre"
@@ -97,7 +103,7 @@ def _show(
 ) -> None:
     """Prints the table of an image and writes its pictures: STEM.png, and STEM/LAYER.WHAT.png."""
     with torch.set_grad_enabled(options.receptive_field):
-        calls, x, view = model.calls(image, chosen)
+        calls, (x, view, _) = model.calls(image, chosen)
     pixels = options.at or [(image.width // 2, image.height // 2)]
     _check_seen(pixels, view, file)
     picture = Picture(image, view, pixels)

@@ -18,18 +18,25 @@ from ..zoo.checkpoints import checkpoint_or_name
 from .layers import Call, Layer, Statistics, each_call, involutions
 from .view import View, preprocess
 
-Run = Callable[[Image.Image], tuple[Tensor, View]]
+
+class Run(NamedTuple):
+    """An image's way through a network: the input [1, 3, H, W], the view of the image that it is, and the output."""
+
+    input: Tensor
+    view: View
+    output: Any
 
 
 class Subject(NamedTuple):
-    """A network in evaluation mode. `run` runs an image through it and returns the input [1, 3, H, W] and the view.
+    """A network in evaluation mode; `run` runs an image through it.
 
-    With gradients enabled, the input is a leaf that requires them.
+    With gradients enabled, the input is a leaf that requires them. `module` is a checkpoint's Lightning module.
     """
 
     title: str
     network: nn.Module
-    run: Run
+    run: Callable[[Image.Image], Run]
+    module: Any = None
 
     def layers(self) -> dict[str, Layer]:
         """Its involutions by name.
@@ -47,12 +54,12 @@ class Subject(NamedTuple):
         heads = {name for name, module in self.network.named_modules() if isinstance(module, RoIHeads)}
         return {name for name in self.layers() if any(name.startswith(f"{head}.") for head in heads)}
 
-    def calls(self, image: Image.Image, chosen: list[str]) -> tuple[list[Call], Tensor, View]:
+    def calls(self, image: Image.Image, chosen: list[str]) -> tuple[list[Call], Run]:
         """Runs an image.
 
         Returns:
             The calls of all involutions in the order of execution, those of chosen layers with kernel map and output;
-            the network's input; and the view.
+            and the run.
         """
         calls: list[Call] = []
         regions = self.of_regions()
@@ -65,8 +72,8 @@ class Subject(NamedTuple):
             calls.append(Call(name, layer, number, *sizes, groups, values, name in regions, *kept))
 
         with each_call(self.layers(), use):
-            x, view = self.run(image)
-        return calls, x, view
+            run = self.run(image)
+        return calls, run
 
 
 def subject(model: str, pretrained: bool = False) -> Subject:
@@ -96,25 +103,24 @@ def _of_checkpoint(file: Path) -> Subject:
     module: Any = load_module(file, "model")
     module.eval().requires_grad_(False)
     run = _detection_runner(module) if isinstance(module, Detector) else runner(module, module.evaluation)
-    return Subject(f"{file.name} ({type(module).__name__}, {module.hparams['model_name']})", module.net, run)
+    return Subject(f"{file.name} ({type(module).__name__}, {module.hparams['model_name']})", module.net, run, module)
 
 
-def runner(network: nn.Module, transform: Any) -> Run:
+def runner(network: nn.Module, transform: Any) -> Callable[[Image.Image], Run]:
     """Runs images through a network after a torchvision Compose, see `preprocess`."""
 
-    def run(image: Image.Image) -> tuple[Tensor, View]:
+    def run(image: Image.Image) -> Run:
         x, view = preprocess(transform, image)
         batch = x.unsqueeze(0).requires_grad_(torch.is_grad_enabled())
-        network(batch)
-        return batch, view
+        return Run(batch, view, network(batch))
 
     return run
 
 
-def _detection_runner(module: Detector) -> Run:
+def _detection_runner(module: Detector) -> Callable[[Image.Image], Run]:
     """A detector resizes, normalises and pads images itself: its network's input is what its transform returns."""
 
-    def run(image: Image.Image) -> tuple[Tensor, View]:
+    def run(image: Image.Image) -> Run:
         caught: list[Any] = []
 
         def hook(_: nn.Module, __: Any, output: tuple[Any, Any]) -> None:
@@ -123,11 +129,12 @@ def _detection_runner(module: Detector) -> Run:
 
         handle = module.net.transform.register_forward_hook(hook)
         try:
-            module([module.evaluation(image)])
+            output = module([module.evaluation(image)])
         finally:
             handle.remove()
         height, width = caught[0].image_sizes[0]
-        return caught[0].tensors, View((width / image.width, height / image.height), (0.0, 0.0), (width, height))
+        view = View((width / image.width, height / image.height), (0.0, 0.0), (width, height))
+        return Run(caught[0].tensors, view, output)
 
     return run
 

@@ -8,6 +8,7 @@ resnet26_cifar for images of 32x32. No weights exist for them: `pretrained=True`
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models import register_model as _register_model
@@ -56,6 +57,15 @@ class CifarResNet(ResNet):
         self.maxpool = nn.Identity()
         for info in self.feature_info:
             info["reduction"] = max(stem_stride, stem_stride * info["reduction"] // 4)
+
+
+def counterpart(name: str) -> str | None:
+    """The convolutional counterpart of a RedNet in timm's registry, or None."""
+    if not name.startswith("rednet"):
+        return None
+    same = name.replace("rednetv2_", "resnet").replace("rednet", "resnet")
+    paper = f"{same}_paper"  # timm's resnet26 has other depths
+    return paper if timm.is_model(paper) else same if timm.is_model(same) else None
 
 
 def _cfg(**entries: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
@@ -22,7 +23,7 @@ from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...engine.module import TaskModule, linear_warmup
 from ...nn import Diagnosis, diagnose
 from ...zoo.checkpoints import load_network
-from .predictions import RankingWriter
+from .predictions import RankingWriter, cell, draw_grid
 from .preprocessing import Preprocessing
 
 Batch = tuple[Tensor, Tensor]
@@ -165,6 +166,16 @@ class Classifier(TaskModule):
         """[N, 3, H, W] -> probabilities [N, num_classes]."""
         probabilities: Tensor = self(images).softmax(dim=1)
         return probabilities
+
+    def illustrate(self, batch: Batch, count: int) -> Image.Image:
+        """Images with the most probable class and, if it is wrong, the label."""
+        images, labels = batch[0][:count], batch[1][:count].tolist()
+        cells = []
+        for image, label, scores in zip(images, labels, self.predict_step(images, 0).float().cpu(), strict=True):
+            best = int(scores.argmax())
+            name = self.classes[best] if best == label else f"{self.classes[best]}, is {self.classes[label]}"
+            cells.append((cell(self.pixels(image)), [(name, scores[best].item())]))
+        return draw_grid(cells, 4)
 
     def _step(
         self,

@@ -46,7 +46,7 @@ class RankingWriter(PredictionWriter):
         values, classes = output.float().topk(self.top_k)
         self._rankings[index] = [(self.classes[i], p) for i, p in zip(classes.tolist(), values.tolist(), strict=True)]
         if pixels is not None:
-            self._cells[index] = ImageOps.contain(to_pil_image(pixels), (_CELL - 4, _CELL - 4))
+            self._cells[index] = cell(pixels)
 
     def close(self) -> None:
         """Writes and shows the rankings, in the files' order."""
@@ -57,7 +57,7 @@ class RankingWriter(PredictionWriter):
         print(f"wrote {self.folder / 'predictions.csv'}")
         if self._cells:
             cells = [(self._cells[index], self._rankings[index]) for index in sorted(self._cells)]
-            write_grid(self.folder / "predictions.png", cells, self.grid_columns)
+            draw_grid(cells, self.grid_columns).save(self.folder / "predictions.png")
             print(f"wrote {self.folder / 'predictions.png'}")
 
 
@@ -82,8 +82,8 @@ def print_table(names: Sequence[str], rows: Sequence[Ranking]) -> None:
         console.print(f"... and {len(names) - _SHOWN} more")
 
 
-def write_grid(file: Path, cells: Sequence[tuple[Image.Image, Ranking]], columns: int) -> None:
-    """Writes a grid of small images, with the most probable classes below each."""
+def draw_grid(cells: Sequence[tuple[Image.Image, Ranking]], columns: int) -> Image.Image:
+    """A grid of small images, with the most probable classes below each."""
     lines = len(cells[0][1])
     height = _CELL + _LINE * lines + 4
     used = min(columns, len(cells))
@@ -95,4 +95,9 @@ def write_grid(file: Path, cells: Sequence[tuple[Image.Image, Ranking]], columns
         for line, (label, probability) in enumerate(row):
             text = f"{probability:.0%} {label}"
             draw.text((left + 4, top + _CELL + _LINE * line), text, fill="black", font=font)
-    sheet.save(file)
+    return sheet
+
+
+def cell(pixels: Tensor) -> Image.Image:
+    """An image [3, H, W] uint8 as large as fits into the grid."""
+    return ImageOps.contain(to_pil_image(pixels), (_CELL - 4, _CELL - 4))

@@ -9,15 +9,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from PIL import Image
 from torch import Tensor, nn
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...engine.data import IMAGENET_MEAN, IMAGENET_STD
 from ...engine.module import TaskModule, linear_warmup
+from ...engine.pictures import side_by_side
 from ...nn import Diagnosis, diagnose
 from .evaluation import KINDS, Detection, as_results, average_precision, detections, ground_truth
 from .models import faster_rcnn, mask_rcnn, retinanet
-from .predictions import DetectionWriter
+from .predictions import DetectionWriter, drawn
 from .preprocessing import Preprocessing
 from .targets import Targets
 
@@ -227,6 +229,14 @@ class Detector(TaskModule):
     def predict_step(self, images: Images, batch_idx: int) -> list[list[Detection]]:
         """The detections of every image, with masks as run lengths, which take little memory."""
         return self._detections(images)
+
+    def illustrate(self, batch: tuple[Images, Targets], count: int) -> Image.Image:
+        """Images with the detections of a score of at least 0.5, four at most: a detector is slow."""
+        pictures = []
+        for image, found in zip(batch[0][:4], self._detections(batch[0][: min(4, count)]), strict=False):
+            pixels = (255 * image.float().cpu()).round().byte()
+            pictures.append(drawn(pixels, [one for one in found if one["score"] >= 0.5], self.classes))
+        return side_by_side(pictures, 2)
 
     def _detections(self, images: Images) -> list[list[Detection]]:
         """One image at a time: in a batch, detections depend on the amount of padding."""

@@ -16,13 +16,13 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ... import zoo  # noqa: F401  (registers our models with timm)
 from ...engine.module import Reader, TaskModule, linear_warmup
-from ...engine.pictures import Colour, colour
+from ...engine.pictures import Colour, colour, side_by_side
 from ...engine.sync_batch_norm import SyncBatchNorm, norms_of_involutions
 from ...nn import Diagnosis, diagnose
 from .evaluation import scores, table
 from .inference import Inference
 from .models import SemanticFPN, UPerNet
-from .predictions import MaskWriter
+from .predictions import MaskWriter, overlay
 from .preprocessing import IGNORED, Preprocessing, height_and_width
 
 MODELS = {"semantic_fpn": SemanticFPN, "upernet": UPerNet}
@@ -260,6 +260,17 @@ class Segmenter(TaskModule):
         """Counts pixels."""
         for image, mask in zip(*batch, strict=True):
             self.confusion.update(self._classes(image, (mask.shape[0], mask.shape[1])), mask.long())
+
+    def illustrate(self, batch: Batch, count: int) -> Image.Image:
+        """Predicted classes over the images at the network's size, and the masks beside them; four images at most."""
+        pictures = []
+        for image, mask in zip(*(part[: min(4, count)] for part in batch), strict=True):
+            size = image.shape[-2:]
+            found = self._classes(image, (size[0], size[1])).byte().cpu()
+            wanted = F.interpolate(mask[None, None].float().cpu(), size, mode="nearest")[0, 0].byte()
+            for one in (found, torch.where(wanted == IGNORED, found, wanted)):
+                pictures.append(overlay(self.pixels(image), one, self.classes, self.palette, 0.5))
+        return side_by_side(pictures, 2)
 
     test_step = validation_step
 

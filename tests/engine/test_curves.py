@@ -1,6 +1,6 @@
 import pytest
 
-from involution.show.curves import draw_curves, read_curve
+from involution.engine.curves import draw_curves, read_curve
 
 METRICS = """epoch,lr,step,train/accuracy,train/loss,val/accuracy,val/loss
 0,0.1,9,,,,
@@ -37,3 +37,15 @@ def test_curves_hold_every_run_and_part(metrics, tmp_path):
     assert list(accuracy.lines[1].get_ydata()) == [0.5, 0.75]
     assert loss.get_ylim()[1] == 4.0  # twice the largest training loss, so that one bad validation hides nothing
     assert list(loss.lines[2].get_ydata()) == [2.0, 1.25]
+
+
+def test_a_detectors_curves(tmp_path):
+    """Its losses are logged at every step, and it has no validation loss."""
+    log = tmp_path / "metrics.csv"
+    log.write_text("epoch,step,train/loss,val/box_AP\n0,0,4.0,\n0,1,2.0,\n0,1,,0.1\n1,2,1.0,\n1,3,1.0,\n1,3,,0.2\n")
+    loss, precision = draw_curves({"": log}, tmp_path / "curves.png", metric="box_AP").axes
+    [line] = loss.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([1, 2], [3.0, 1.0])
+    [line] = precision.lines
+    assert (line.get_label(), list(line.get_ydata())) == ("val", [0.1, 0.2])
+    assert precision.get_ylabel() == "box_AP"

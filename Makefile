@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 clean
+.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 sanitize valgrind trust clean
 
 install: $(INSTALLED)
 
@@ -47,15 +47,37 @@ wheel: $(INSTALLED)
 	mkdir -p dist && cp build/dist/*.tar.gz dist
 	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --exclude libgomp.so.1 -w dist build/dist/*.whl
 
-# The kernels for another processor, held against plain loops in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+# Random calls of the C ABI against plain loops, CASES for each instruction set that this CPU runs (tests/csrc).
+CASES ?= 2000
+DRIVER := -std=gnu11 -O2 -I csrc tests/csrc/random_calls.c
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
+
+# The kernels and the driver under AddressSanitizer and UndefinedBehaviorSanitizer; compiling takes some minutes.
+sanitize:
+	cmake -G Ninja -S . -B build/sanitize -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	cmake --build build/sanitize
+	$(CC) $(SANITIZE) $(DRIVER) -o build/sanitize/random_calls build/sanitize/libinvolution.so -lm
+	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
+	  build/sanitize/random_calls --heap $(CASES)
+	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1 \
+	  build/sanitize/random_calls --heap --replay tests/csrc/corpus.txt
+
+# Reads of uninitialised memory. valgrind 3.19 does not know AVX-512.
+valgrind: $(INSTALLED)
+	mkdir -p build/valgrind
+	cp $$($(BIN)/python -c "from involution.ops.backends import cpu_library; print(cpu_library.path())") build/valgrind
+	$(CC) $(DRIVER) -g1 -o build/valgrind/random_calls build/valgrind/libinvolution.so -lm
+	for isa in avx2 baseline; do LD_LIBRARY_PATH=build/valgrind OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 \
+	  --vex-guest-max-insns=25 build/valgrind/random_calls --isa $$isa --heap 200 || exit 1; done
+
+# The kernels for another processor, in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
 ARM := aarch64-linux-gnu
 check-aarch64:
 	cmake -G Ninja -S . -B build/$(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(ARM)-g++
 	cmake --build build/$(ARM)
-	$(ARM)-gcc -std=gnu11 -O2 -I csrc tests/csrc/maps_against_loops.c -o build/$(ARM)/check \
-	  build/$(ARM)/libinvolution.so -lm
-	qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=build/$(ARM):/usr/$(ARM)/lib build/$(ARM)/check
+	$(ARM)-gcc $(DRIVER) -o build/$(ARM)/random_calls build/$(ARM)/libinvolution.so -lm
+	qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=build/$(ARM):/usr/$(ARM)/lib build/$(ARM)/random_calls $(CASES)
 
 clean:
 	rm -rf .venv build dist runs docs/_build

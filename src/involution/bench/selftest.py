@@ -48,7 +48,11 @@ def main(arguments: Sequence[str]) -> int:
         return int(exit.code or 0)
     try:
         torch.empty(0, device=given.device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch names an unknown device in several ways
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch names an unknown device in several ways
         print(f"--device must be one that torch finds here, got {given.device}: {str(error).splitlines()[0]}")
         return 1
     failed = _report_calls(given.device, given.seconds, str(given.seed))

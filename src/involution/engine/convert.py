@@ -76,7 +76,7 @@ def convert(file: Path, output: Path, backbone: bool = False) -> str:
 
 def _module(content: Checkpoint, task: str, file: Path) -> Any:
     """The Lightning module of the task, its network filled with the file's weights."""
-    from .checkpoints import named_class
+    from .checkpoints import named_class, without_sources
 
     weights, classes, record = content
     kind: Any
@@ -87,7 +87,7 @@ def _module(content: Checkpoint, task: str, file: Path) -> Any:
         kind = foreign.MODULE
     with torch.device("meta"):  # without values, which would take seconds to sample and be replaced
         if "hyper_parameters" in record:
-            given = record["hyper_parameters"]
+            given = record["hyper_parameters"] | without_sources(record["hyper_parameters"])
             try:
                 module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
             except TypeError as error:

@@ -1,4 +1,4 @@
-"""The C ABI from C: random calls against plain loops on guarded memory, for every instruction set that this CPU runs."""
+"""The C ABI from C: random calls against plain loops on guarded memory, for every instruction set of this CPU."""
 
 import os
 import shutil

@@ -50,11 +50,11 @@ wheel: $(INSTALLED)
 # Random calls of the C ABI against plain loops, CASES for each instruction set that this CPU runs (tests/csrc).
 CASES ?= 2000
 DRIVER := -std=gnu11 -O2 -I csrc tests/csrc/random_calls.c
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1 -fno-omit-frame-pointer
 
-# The kernels and the driver under AddressSanitizer and UndefinedBehaviorSanitizer; compiling takes some minutes.
+# The kernels and the driver under AddressSanitizer and UndefinedBehaviorSanitizer; compiling takes a few minutes.
 sanitize:
-	cmake -G Ninja -S . -B build/sanitize -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	cmake -G Ninja -S . -B build/sanitize -DOPTIMIZE=-O1 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$(SANITIZE)"
 	cmake --build build/sanitize
 	$(CC) $(SANITIZE) $(DRIVER) -o build/sanitize/random_calls build/sanitize/libinvolution.so -lm
 	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \

@@ -177,8 +177,8 @@ def test_damaged_files_are_refused_or_read(kind: str, content: dict[str, Any], t
             try:
                 found = read(file)
             except ValueError as error:
-                refused += 1
-                assert f"a.{kind}" in str(error), number
+                refused, message = refused + 1, str(error)
+                assert f"a.{kind}" in message, number
             else:
                 weights = getattr(found, "weights", {})
                 assert all(isinstance(one, torch.Tensor) for one in weights.values()), number

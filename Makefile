@@ -25,6 +25,7 @@ test: $(INSTALLED)
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled
 # ahead of time for four targets. About ten minutes each.
 INTERPRETED := $(addprefix tests/ops/test_,gpu_interpreted.py backends_agree.py registration.py fused.py)
+INTERPRETED += tests/bench/test_selftest.py
 test-gpu-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.2 $(BIN)/pytest $(INTERPRETED) -k "triton or random or interpreted"
 	$(BIN)/pytest tests/ops/test_gpu_compiled.py -m "not slow"

@@ -25,15 +25,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):  # a remote file: left to Lightning
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with atomic_write(Path(path)) as part, part.open("wb") as stream:
-            writer = _Writer(stream)
-            try:
+        writer = None
+        try:
+            with atomic_write(Path(path)) as part, part.open("wb") as stream:
+                writer = _Writer(stream)
                 torch.save(checkpoint, writer)
-            except RuntimeError as error:  # torch's archive writer hides the stream's own: "unexpected pos 64 vs 0"
-                if writer.error is None:
-                    raise
-                reason = writer.error.strerror or str(writer.error)
-                raise OSError(writer.error.errno, f"{reason}, so the checkpoint is not written", str(path)) from error
+        except (OSError, RuntimeError) as error:
+            # torch's archive writer may hide the stream's error: "unexpected pos 64 vs 0"
+            cause = writer.error if writer and writer.error else error
+            if not isinstance(cause, OSError):
+                raise
+            reason = cause.strerror or str(cause)
+            raise OSError(cause.errno, f"{reason}, so the checkpoint is not written", str(path)) from error
 
 
 class _Writer:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -160,4 +161,7 @@ def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) 
         name: one.detach().contiguous().clone(memory_format=torch.contiguous_format) for name, one in weights.items()
     }
     with atomic_write(output) as part:
-        save_file(plain, part, metadata)
+        try:
+            save_file(plain, part, metadata)
+        except SafetensorError as error:  # of the disk: names and shapes are those of a network
+            raise OSError(f"{error}: {output} is not written") from error

@@ -8,9 +8,11 @@ INSTALLED := .venv/installed
 install: $(INSTALLED)
 
 # Editable, with all extras; repeated when the kernels or the project's settings change.
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# PINS= installs the newest versions that pyproject.toml admits.
+PINS ?= -c constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -e '.[dev]' $(PINS)
 	touch $@
 
 demo: $(INSTALLED)
@@ -70,6 +72,15 @@ valgrind: $(INSTALLED)
 	$(CC) $(DRIVER) -g1 -o build/valgrind/random_calls build/valgrind/libinvolution.so -lm
 	for isa in avx2 baseline; do LD_LIBRARY_PATH=build/valgrind OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 \
 	  --vex-guest-max-insns=25 build/valgrind/random_calls --isa $$isa --heap 200 || exit 1; done
+
+# Every promise of docs/trust.md, with more cases than make test has.
+TRUST := $(addprefix tests/engine/test_,hostile_checkpoints.py hostile_data.py faults.py) tests/ops/test_threads.py \
+  tests/ops/test_numerics.py tests/ops/backends/test_c_abi.py tests/bench/test_selftest.py tests/test_supply_chain.py
+trust: $(INSTALLED) sanitize
+	INVOLUTION_EXAMPLES=34 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 $(TRUST) -m "not slow"
+	$(BIN)/pytest tests/ops/test_long_run.py -s
+	$(MAKE) valgrind
+	$(BIN)/involution doctor --selftest
 
 # The kernels for another processor, in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
 ARM := aarch64-linux-gnu

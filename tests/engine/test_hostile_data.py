@@ -101,6 +101,7 @@ END = bytes(1024)
         (member("a.cls", size=1 << 40) + END, "a.cls must be a number of at most 64 bytes"),
         (member("a.png", size=1 << 50) + END, "cannot be read as a tar file|must hold samples|has no label"),
         (member("x", tarfile.GNUTYPE_LONGNAME) * 3000 + END, "cannot be read as a tar file"),
+        (member("x", tarfile.GNUTYPE_LONGNAME, size=1 << 60) + END, "cannot be read as a tar file"),
         (member("../../a.png", tarfile.SYMTYPE, link="/etc/passwd") + END, "must hold samples"),
         (member("a.cls", tarfile.LNKTYPE, link="/etc/passwd") + END, "must hold samples"),
         (member("a.png", tarfile.CHRTYPE) + END, "must hold samples"),

@@ -40,7 +40,7 @@ class TarImages(Dataset[Any]):
         for number, file in enumerate(files):
             try:
                 found = _samples(file)
-            except (tarfile.TarError, OSError, RecursionError) as error:
+            except (tarfile.TarError, OSError, RecursionError, MemoryError) as error:
                 raise ValueError(f"{file} cannot be read as a tar file: {error}") from error
             if not found:
                 raise ValueError(f"{file} must hold samples, KEY.jpg beside KEY.cls, got none")

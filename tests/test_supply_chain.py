@@ -1,6 +1,6 @@
 """Dependencies: bounded below, constrained to versions that the tests pass with, and their licences listed.
 
-    python tests/test_supply_chain.py --write     rewrites constraints.txt from this environment
+python tests/test_supply_chain.py --write     rewrites constraints.txt from this environment
 """
 
 import re

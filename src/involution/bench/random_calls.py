@@ -121,9 +121,18 @@ class Call(NamedTuple):
         """The output and the gradients of the arguments."""
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items() if name != "grad"}
         if self.operator == "fused_layer":
-            window = (self.kernel_size, self.stride, self.dilation)
-            first = (leaves[name] for name in ("input", "hidden", "span_weight", "span_bias"))
-            y = fused_layer(*first, *window, leaves["scale"], leaves["shift"], relu)
+            y = fused_layer(
+                leaves["input"],
+                leaves["hidden"],
+                leaves["span_weight"],
+                leaves["span_bias"],
+                self.kernel_size,
+                self.stride,
+                self.dilation,
+                leaves["scale"],
+                leaves["shift"],
+                relu,
+            )
         else:
             operator = _INVOLUTION[len(self.input)]
             y = operator(leaves["input"], leaves["kernel_map"], self.stride, self.padding, self.dilation)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             with atomic_write(Path(path)) as part, part.open("wb") as stream:
                 writer = _Writer(stream)
-                torch.save(checkpoint, writer)
+                torch.save(checkpoint, cast(IO[bytes], writer))
         except (OSError, RuntimeError) as error:
             # torch's archive writer may hide the stream's error: "unexpected pos 64 vs 0"
             cause = writer.error if writer and writer.error else error
@@ -43,14 +43,15 @@ class _Writer:
     """A stream that remembers the first error of writing."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.error = stream, None
+        self.stream = stream
+        self.error: OSError | None = None
 
     def write(self, content: Any) -> int:
         """Writes bytes."""
         try:
             return self.stream.write(content)
         except OSError as error:
-            self.error: OSError | None = self.error or error
+            self.error = self.error or error
             raise
 
     def flush(self) -> None:

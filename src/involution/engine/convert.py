@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..zoo.checkpoints import RECORD, Checkpoint, check, read_checkpoint
@@ -160,8 +159,5 @@ def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) 
     plain = {
         name: one.detach().contiguous().clone(memory_format=torch.contiguous_format) for name, one in weights.items()
     }
-    with atomic_write(output) as part:
-        try:
-            save_file(plain, part, metadata)
-        except SafetensorError as error:  # of the disk: names and shapes are those of a network
-            raise OSError(f"{error}: {output} is not written") from error
+    with atomic_write(output) as part:  # not save_file, whose own temporary file a killed process would leave
+        part.write_bytes(save(plain, metadata))

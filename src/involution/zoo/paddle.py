@@ -108,7 +108,7 @@ class _Unpickler(pickle.Unpickler):
 def _check_memo(pickled: bytes) -> None:
     """Refuses an index into the memo that no pickle of this length needs: the unpickler would allocate up to it."""
     for operation, argument, _ in pickletools.genops(pickled):
-        if "PUT" in operation.name and argument > len(pickled):
+        if "PUT" in operation.name and argument is not None and argument > len(pickled):
             raise pickle.UnpicklingError(f"a memo index must be at most {len(pickled)}, got {argument}")
 
 

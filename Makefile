@@ -69,9 +69,9 @@ sanitize:
 valgrind: $(INSTALLED)
 	mkdir -p build/valgrind
 	cp $$($(BIN)/python -c "from involution.ops.backends import cpu_library; print(cpu_library.path())") build/valgrind
-	$(CC) $(DRIVER) -g1 -o build/valgrind/random_calls build/valgrind/libinvolution.so -lm
+	$(CC) -DWIDE=double $(DRIVER) -g1 -o build/valgrind/random_calls build/valgrind/libinvolution.so -lm
 	for isa in avx2 baseline; do LD_LIBRARY_PATH=build/valgrind OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 \
-	  --vex-guest-max-insns=25 build/valgrind/random_calls --isa $$isa --heap 200 || exit 1; done
+	  build/valgrind/random_calls --isa $$isa --heap $(CASES) || exit 1; done
 
 # Every promise of docs/trust.md, with more cases than make test has.
 TRUST := $(addprefix tests/engine/test_,hostile_checkpoints.py hostile_data.py faults.py) tests/ops/test_threads.py \

@@ -1,23 +1,23 @@
-/* The fused layer as plain loops in long double, with a bound of the rounding error at every element. */
+/* The fused layer as plain loops, with a bound of the rounding error at every element. */
 #pragma once
 #include "loops.h"
 
 /* Values and bounds of their errors: [count, channels]. */
 typedef struct {
-  long double *value, *error;
+  Wide *value, *error;
   int64_t count, channels;
 } Rows;
 
 static Rows new_rows(int64_t count, int64_t channels) {
   const size_t elements = (size_t)(count * channels);
-  const Rows rows = {calloc(elements, sizeof(long double)), calloc(elements, sizeof(long double)), count, channels};
+  const Rows rows = {calloc(elements, sizeof(Wide)), calloc(elements, sizeof(Wide)), count, channels};
   return rows;
 }
 
 static void free_rows(Rows rows) { free(rows.value), free(rows.error); }
 
 static void relu(Rows rows) {
-  for (int64_t i = 0; i < rows.count * rows.channels; ++i) rows.value[i] = fmaxl(rows.value[i], 0);
+  for (int64_t i = 0; i < rows.count * rows.channels; ++i) rows.value[i] = fmax(rows.value[i], 0);
 }
 
 /* rows [count, in] times a matrix [in, out] in panels of 32 columns, plus a bias, which may be null. */
@@ -26,13 +26,13 @@ static Rows product(const Type* type, Rows rows, const void* panels, const void*
   const Rows result = new_rows(rows.count, out);
   for (int64_t i = 0; i < rows.count; ++i)
     for (int64_t c = 0; c < out; ++c) {
-      long double sum = bias ? type->read(bias, c) : 0, magnitude = fabsl(sum), error = 0;
+      Wide sum = bias ? type->read(bias, c) : 0, magnitude = fabs(sum), error = 0;
       for (int64_t r = 0; r < in; ++r) {
-        const long double weight = type->read(panels, (c / 32 * in + r) * 32 + c % 32), v = rows.value[i * in + r];
-        sum += v * weight, magnitude += fabsl(v * weight), error += rows.error[i * in + r] * fabsl(weight);
+        const Wide weight = type->read(panels, (c / 32 * in + r) * 32 + c % 32), v = rows.value[i * in + r];
+        sum += v * weight, magnitude += fabs(v * weight), error += rows.error[i * in + r] * fabs(weight);
       }
       result.value[i * out + c] = sum;
-      result.error[i * out + c] = error + ((long double)in + 3) * type->compute * (magnitude + error);
+      result.error[i * out + c] = error + ((Wide)in + 3) * type->compute * (magnitude + error);
     }
   return result;
 }
@@ -44,14 +44,14 @@ static Rows averages(const Type* type, const Geometry* g, const void* input) {
     for (int64_t c = 0; c < g->channels; ++c) {
       const int64_t n = i / volume(g->output), o = i % volume(g->output);
       const int64_t at[3] = {o / (g->output[1] * g->output[2]), o / g->output[2] % g->output[1], o % g->output[2]};
-      long double sum = 0, magnitude = 0, count = 0;
+      Wide sum = 0, magnitude = 0, count = 0;
       for (int64_t p = 0; p < volume(g->input); ++p) {
         const int64_t q[3] = {p / (g->input[1] * g->input[2]), p / g->input[2] % g->input[1], p % g->input[2]};
         int inside = 1;
         for (int axis = 0; axis < 3; ++axis) inside &= q[axis] / g->stride[axis] == at[axis];
         if (!inside) continue;
-        const long double v = type->read(input, image_at(g, g->input, n, c, p));
-        sum += v, magnitude += fabsl(v), ++count;
+        const Wide v = type->read(input, image_at(g, g->input, n, c, p));
+        sum += v, magnitude += fabs(v), ++count;
       }
       result.value[i * g->channels + c] = sum / count;
       result.error[i * g->channels + c] = (count + 3) * type->compute * magnitude / count;
@@ -59,20 +59,20 @@ static Rows averages(const Type* type, const Geometry* g, const void* input) {
   return result;
 }
 
-static void rms_norm(const Type* type, Rows rows, long double eps) {
-  const long double channels = (long double)rows.channels;
+static void rms_norm(const Type* type, Rows rows, Wide eps) {
+  const Wide channels = (Wide)rows.channels;
   for (int64_t i = 0; i < rows.count; ++i) {
-    long double *v = rows.value + i * rows.channels, *e = rows.error + i * rows.channels, squares = 0, error = 0;
+    Wide *v = rows.value + i * rows.channels, *e = rows.error + i * rows.channels, squares = 0, error = 0;
     for (int64_t r = 0; r < rows.channels; ++r)
-      squares += v[r] * v[r], error += 2 * fabsl(v[r]) * e[r] + e[r] * e[r];
+      squares += v[r] * v[r], error += 2 * fabs(v[r]) * e[r] + e[r] * e[r];
     error += (channels + 4) * type->compute * squares;
-    const long double factor = 1 / sqrtl(squares / channels + eps);
+    const Wide factor = 1 / sqrt(squares / channels + eps);
     /* The largest factor that such a sum allows; below eps, the root is at least that of half of it. */
-    const long double largest = 1 / sqrtl(fmaxl(squares - error, 0) / channels + eps);
-    const long double smallest = 1 / sqrtl((squares + error) / channels + eps);
-    const long double spread = fmaxl(largest - factor, factor - smallest) + 4 * type->compute * largest;
+    const Wide largest = 1 / sqrt(fmax(squares - error, 0) / channels + eps);
+    const Wide smallest = 1 / sqrt((squares + error) / channels + eps);
+    const Wide spread = fmax(largest - factor, factor - smallest) + 4 * type->compute * largest;
     for (int64_t r = 0; r < rows.channels; ++r) {
-      e[r] = e[r] * largest + fabsl(v[r]) * spread + 2 * type->compute * fabsl(v[r]) * factor;
+      e[r] = e[r] * largest + fabs(v[r]) * spread + 2 * type->compute * fabs(v[r]) * factor;
       v[r] *= factor;
     }
   }
@@ -84,18 +84,18 @@ static Rows applied(const Type* type, const Geometry* g, const involution_fused_
   const Rows result = new_rows(g->batch * positions, g->channels);
   for (int64_t i = 0; i < result.count; ++i)
     for (int64_t c = 0; c < g->channels; ++c) {
-      long double sum = 0, magnitude = 0, error = 0;
+      Wide sum = 0, magnitude = 0, error = 0;
       for (int64_t u = 0; u < taps; ++u) {
         const int64_t position = seen(g, i % positions, u), at = i * kernels.channels + c / width * taps + u;
         if (position < 0) continue;
-        const long double x = type->read(layer->input, image_at(g, g->input, i / positions, c, position));
-        sum += kernels.value[at] * x, magnitude += fabsl(kernels.value[at] * x), error += kernels.error[at] * fabsl(x);
+        const Wide x = type->read(layer->input, image_at(g, g->input, i / positions, c, position));
+        sum += kernels.value[at] * x, magnitude += fabs(kernels.value[at] * x), error += kernels.error[at] * fabs(x);
       }
-      error += ((long double)taps + 2) * type->compute * (magnitude + error);
+      error += ((Wide)taps + 2) * type->compute * (magnitude + error);
       if (layer->scale) {
-        const long double scale = type->read(layer->scale, c), shift = type->read(layer->shift, c);
+        const Wide scale = type->read(layer->scale, c), shift = type->read(layer->shift, c);
         sum = sum * scale + shift;
-        error = error * fabsl(scale) + 3 * type->compute * (fabsl(sum) + fabsl(shift) + error * fabsl(scale));
+        error = error * fabs(scale) + 3 * type->compute * (fabs(sum) + fabs(shift) + error * fabs(scale));
       }
       result.value[i * g->channels + c] = sum, result.error[i * g->channels + c] = error;
     }
@@ -131,7 +131,7 @@ static void fused_layer_loop(const Type* type, const Geometry* g, const involuti
   free_rows(y);
   for (int64_t i = 0; layer->shortcut && i < count * output.channels; ++i) {
     output.value[i] += type->read(layer->shortcut, i);
-    output.error[i] += type->compute * (fabsl(output.value[i]) + output.error[i]);
+    output.error[i] += type->compute * (fabs(output.value[i]) + output.error[i]);
   }
   if (layer->expand_relu) relu(output);
   results[0] = output;

@@ -1,12 +1,16 @@
 /* The types in memory, the positions of a geometry, and the three maps as plain loops with bounds of their rounding. */
 #pragma once
 #include <float.h>
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <tgmath.h>
 
 #include "involution.h"
 
+#ifndef WIDE /* the type of the loops; valgrind knows double alone */
+#define WIDE long double
+#endif
+typedef WIDE Wide;
 typedef involution_geometry Geometry;
 typedef void (*Map)(const Geometry*, const void*, const void*, void*);
 
@@ -78,21 +82,21 @@ static int64_t seen(const Geometry* g, int64_t output, int64_t tap) {
 
 /* Sums, the sums of absolute values, and the numbers of terms. */
 typedef struct {
-  long double *value, *magnitude;
+  Wide *value, *magnitude;
   int64_t *terms, count;
 } Sums;
 
 static Sums new_sums(int64_t count) {
-  const Sums sums = {calloc((size_t)count, sizeof(long double)), calloc((size_t)count, sizeof(long double)),
+  const Sums sums = {calloc((size_t)count, sizeof(Wide)), calloc((size_t)count, sizeof(Wide)),
                      calloc((size_t)count, sizeof(int64_t)), count};
   return sums;
 }
 
 static void free_sums(Sums sums) { free(sums.value), free(sums.magnitude), free(sums.terms); }
 
-static void add(Sums sums, int64_t at, long double term) {
+static void add(Sums sums, int64_t at, Wide term) {
   sums.value[at] += term;
-  sums.magnitude[at] += fabsl(term);
+  sums.magnitude[at] += fabs(term);
   ++sums.terms[at];
 }
 
@@ -119,22 +123,22 @@ static void map_loop(int which, const Type* type, const Geometry* g, const void*
           const int64_t at[3] = {image_at(g, g->input, n, c, position), kernel_at(g, n, c / width, u, o),
                                  image_at(g, g->output, n, c, o)};
           add(sums, at[roles[2]],
-              (long double)type->read(first, at[roles[0]]) * (long double)type->read(second, at[roles[1]]));
+              (Wide)type->read(first, at[roles[0]]) * (Wide)type->read(second, at[roles[1]]));
         }
     }
 }
 
 /* How far a stored result is from a sum, in units of the bound for its rounding; NaN and infinity must agree. */
-static double excess(const Type* type, double found, long double wanted, long double bound) {
+static double excess(const Type* type, double found, Wide wanted, Wide bound) {
   if (isnan(wanted) || isinf(wanted)) return isnan(wanted) ? (isnan(found) ? 0 : INFINITY) : (found == wanted ? 0 : INFINITY);
-  bound += fabsl(wanted) * type->store + type->smallest;
+  bound += fabs(wanted) * type->store + type->smallest;
   if (isnan(found)) return INFINITY;
-  if (isinf(found)) return (found > 0) == (wanted > 0) && fabsl(wanted) + bound >= type->overflow ? 0 : INFINITY;
-  return (double)(fabsl(found - wanted) / bound);
+  if (isinf(found)) return (found > 0) == (wanted > 0) && fabs(wanted) + bound >= type->overflow ? 0 : INFINITY;
+  return (double)(fabs(found - wanted) / bound);
 }
 
 static double excess_of_sum(const Type* type, double found, Sums sums, int64_t i) {
-  const long double terms = (long double)sums.terms[i];
-  const long double bound = (terms + 2) * type->compute * sums.magnitude[i] + terms * (type->bytes == 8 ? 0x1p-1074L : 0x1p-149L);
+  const Wide terms = (Wide)sums.terms[i];
+  const Wide bound = (terms + 2) * type->compute * sums.magnitude[i] + terms * (type->bytes == 8 ? 0x1p-1074 : 0x1p-149);
   return excess(type, found, sums.value[i], isnan(bound) || isinf(bound) ? 0 : bound);
 }

@@ -97,7 +97,7 @@ END = bytes(1024)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (member("a.png", size=-512) + END, "a.png has a size of -512"),
+        (member("b.txt") + member("a.png", size=-512) + END, "a.png has a size of -512"),
         (member("a.cls", size=1 << 40) + END, "a.cls must be a number of at most 64 bytes"),
         (member("a.png", size=1 << 50) + END, "cannot be read as a tar file|must hold samples|has no label"),
         (member("x", tarfile.GNUTYPE_LONGNAME) * 3000 + END, "cannot be read as a tar file"),

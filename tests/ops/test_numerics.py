@@ -27,9 +27,16 @@ def results(made: Call, name: str, x: torch.Tensor, k: torch.Tensor, g: torch.Te
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
 @LAYOUTS
-def test_infinity_and_nan_are_where_the_reference_has_them(name: str, dtype: torch.dtype, channels_last: bool) -> None:
+def test_infinity_and_nan_are_where_the_reference_has_them(
+    name: str, stride: int, dtype: torch.dtype, channels_last: bool, request: pytest.FixtureRequest
+) -> None:
+    if name == "triton" and stride > 1:  # a known limit, in docs/trust.md
+        request.applymarker(pytest.mark.xfail(reason="adjoint multiplies gradients by absent taps' zeros", strict=True))
     made = call(dtype, channels_last)
+    size = tuple(size * step for size, step in zip((3, 4), (1, stride), strict=True)) if INTERPRETED else made.input
+    made = made._replace(stride=(1, stride), input=size)
     tensors = list(made.tensors(0))
     generator = torch.Generator().manual_seed(1)
     for tensor in tensors:
@@ -48,8 +55,11 @@ def test_infinity_and_nan_are_where_the_reference_has_them(name: str, dtype: tor
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("factor", ["denormal", "huge"])
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_denormal_and_huge_elements_are_rounded_once(name: str, dtype: torch.dtype, factor: str) -> None:
     """One product per sum, so that a result is that of float64, rounded once; a wrong scale would lose it."""
+    if INTERPRETED and dtype == torch.bfloat16 and factor == "denormal":
+        pytest.skip("Triton's interpreter converts denormal bfloat16 wrongly; compiled code does not use it")
     kind = torch.finfo(dtype)
     made = call(dtype, True, width=1)._replace(kernel=(1, 1), padding=(0, 0))
     x, k, g = made.tensors(2)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 sanitize valgrind trust clean
+.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 sanitize sanitize-tests valgrind trust clean
 
 install: $(INSTALLED)
 
@@ -65,6 +65,14 @@ sanitize:
 	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1 \
 	  build/sanitize/random_calls --heap --replay tests/csrc/corpus.txt
 
+# The property tests in Python over the sanitized kernels, which a copy of the package loads.
+sanitize-tests: sanitize $(INSTALLED)
+	rm -rf build/sanitize/python && mkdir -p build/sanitize/python
+	cp -r src/involution build/sanitize/python && cp build/sanitize/libinvolution.so build/sanitize/python/involution/ops/backends
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1 PYTHONPATH=build/sanitize/python \
+	  OMP_WAIT_POLICY=passive $(BIN)/pytest tests/ops/test_backends_agree.py tests/ops/test_fused.py -k "random or every_loop"
+
 # Reads of uninitialised memory. valgrind 3.19 does not know AVX-512.
 valgrind: $(INSTALLED)
 	mkdir -p build/valgrind
@@ -76,7 +84,7 @@ valgrind: $(INSTALLED)
 # Every promise of docs/trust.md, with more cases than make test has.
 TRUST := $(addprefix tests/engine/test_,hostile_checkpoints.py hostile_data.py faults.py) tests/ops/test_threads.py \
   tests/ops/test_numerics.py tests/ops/backends/test_c_abi.py tests/bench/test_selftest.py tests/test_supply_chain.py
-trust: $(INSTALLED) sanitize
+trust: $(INSTALLED) sanitize-tests
 	INVOLUTION_EXAMPLES=34 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 $(TRUST) -m "not slow"
 	$(BIN)/pytest tests/ops/test_long_run.py -s
 	$(MAKE) valgrind

@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 check-windows clean
+.PHONY: install demo test test-gpu-interpreted lint bench docs wheel check-aarch64 check-windows sanitize sanitize-tests valgrind trust clean
 
 install: $(INSTALLED)
 
 # Editable, with all extras; repeated when the kernels or the project's settings change.
-$(INSTALLED): pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+# PINS= installs the newest versions that pyproject.toml admits.
+PINS ?= -c constraints.txt
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -e '.[dev]'
+	$(BIN)/pip install -e '.[dev]' $(PINS)
 	touch $@
 
 demo: $(INSTALLED)
@@ -25,6 +27,7 @@ test: $(INSTALLED)
 # The GPU kernels without a GPU: interpreted on the CPU, where the tests of every backend run over them, and compiled
 # ahead of time for four targets. About ten minutes each.
 INTERPRETED := $(addprefix tests/ops/test_,gpu_interpreted.py backends_agree.py registration.py fused.py)
+INTERPRETED += tests/bench/test_selftest.py
 test-gpu-interpreted: $(INSTALLED)
 	TRITON_INTERPRET=1 INVOLUTION_EXAMPLES=0.2 $(BIN)/pytest $(INTERPRETED) -k "triton or random or interpreted"
 	$(BIN)/pytest tests/ops/test_gpu_compiled.py -m "not slow"
@@ -48,15 +51,54 @@ wheel: $(INSTALLED)
 	mkdir -p dist && cp build/dist/*.tar.gz dist
 	PATH=$(CURDIR)/$(BIN):$$PATH auditwheel repair --exclude libgomp.so.1 -w dist build/dist/*.whl
 
-# The kernels for another processor, held against plain loops in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
+# Random calls of the C ABI against plain loops, CASES for each instruction set that this CPU runs (tests/csrc).
+CASES ?= 2000
+DRIVER := -std=gnu11 -O2 -I csrc tests/csrc/random_calls.c
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -g1 -fno-omit-frame-pointer
+
+# The kernels and the driver under AddressSanitizer and UndefinedBehaviorSanitizer; compiling takes a few minutes.
+sanitize:
+	cmake -G Ninja -S . -B build/sanitize -DOPTIMIZE=-O1 -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS="$(SANITIZE)"
+	cmake --build build/sanitize
+	$(CC) $(SANITIZE) $(DRIVER) -o build/sanitize/random_calls build/sanitize/libinvolution.so -lm
+	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
+	  build/sanitize/random_calls --heap $(CASES)
+	LD_LIBRARY_PATH=build/sanitize ASAN_OPTIONS=abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1 \
+	  build/sanitize/random_calls --heap --replay tests/csrc/corpus.txt
+
+# The property tests in Python over the sanitized kernels, which a copy of the package loads.
+sanitize-tests: sanitize $(INSTALLED)
+	rm -rf build/sanitize/python && mkdir -p build/sanitize/python
+	cp -r src/involution build/sanitize/python && cp build/sanitize/libinvolution.so build/sanitize/python/involution/ops/backends
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1 PYTHONPATH=build/sanitize/python \
+	  OMP_WAIT_POLICY=passive $(BIN)/pytest tests/ops/test_backends_agree.py tests/ops/test_fused.py -k "random or every_loop"
+
+# Reads of uninitialised memory. valgrind 3.19 does not know AVX-512.
+valgrind: $(INSTALLED)
+	mkdir -p build/valgrind
+	cp $$($(BIN)/python -c "from involution.ops.backends import cpu_library; print(cpu_library.path())") build/valgrind
+	$(CC) -DWIDE=double $(DRIVER) -g1 -o build/valgrind/random_calls build/valgrind/libinvolution.so -lm
+	for isa in avx2 baseline; do LD_LIBRARY_PATH=build/valgrind OMP_NUM_THREADS=1 valgrind -q --error-exitcode=1 \
+	  build/valgrind/random_calls --isa $$isa --heap $(CASES) || exit 1; done
+
+# Every promise of docs/trust.md, with more cases than make test has.
+TRUST := $(addprefix tests/engine/test_,hostile_checkpoints.py hostile_data.py faults.py) tests/ops/test_threads.py \
+  tests/ops/test_numerics.py tests/ops/backends/test_c_abi.py tests/bench/test_selftest.py tests/test_supply_chain.py
+trust: $(INSTALLED) sanitize-tests
+	INVOLUTION_EXAMPLES=34 OMP_WAIT_POLICY=passive $(BIN)/pytest -n 2 $(TRUST) -m "not slow"
+	$(BIN)/pytest tests/ops/test_long_run.py -s
+	$(MAKE) valgrind
+	$(BIN)/involution doctor --selftest
+
+# The kernels for another processor, in an emulator (Debian: g++-aarch64-linux-gnu, qemu-user).
 ARM := aarch64-linux-gnu
 check-aarch64:
 	cmake -G Ninja -S . -B build/$(ARM) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=$(ARM)-g++
 	cmake --build build/$(ARM)
-	$(ARM)-gcc -std=gnu11 -O2 -I csrc tests/csrc/maps_against_loops.c -o build/$(ARM)/check \
-	  build/$(ARM)/libinvolution.so -lm
-	qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=build/$(ARM):/usr/$(ARM)/lib build/$(ARM)/check
+	$(ARM)-gcc $(DRIVER) -o build/$(ARM)/random_calls build/$(ARM)/libinvolution.so -lm
+	qemu-aarch64 -L /usr/$(ARM) -E LD_LIBRARY_PATH=build/$(ARM):/usr/$(ARM)/lib build/$(ARM)/random_calls $(CASES)
 
 # The same for Windows: Clang's kernels in Wine (Debian: clang, lld, g++-mingw-w64-x86-64-posix, wine). GCC is only the
 # source of headers and start-up code: on Windows it does not align 32-byte vectors on the stack.

@@ -81,8 +81,9 @@ def _help() -> str:
   cost      parameters and multiply-adds of a network, or of the paper's tables
   bench     time kernels and networks on this machine
   show      draw the kernels that a checkpoint or a timm name generates for images
-  doctor    print backends, versions, instruction set, threads; with a checkpoint
-            or a timm name, diagnose why its loss is NaN
+  doctor    print backends, versions, instruction set, threads; with --selftest,
+            check and time the backends; with a checkpoint or a timm name,
+            diagnose why its loss is NaN
 
   involution fit -c digits_rednet                       a packaged recipe
   involution fit -c recipe.yaml --trainer.max_epochs 3  a file, with an option changed
@@ -231,7 +232,7 @@ def _doctor(rest: list[str]) -> int:
     except ValueError as error:  # an environment variable
         print(f"involution doctor: {error}", file=sys.stderr)
         return 1
-    if rest:
+    if rest and "--selftest" not in rest:
         return _diagnose(rest)
     import torch
 
@@ -250,7 +251,11 @@ def _doctor(rest: list[str]) -> int:
     print(f"\n{'backend':16} {'available':10} {'serves':8} reason")
     for backend in backends():
         print(f"{backend.name:16} {_yes(backend.available):10} {_yes(backend.serves):8} {backend.reason}".rstrip())
-    return 0
+    if not rest:
+        return 0
+    from .bench.selftest import main as selftest
+
+    return selftest(rest)
 
 
 def _threads(count: int) -> str:

@@ -114,7 +114,7 @@ def test_preprocessing_is_that_of_validation(checkpoint: Path, tmp_path: Path) -
         ("no module class", "ckpt_path must name its module class under involution.module, got"),
         (
             "an unknown module class",
-            "ckpt_path must name a module class that is installed here, got 'origami.Folder' in",
+            "ckpt_path must name a module class that is installed here, got 'involution.origami.Folder' in",
         ),
         ("a class of another kind", "ckpt_path must name a subclass of TaskModule, got 'torch.nn.Linear' in"),
         ("no images", "data.predict_path must be an image or a folder of images, got"),
@@ -130,7 +130,7 @@ def test_errors_name_what_is_wrong(
     torch.save({"weight": torch.zeros(3)}, weights)
     contents = {
         "no module class": {"task": "classify"},
-        "an unknown module class": {"module": "origami.Folder"},
+        "an unknown module class": {"module": "involution.origami.Folder"},
         "a class of another kind": {"module": "torch.nn.Linear"},
     }
     torch.save({"involution": contents.get(what)}, other)

@@ -49,23 +49,23 @@ def test_one_openmp_runtime() -> None:
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_four_python_threads_at_once(channels_last: bool) -> None:
-    """Each calls with its own tensors repeatedly; results equal those of one thread."""
-    wanted = [call(index, channels_last) for index in range(4)]
-    start = threading.Barrier(4)
-    right = [0] * 4
+def test_eight_python_threads_at_once(channels_last: bool) -> None:
+    """Each calls with its own tensors repeatedly, forward and backward; results equal those of one thread."""
+    wanted = [call(index, channels_last) for index in range(8)]
+    start = threading.Barrier(8)
+    right = [0] * 8
 
     def repeat(index: int) -> None:
         start.wait()
         for _ in range(12):
             right[index] += same(call(index, channels_last), wanted[index])
 
-    workers = [threading.Thread(target=repeat, args=(index,)) for index in range(4)]
+    workers = [threading.Thread(target=repeat, args=(index,)) for index in range(8)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert right == [12] * 4
+    assert right == [12] * 8
 
 
 class Computed(Dataset):
@@ -91,5 +91,28 @@ def forked_workers(threads: int) -> None:
 def test_forked_workers(threads: int) -> None:
     """In a separate process: other tests may have started autograd threads, which forbid it in a forked child."""
     code = f"from test_threads import forked_workers; forked_workers({threads})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def compute_in_place(x: Tensor, kernel_map: Tensor, y: Tensor) -> None:
+    """Fills a shared tensor."""
+    y.copy_(involution2d(x, kernel_map, padding=1))
+
+
+def spawned_process() -> None:
+    """A spawned process computes on tensors in shared memory, while this one does too."""
+    x, kernel_map = torch.randn(2, 32, 14, 14).share_memory_(), torch.randn(2, 2, 3, 3, 14, 14).share_memory_()
+    y = torch.zeros(2, 32, 14, 14).share_memory_()
+    child = torch.multiprocessing.get_context("spawn").Process(target=compute_in_place, args=(x, kernel_map, y))
+    child.start()
+    wanted = involution2d(x, kernel_map, padding=1)
+    child.join(120)
+    assert child.exitcode == 0
+    assert torch.equal(y, wanted)
+
+
+def test_a_spawned_process_and_shared_tensors() -> None:
+    code = "from test_threads import spawned_process\nif __name__ == '__main__': spawned_process()"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

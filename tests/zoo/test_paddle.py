@@ -200,7 +200,7 @@ def test_eval_is_refused_by_name(protocol: int, tmp_path: Path, capsys: pytest.C
         (b"\x80\x04]\x94.", "a list"),
         (b"\x80\x04}\x8c\x01aK\x01s.", "'a' is no array"),
         (b"\x80\x04}\x8c\x01acnumpy\nndarray\nR.", ""),
-        (b"", "Ran out of input"),
+        (b"", "pickle exhausted"),
         (b"PK\x03\x04", ""),
     ],
 )

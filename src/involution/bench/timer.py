@@ -36,8 +36,8 @@ def interleaved(
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def quartiles(times: list[float]) -> list[float]:

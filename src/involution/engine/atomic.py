@@ -10,7 +10,8 @@ from pathlib import Path
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yields the path of a temporary file beside `target`, which is flushed to the disk and renamed to it afterwards.
 
-    Missing folders are made. After an error the temporary file is removed, and an earlier `target` is unchanged.
+    Missing folders are made. After an error the temporary file is removed, and an earlier `target` is unchanged; an
+    OSError that names no file, as those of writing do, is given the target's name.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part")
@@ -18,6 +19,9 @@ def atomic_write(target: Path) -> Iterator[Path]:
         yield part
         _flush(part)
         part.replace(target)
+    except OSError as error:
+        error.filename = error.filename or str(target)
+        raise
     finally:
         part.unlink(missing_ok=True)
     _flush(target.parent)  # makes the rename durable

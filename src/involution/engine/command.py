@@ -11,7 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .checkpoints import AtomicCheckpointIO, last_checkpoint
+from .checkpoints import AtomicCheckpointIO, check_importable, last_checkpoint
 from .console import Screen, on_a_terminal, quiet_lightning, result_of
 from .curves import Curves
 from .finite_loss import FiniteLoss
@@ -48,6 +48,8 @@ class TaskCLI(LightningCLI):
             config.ckpt_path = str(last_checkpoint(Path(config.trainer.default_root_dir)))
         checkpoint = Path(config.get("ckpt_path") or "")
         before = _hyperparameters(config)
+        if checkpoint.is_file():
+            _check_named_class(checkpoint)
         super()._parse_ckpt_path()
         given = _model_options(self._arguments)
         if verb == "fit" and checkpoint.is_file():
@@ -108,6 +110,21 @@ class TaskCLI(LightningCLI):
         if self.trainer.is_global_zero:
             verb = "test" if getattr(self.datamodule, "can_test", True) else "validate"
             print(*result_of(self.trainer, str(config), verb), sep="\n")
+
+
+def _check_named_class(checkpoint: Path) -> None:
+    """Refuses a checkpoint whose hyperparameters name a class that must not be imported: see `check_importable`.
+
+    Raises:
+        ValueError: it names one; or the file is no checkpoint, or asks for code.
+    """
+    try:
+        content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+        name = content.get("hyper_parameters", {}).get("_class_path")
+    except Exception as error:  # torch raises errors of many kinds for other files
+        raise ValueError(f"ckpt_path must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+    if name is not None:
+        check_importable(str(name), f"ckpt_path {checkpoint}")
 
 
 def _model_options(arguments: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from ..zoo.checkpoints import RECORD, Checkpoint, check, read_checkpoint
@@ -76,7 +76,7 @@ def convert(file: Path, output: Path, backbone: bool = False) -> str:
 
 def _module(content: Checkpoint, task: str, file: Path) -> Any:
     """The Lightning module of the task, its network filled with the file's weights."""
-    from .checkpoints import named_class
+    from .checkpoints import named_class, without_sources
 
     weights, classes, record = content
     kind: Any
@@ -87,7 +87,7 @@ def _module(content: Checkpoint, task: str, file: Path) -> Any:
         kind = foreign.MODULE
     with torch.device("meta"):  # without values, which would take seconds to sample and be replaced
         if "hyper_parameters" in record:
-            given = record["hyper_parameters"]
+            given = record["hyper_parameters"] | without_sources(record["hyper_parameters"])
             try:
                 module = kind(**{name: value for name, value in given.items() if not name.startswith("_")})
             except TypeError as error:
@@ -159,5 +159,5 @@ def _write(weights: Mapping[str, Tensor], record: dict[str, Any], output: Path) 
     plain = {
         name: one.detach().contiguous().clone(memory_format=torch.contiguous_format) for name, one in weights.items()
     }
-    with atomic_write(output) as part:
-        save_file(plain, part, metadata)
+    with atomic_write(output) as part:  # not save_file, whose own temporary file a killed process would leave
+        part.write_bytes(save(plain, metadata))

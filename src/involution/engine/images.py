@@ -24,6 +24,9 @@ FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 ENDINGS = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
+LONGEST = 200  # times as long as wide: resizing the shorter side of a longer image would fill the memory
+
+
 class UnreadableImage(ValueError):
     """A file that cannot be decoded as an image; the message names it."""
 
@@ -49,10 +52,13 @@ def read_image(source: str | Path | IO[bytes], name: str | None = None, upright:
         upright: apply the EXIF orientation, or keep the pixels as stored.
 
     Raises:
-        UnreadableImage: the source is no image of one of `FORMATS`, is damaged, or its values are no grey levels of 8
-            or 16 bits.
+        UnreadableImage: the source is no image of one of `FORMATS`, is damaged, has more than 179 million pixels
+            (Pillow's limit), is more than `LONGEST` times as long as wide, or its values are no grey levels of 8 or 16
+            bits.
     """
     with unreadable(name or source), Image.open(source, formats=FORMATS) as file:
+        if max(file.size) > LONGEST * min(file.size):
+            raise ValueError(f"it must be at most {LONGEST} times as long as wide, got {file.width}x{file.height}")
         file.load()
         image = ImageOps.exif_transpose(file) if upright else file.copy()
     if image.mode == "F" or (image.mode == "I" and not _has_16_bits(np.asarray(image))):

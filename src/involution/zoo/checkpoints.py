@@ -19,6 +19,8 @@ from .paddle import read_pdparams
 
 _CLASSIFIER = ("fc.", "head.fc.", "classifier.")  # the last layer, which backbones lack
 _BODIES = ("backbone.body.", "pyramid.body.", "body.")  # the backbone in our detectors and segmenters
+# Options of timm.create_model that read weights from elsewhere, which a file of weights must not decide.
+SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 RECORD = "involution"  # the metadata entry of a .safetensors file with the record of our checkpoints, as JSON
 
 

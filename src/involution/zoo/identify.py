@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import Checkpoint, body, check, read_checkpoint
+from .checkpoints import SOURCES, Checkpoint, body, check, read_checkpoint
 from .official import is_segmenter, is_whole
 from .rednet import DEPTHS
 
@@ -130,7 +130,8 @@ def classifier(content: Checkpoint, source: str, backbone: bool = False) -> Clas
     given = record.get("hyper_parameters", {})
     if "model_name" in given:
         sizes = {"num_classes": given["num_classes"]} if "num_classes" in given else {}
-        found = Identity(given["model_name"], sizes | (given.get("model_kwargs") or {}))
+        options = (given.get("model_kwargs") or {}).items()
+        found = Identity(given["model_name"], sizes | {name: one for name, one in options if name not in SOURCES})
     else:
         found = identify(weights, source)
     with torch.device("meta"):

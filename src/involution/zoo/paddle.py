@@ -8,6 +8,7 @@ numpy's code nor the file's is executed.
 import io
 import math
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,6 +105,13 @@ class _Unpickler(pickle.Unpickler):
         return _ADMITTED[module, name]
 
 
+def _check_memo(pickled: bytes) -> None:
+    """Refuses an index into the memo that no pickle of this length needs: the unpickler would allocate up to it."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if "PUT" in operation.name and argument is not None and argument > len(pickled):
+            raise pickle.UnpicklingError(f"a memo index must be at most {len(pickled)}, got {argument}")
+
+
 def read_pdparams(file: Path) -> dict[str, Tensor]:
     """The tensors of a .pdparams file by name, in torch's conventions.
 
@@ -118,7 +126,9 @@ def read_pdparams(file: Path) -> dict[str, Tensor]:
         ValueError: it is no such pickle, or names a global that arrays do not need; the message names the global.
     """
     try:
-        content = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        pickled = file.read_bytes()
+        _check_memo(pickled)
+        content = _Unpickler(io.BytesIO(pickled)).load()
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged pickle may raise anything

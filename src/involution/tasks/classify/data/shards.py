@@ -40,7 +40,7 @@ class TarImages(Dataset[Any]):
         for number, file in enumerate(files):
             try:
                 found = _samples(file)
-            except (tarfile.TarError, OSError) as error:
+            except (tarfile.TarError, OSError, RecursionError, MemoryError) as error:
                 raise ValueError(f"{file} cannot be read as a tar file: {error}") from error
             if not found:
                 raise ValueError(f"{file} must hold samples, KEY.jpg beside KEY.cls, got none")
@@ -63,6 +63,9 @@ class TarImages(Dataset[Any]):
         return self.transform(image), label
 
 
+_LABEL = 64  # bytes of a label's file: a number, with spaces
+
+
 def _samples(file: Path) -> dict[str, dict[str, Any]]:
     """Key -> offset and size of the image, and text of the label, for all keys of a tar file."""
     found: dict[str, dict[str, Any]] = {}
@@ -78,6 +81,8 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
 
     with tarfile.open(file, "r:") as archive:
         for member in archive:
+            if member.size < 0:  # which would lead back to the same header, for ever
+                raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
             folder, slash, name = member.name.rpartition("/")
             key, dot, kind = name.partition(".")  # webdataset's rule: the key ends at the first dot
             if not member.isfile() or not dot or is_hidden(member.name):
@@ -85,6 +90,8 @@ def _samples(file: Path) -> dict[str, dict[str, Any]]:
             if f".{kind.lower()}" in ENDINGS:
                 note(folder + slash + key, "image", (member.offset_data, member.size))
             elif kind == "cls":
+                if member.size > _LABEL:
+                    raise ValueError(f"{file}: {member.name} must be a number of at most {_LABEL} bytes")
                 content: Any = archive.extractfile(member)
                 note(folder + slash + key, "label", content.read())
     return found

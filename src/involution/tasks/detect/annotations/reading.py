@@ -74,7 +74,7 @@ def _content(file: Path) -> dict[str, Any]:
     """The file's JSON object, whose three parts are lists."""
     try:
         content = json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of lists in lists in lists
         raise AnnotationError(f"{file} must be JSON, got {error}") from error
     if not isinstance(content, dict):
         raise AnnotationError(f"{file} must hold an object with images, categories and annotations")

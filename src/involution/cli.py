@@ -243,7 +243,7 @@ def _doctor(rest: list[str]) -> int:
         "platform": platform.platform(),
         "instruction set": cpu_library.instruction_set() if kernels else f"none: {cpu_library.why_not_loaded()}",
         "threads": _threads(torch.get_num_threads()),
-        "freed memory": f"malloc unchanged: {unchanged}" if unchanged else "kept by fit, validate, test, predict, bench",
+        "freed memory": f"malloc unchanged: {unchanged}" if unchanged else "kept by the commands that compute",
         "cuda": _cuda(),
     }
     for name, value in facts.items():

@@ -91,8 +91,8 @@ INVOLUTION_PUBLIC int64_t involution_fused_layer_workspace(const involution_geom
  *     z = (x - mean) / sqrt(variance + eps) * weight + bias + shortcut,  y = relu(z) or z
  *
  * mean and variance (biased, of the rows) are outputs of the forward pass and inputs of the backward pass, which makes
- * dx, dweight, dbias and, unless it is null, dshortcut from dy. With relu it needs y if there was a shortcut; without
- * one y may be null. */
+ * dx, dweight, dbias and, unless it is null, dshortcut from dy. With relu it needs y if there was a shortcut, else
+ * bias; what it does not need may be null. */
 typedef struct {
   int64_t rows, channels, threads, relu;
   double eps;

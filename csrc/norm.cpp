@@ -114,11 +114,17 @@ void batch_norm(const BatchNorm& norm) {
   T *mean = static_cast<T*>(norm.mean), *variance = static_cast<T*>(norm.variance);
   const Output<T> y(norm.y, norm.rows, channels);
   double* totals = norm.workspace;
-  // Distances from the first row instead of x itself, whose mean may be large against its deviation.
+  // Distances from the mean of some rows instead of x itself, whose mean may be large against its deviation.
+  const Index samples = min(norm.rows, 16);
+  for (Index c = 0; c < channels; ++c) {
+    double sum = 0;
+    for (Index i = 0; i < samples; ++i) sum += double(x[part(i, samples, norm.rows).first * channels + c]);
+    mean[c] = T(sum / double(samples));
+  }
   sum_rows<T>(norm.rows, channels, norm.threads, totals,
               [&](auto zero, Index row, Index c, auto& sum, auto& squares) INVOLUTION_BODY {
                 using V = decltype(zero);
-                const V v = load<V>(x + row * channels + c) - load<V>(x + c);
+                const V v = load<V>(x + row * channels + c) - load<V>(mean + c);
                 sum += v;
                 squares += v * v;
               });
@@ -127,7 +133,7 @@ void batch_norm(const BatchNorm& norm) {
   for (Index c = 0; c < channels; ++c) {
     const double distance = totals[c] / double(norm.rows);
     const double spread = totals[channels + c] / double(norm.rows) - distance * distance;
-    mean[c] = T(double(x[c]) + distance);
+    mean[c] = T(double(mean[c]) + distance);
     variance[c] = T(spread < 0 ? 0 : spread);
     scale[c] = T(double(weight[c]) / __builtin_sqrt(double(variance[c]) + norm.eps));
     offset[c] = bias[c] - mean[c] * scale[c];
@@ -155,7 +161,7 @@ void batch_norm_backward(const BatchNorm& norm) {
   T *offset = scale + channels, *slope = offset + channels, *constant = slope + channels;
   for (Index c = 0; c < channels; ++c) {
     scale[c] = T(double(weight[c]) / __builtin_sqrt(double(variance[c]) + norm.eps));
-    offset[c] = bias[c] - mean[c] * scale[c];
+    offset[c] = bias == nullptr ? 0 : bias[c] - mean[c] * scale[c];
   }
   // The gradient before the ReLU, whose sign is that of y; without a shortcut y is computed again, not read.
   const auto before_relu = [&](auto zero, Index at, Index c, auto in) INVOLUTION_BODY {

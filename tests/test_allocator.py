@@ -29,8 +29,7 @@ on_glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_versi
 
 def faults(**environment: str) -> tuple[str, list[int]]:
     """What keep_freed_memory returns in a fresh process, and the page faults of five blocks of 64 MiB."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    output = subprocess.check_output([sys.executable, "-c", FAULTS], env=inherited | environment, text=True)
+    output = subprocess.check_output([sys.executable, "-c", FAULTS], env=os.environ | environment, text=True)
     returned, *counts = output.split()
     return returned, [int(count) for count in counts]
 
@@ -48,6 +47,15 @@ def test_the_environment_leaves_malloc_as_it_is(variable):
     returned, counts = faults(**variable)
     assert returned == "False"
     assert min(counts) >= 16  # at least one for every huge page
+
+
+@pytest.fixture(autouse=True)
+def unconfigured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment that does not configure malloc, in a process that has not called keep_freed_memory."""
+    for name in os.environ:
+        if name.startswith(("MALLOC_", "GLIBC_TUNABLES", "INVOLUTION_KEEP_MEMORY")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(allocator, "_kept", False)
 
 
 @pytest.mark.parametrize(
@@ -70,8 +78,6 @@ def test_a_wrong_value_is_refused(monkeypatch):
 
 
 def test_another_malloc_is_left_alone(monkeypatch):
-    for name in ("MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(allocator, "_libc", lambda: object())
     assert allocator.why_not() == "malloc is not glibc's"
     assert allocator.keep_freed_memory() is False

@@ -22,7 +22,8 @@ def keep_freed_memory() -> bool:
     keeps its peak memory until it ends. `involution fit`, `validate`, `test`, `predict` and `bench` call this when
     they start; `import involution` does not. Calling it twice is the same as once.
 
-    Nothing is changed where malloc is not glibc's (macOS, Windows, musl), where the environment configures malloc
+    A malloc that is loaded before glibc's (jemalloc, tcmalloc) is not told apart from it and not affected. Nothing is
+    changed where malloc is not glibc's (macOS, Windows, musl), where the environment configures malloc
     already (a variable that begins with MALLOC_, or glibc.malloc in GLIBC_TUNABLES), and where the environment
     variable INVOLUTION_KEEP_MEMORY is 0.
 

@@ -260,13 +260,16 @@ def _doctor(rest: list[str]) -> int:
 
 def _threads(count: int) -> str:
     """The number of threads, and what to do where other processes want the same cores."""
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0  # processes that ran or waited, last minute's mean
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        busy = os.getloadavg()[0]  # processes of the whole machine that ran or waited, last minute's mean
+    except (AttributeError, OSError):  # Windows; a sandbox
+        busy = 0.0
+    cores = os.cpu_count() or 1
     if busy + count <= cores + 0.5 or os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive":
         return str(count)
     return (
-        f"{count}, on {cores} cores that {busy:.1f} other threads keep busy: set OMP_WAIT_POLICY=passive, or threads "
-        "that wait for each other take the cores from those that work"
+        f"{count}; the load average is {busy:.1f} on {cores} cores: set OMP_WAIT_POLICY=passive, or threads that wait "
+        "for each other take the cores from those that work"
     )
 
 

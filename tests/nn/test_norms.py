@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from involution import zoo  # noqa: F401  (registers RedNet)
 from involution.nn import ChannelL2Norm, norms
@@ -127,6 +128,92 @@ def test_gradients_of_gradients(kind):
     assert torch.autograd.gradgradcheck(call, operands)
 
 
+@pytest.mark.parametrize("kind", ["batch", "channel"])
+def test_a_norm_that_is_applied_twice_under_create_graph(kind):
+    """Its parameters' gradients count every application once; gradients of gradients too."""
+    torch.manual_seed(0)
+    norm = batch_norm(4, torch.float64) if kind == "batch" else ChannelL2Norm()
+    input = channels_last(torch.randn(3, 4, 2, 2, dtype=torch.float64)).requires_grad_()
+    operands = [input, *norm.parameters()]
+
+    def gradients(call):
+        output = call(channels_last(call(input) * 2))
+        first = torch.autograd.grad((output**3).sum(), operands, create_graph=True)
+        return *first, *torch.autograd.grad(sum((one**2).sum() for one in first), operands)
+
+    ours = gradients(lambda x: norm_act(x, norm, nn.ReLU()))
+    theirs = gradients(lambda x: modules(x, norm, True, None))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_only_the_shortcut_requires_a_gradient(relu):
+    norm, image = batch_norm(4, torch.float64).requires_grad_(False), channels_last(torch.randn(2, 4, 3, 3).double())
+    shortcut = channels_last(torch.randn(2, 4, 3, 3).double()).requires_grad_()
+    for create_graph in (False, True):
+        output = norm_act(image, norm, nn.ReLU() if relu else None, shortcut)
+        [found] = torch.autograd.grad(output.sum(), shortcut, create_graph=create_graph)
+        torch.testing.assert_close(found, (output > 0).double() if relu else torch.ones_like(found))
+
+
+def test_an_output_without_relu_may_be_changed_in_place():
+    norm, image = batch_norm(4, torch.float32), channels_last(torch.randn(2, 4, 3, 3)).requires_grad_()
+    norm_act(image, norm, None, channels_last(torch.randn(2, 4, 3, 3))).add_(1).sum().backward()
+    norm.bias.grad += norm.weight.detach()
+
+
+@pytest.mark.parametrize("kind", ["batch", "channel"])
+def test_batched_and_dual_gradients(kind):
+    """is_grads_batched, and forward mode over the backward pass."""
+    torch.manual_seed(0)
+    norm = batch_norm(4, torch.float64) if kind == "batch" else ChannelL2Norm()
+    image = channels_last(torch.randn(2, 4, 3, 2, dtype=torch.float64)).requires_grad_()
+    grads = torch.randn(3, 2, 4, 3, 2, dtype=torch.float64)
+    ours, theirs = norm_act(image, norm, nn.ReLU()), modules(image, norm, True, None)
+
+    def batched(output):
+        return torch.autograd.grad(output, image, grads, is_grads_batched=True, retain_graph=True)[0]
+
+    def dual(output):
+        with torch.autograd.forward_ad.dual_level():
+            grad = torch.autograd.forward_ad.make_dual(grads[0], grads[1])
+            [found] = torch.autograd.grad(output, image, grad, retain_graph=True)
+            return torch.autograd.forward_ad.unpack_dual(found).tangent
+
+    for call in (batched, dual):
+        torch.testing.assert_close(call(ours), call(theirs), rtol=1e-9, atol=1e-9)
+
+
+def test_a_default_device_does_not_move_the_workspace():
+    norm, image = batch_norm(4, torch.float32), channels_last(torch.randn(2, 4, 3, 3))
+    expected = norm_act(image, copy.deepcopy(norm))
+    with torch.device("meta"):
+        found = norm_act(image, norm)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 3, 3), (2, 8, 3, 3), (2, 4, 3), (4,)], ids=str)
+def test_what_does_not_fit_is_refused_as_torch_refuses_it(shape):
+    image = torch.randn(shape)
+    with pytest.raises((RuntimeError, ValueError)):
+        norm_act(channels_last(image) if len(shape) > 1 else image, nn.BatchNorm2d(4))
+
+
+def test_parameters_on_another_device_are_refused_as_torch_refuses_them():
+    with pytest.raises(RuntimeError):
+        norm_act(channels_last(torch.randn(2, 4, 3, 3)), nn.BatchNorm2d(4, device="meta"))
+
+
+def test_an_outlier_in_the_first_row_costs_no_precision():
+    torch.manual_seed(0)
+    image = torch.randn(16, 8, 14, 14)
+    image[0, :, 0, 0] = 100
+    image, norm = channels_last(image), nn.BatchNorm2d(8)
+    exact = copy.deepcopy(norm).double()(image.double())[1:]
+    torch.testing.assert_close(norm_act(image, norm)[1:].double(), exact, rtol=0, atol=2e-5)
+
+
 def test_the_same_for_every_number_of_threads():
     torch.manual_seed(0)
     norm, input = batch_norm(32, torch.float32), channels_last(torch.randn(16, 32, 24, 24)).requires_grad_()
@@ -162,6 +249,12 @@ def cases():
     image = channels_last(torch.randn(2, 4, 3, 3))
     hooked = nn.BatchNorm2d(4)
     hooked.register_forward_hook(lambda *_: None)
+    own_forward, later = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    own_forward.forward = lambda input: input + 1
+    later.track_running_stats = False
+    yield "a forward of its own", image, own_forward, nn.ReLU()
+    yield "no running statistics from now on", image, later, nn.ReLU()
+    yield "negated on reading", torch._neg_view(image), nn.BatchNorm2d(4), nn.ReLU()
     yield "contiguous", image.contiguous(), nn.BatchNorm2d(4), nn.ReLU()
     yield "bfloat16", image.bfloat16(), nn.BatchNorm2d(4).bfloat16(), nn.ReLU()
     yield "evaluation", image, nn.BatchNorm2d(4).eval(), nn.ReLU()
@@ -194,6 +287,8 @@ def test_transforms_and_tracing_call_the_modules():
         torch.func.jvp(lambda x: norm_act(x, ChannelL2Norm(), nn.ReLU()), (image,), (image,))
         torch.jit.trace(lambda x: norm_act(x, norm.requires_grad_(False), nn.ReLU()), image, check_trace=False)
         with torch.autocast("cpu"):
+            norm_act(image, norm, nn.ReLU())
+        with FlopCounterMode(display=False):
             norm_act(image, norm, nn.ReLU())
     assert not calls
 

@@ -1,10 +1,13 @@
 """Norms: the generators' L2 norm; and a norm, the sum with a shortcut and a ReLU as one operator."""
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops.backends import cpu_norm
 from ..ops.registration import is_transformed
@@ -37,8 +40,8 @@ def norm_act(input: Tensor, norm: nn.Module, act: nn.Module | None = None, short
     """act(norm(input) + shortcut).
 
     nn.BatchNorm2d in training and `ChannelL2Norm` are one operator with an nn.ReLU for channels-last images of float32
-    or float64 on the CPU: it reads and writes each tensor once per pass over the rows, and saves what the norm alone
-    would save. Everywhere else the modules are called.
+    or float64 on the CPU: it reads and writes each tensor once per pass over the rows, and saves what norm and ReLU
+    save. Everywhere else the modules are called.
 
     Args:
         input: [N, C, *S].
@@ -50,7 +53,7 @@ def norm_act(input: Tensor, norm: nn.Module, act: nn.Module | None = None, short
         [N, C, *S]. Gradients of gradients are those of the modules.
     """
     if (act is None or _plain(act, nn.ReLU)) and _serves(input, shortcut):
-        if _is_batch_norm(norm, input.dtype):
+        if _is_batch_norm(norm, input):
             return _batch_norm_relu(input, norm, act is not None, shortcut)
         if shortcut is None and _plain(norm, ChannelL2Norm):
             result: Tensor = _ChannelNorm.apply(input, norm.eps, act is not None)
@@ -63,24 +66,31 @@ def norm_act(input: Tensor, norm: nn.Module, act: nn.Module | None = None, short
 def _serves(input: Tensor, shortcut: Tensor | None) -> bool:
     """Whether the operator runs on these tensors: no tracing, no transforms, more than one value per channel."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
-    if traced or not isinstance(input, Tensor) or is_transformed():
+    if traced or _get_current_dispatch_mode() is not None or not isinstance(input, Tensor) or is_transformed():
         return False
-    images = (input,) if shortcut is None else (input, shortcut)
-    return input.numel() > input.shape[1] and cpu_norm.serves(*images) and not torch.is_autocast_enabled("cpu")
+    if input.dim() < 3 or input.numel() <= input.shape[1] or torch.is_autocast_enabled("cpu"):
+        return False
+    return cpu_norm.serves(*((input,) if shortcut is None else (input, shortcut)))
 
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of this class itself and nobody watches its calls."""
+    """Whether a module is of this class itself, with its forward, and has no hooks."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(module) is kind and not any(getattr(module, name) for name in hooks)
+    hooked = nn.modules.module._has_any_global_hook() or any(getattr(module, name) for name in hooks)
+    return type(module) is kind and "forward" not in vars(module) and not hooked
 
 
-def _is_batch_norm(norm: Any, dtype: torch.dtype) -> bool:
-    """Whether this is torch's batch norm in training, with a scale and running statistics, all of this dtype."""
-    if not _plain(norm, nn.BatchNorm2d) or not norm.training or norm.momentum is None:
+def _is_batch_norm(norm: Any, input: Tensor) -> bool:
+    """Whether this is torch's batch norm in training, with a scale and running statistics that fit the input."""
+    if not _plain(norm, nn.BatchNorm2d) or not norm.training or norm.momentum is None or not norm.track_running_stats:
         return False
-    tensors = (norm.weight, norm.bias, norm.running_mean)
-    return all(one is not None and one.dtype == dtype and one.is_contiguous() for one in tensors)
+    return input.dim() == 4 and all(
+        type(one) in (Tensor, nn.Parameter)
+        and one.shape == input.shape[1:2]
+        and (one.dtype, one.device) == (input.dtype, input.device)
+        and one.is_contiguous()
+        for one in (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    )
 
 
 def _batch_norm_relu(input: Tensor, norm: Any, relu: bool, shortcut: Tensor | None) -> Tensor:
@@ -102,7 +112,10 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, input: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, relu: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         output, mean, variance = cpu_norm.batch_norm(input, weight, bias, shortcut, eps, relu)
-        ctx.save_for_backward(input, weight, bias, mean, variance, None if shortcut is None else output)
+        ctx.with_shortcut = shortcut is not None
+        # The sign of the output, for the ReLU, is computed again where no shortcut was added.
+        of_relu = (None, None) if not relu else (None, output) if ctx.with_shortcut else (bias, None)
+        ctx.save_for_backward(input, weight, mean, variance, *of_relu)
         ctx.eps, ctx.relu = eps, relu
         ctx.mark_non_differentiable(mean, variance)
         ctx.set_materialize_grads(False)
@@ -113,29 +126,22 @@ class _BatchNorm(torch.autograd.Function):
         grad = grads[0]
         if grad is None:
             return (None,) * 6
-        input, weight, bias, mean, variance, output = ctx.saved_tensors
-        if torch.is_grad_enabled():  # under create_graph=True
-            return *_differentiable_gradients(grad, input, weight, bias, output, ctx.eps, ctx.relu), None, None
-        saved = input, weight, bias, (mean, variance), output
-        return *cpu_norm.batch_norm_backward(_channels_last(grad), *saved, ctx.eps, ctx.relu), None, None
+        input, weight, mean, variance, bias, output = ctx.saved_tensors
+        if _is_watched(grad):
+            operands = input, weight, torch.zeros_like(weight) if bias is None else bias
+            found = _composed_gradients(grad, partial(_batch_norm_of, ctx.eps), operands, ctx.relu, output)
+            return *found[:3], found[3] if ctx.with_shortcut else None, None, None
+        grad = _channels_last(grad)
+        dx, dweight, dbias, dshortcut = cpu_norm.batch_norm_backward(
+            grad, input, weight, bias, (mean, variance), output, ctx.eps, ctx.relu
+        )
+        if ctx.with_shortcut and not ctx.relu:
+            dshortcut = grad
+        return dx, dweight, dbias, dshortcut, None, None
 
 
-def _channels_last(grad: Tensor) -> Tensor:
-    """The gradient, which may be expanded or contiguous, stored channels last."""
-    return grad.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-def _differentiable_gradients(
-    grad: Tensor, input: Tensor, weight: Tensor, bias: Tensor, output: Tensor | None, eps: float, relu: bool
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `_BatchNorm` as a graph, from torch's batch norm."""
-    normed = F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
-    if relu:
-        grad = grad * ((normed if output is None else output).detach() > 0)
-    operands = [one for one in (input, weight, bias) if one.requires_grad]
-    found = iter(torch.autograd.grad(normed, operands, grad, create_graph=True))
-    gradients = [next(found) if one.requires_grad else None for one in (input, weight, bias)]
-    return *gradients, None if output is None else grad
+def _batch_norm_of(eps: float, input: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(input, None, None, weight, bias, True, 0.0, eps)
 
 
 class _ChannelNorm(torch.autograd.Function):
@@ -150,9 +156,40 @@ class _ChannelNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         [input], [grad] = ctx.saved_tensors, grads
-        if torch.is_grad_enabled():  # under create_graph=True
-            normed = ChannelL2Norm(ctx.eps)(input)
-            grad = grad * (input.detach() > 0) if ctx.relu else grad
-            return *torch.autograd.grad(normed, input, grad, create_graph=True), None, None
-        grad = _channels_last(grad)
-        return cpu_norm.channel_norm_backward(grad, input, ctx.eps, ctx.scale, ctx.relu), None, None
+        if _is_watched(grad):
+            dx, _ = _composed_gradients(grad, ChannelL2Norm(ctx.eps), (input,), ctx.relu)
+            return dx, None, None
+        return cpu_norm.channel_norm_backward(_channels_last(grad), input, ctx.eps, ctx.scale, ctx.relu), None, None
+
+
+def _is_watched(grad: Tensor) -> bool:
+    """Whether the backward pass is differentiated (create_graph=True, forward mode) or batched (is_grads_batched)."""
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+
+
+def _channels_last(grad: Tensor) -> Tensor:
+    """The gradient, which may be expanded, contiguous or negated on reading, stored channels last."""
+    return grad.resolve_neg().movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _composed_gradients(
+    grad: Tensor, norm: Callable[..., Tensor], operands: Sequence[Tensor], relu: bool, output: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The gradients of a norm's operands by autograd, and the gradient before the ReLU, which is a shortcut's.
+
+    Operands are aliases, so that a gradient does not flow on into what the operands were computed from.
+
+    Args:
+        grad: of the output.
+        norm: of the operands, in torch's own operators.
+        operands: the input first.
+        relu: whether a ReLU follows.
+        output: of the ReLU; None if it is relu(norm(operands)).
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        aliases = [one.view_as(one) if one.requires_grad else one.detach().requires_grad_() for one in operands]
+        normed = norm(*aliases)
+        if relu:
+            grad = grad * ((normed if output is None else output).detach() > 0)
+        return *torch.autograd.grad(normed, aliases, grad, create_graph=create_graph), grad

@@ -66,13 +66,17 @@ class _Factories(NamedTuple):
     act: Callable[[], nn.Module]
 
 
-class Projection(nn.Sequential):
-    """A shortcut's strided 1x1 convolution and its norm."""
+class NormActSequential(nn.Sequential):
+    """nn.Sequential that runs a batch norm and the ReLU behind it as one operator (`involution.nn.norms`)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, ceil(H / stride), ceil(W / stride)]."""
-        convolution, norm = self
-        return norm_act(convolution(input), norm)
+        """As nn.Sequential's."""
+        modules = list(self)
+        while modules:
+            module = modules.pop(0)
+            joined = isinstance(module, nn.BatchNorm2d) and modules and isinstance(modules[0], nn.ReLU)
+            input = norm_act(input, module, modules.pop(0) if joined else None)
+        return input
 
 
 class Bottleneck(nn.Module):
@@ -116,7 +120,7 @@ class Bottleneck(nn.Module):
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             projection = make.convolution(in_channels, out_channels, 1, stride=stride)
-            self.downsample = Projection(projection, make.norm(out_channels))
+            self.downsample = NormActSequential(projection, make.norm(out_channels))
         self.act3 = make.act()
 
     def zero_init_last(self) -> None:
@@ -509,18 +513,7 @@ def _attention(
     return LocalSelfAttention2d(channels, kernel_size, stride, dilation, heads, relative_position, **factory_kwargs)
 
 
-class Stem(nn.Sequential):
-    """Three convolutions (or involutions), each with a norm and an activation."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, in_chans, H, W] -> [N, channels, ceil(H / stride), ceil(W / stride)]."""
-        modules = list(self)
-        for layer, norm, act in zip(modules[::3], modules[1::3], modules[2::3], strict=True):
-            input = norm_act(layer(input), norm, act)
-        return input
-
-
-def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, make: _Factories) -> Stem:
+def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: int, make: _Factories) -> nn.Sequential:
     """ResNet's deep stem of three 3x3 convolutions, the second of which, at half the width, is an involution."""
     half = channels // 2
     middle = make.involution(half, kernel_size) if layer == "involution" else make.convolution(half, half, 3, padding=1)
@@ -535,7 +528,7 @@ def _stem(in_chans: int, channels: int, layer: str, kernel_size: int, stride: in
         ("bn3", make.norm(channels)),
         ("act3", make.act()),
     ]
-    return Stem(OrderedDict(modules))
+    return NormActSequential(OrderedDict(modules))
 
 
 def _stages(

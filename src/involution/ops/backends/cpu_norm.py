@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import is_stored_channels_last
+from . import selection
 from .cpu_library import SUFFIX, function, library
 
 
@@ -39,7 +40,8 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the kernels run on these images: one dtype and shape, channels last, not empty, nothing that traces."""
     first = tensors[0]
     return (
-        first.dtype in (torch.float32, torch.float64)
+        selection.forced in (None, "cpu")
+        and first.dtype in (torch.float32, torch.float64)
         and first.numel() > 0
         and library() is not None
         and all(
@@ -48,6 +50,7 @@ def serves(*tensors: Tensor) -> bool:
             and one.dtype == first.dtype
             and one.shape == first.shape
             and is_stored_channels_last(one)
+            and not one.is_neg()
             for one in tensors
         )
     )
@@ -70,7 +73,7 @@ def batch_norm(
         The output, like `input`; mean and biased variance of the batch, [C].
     """
     output = torch.empty_like(input)
-    mean, variance = input.new_empty(2, input.shape[1])
+    mean, variance = (input.new_empty(input.shape[1]) for _ in range(2))
     _batch_norm(
         "involution_batch_norm",
         *(input, eps, relu),
@@ -84,7 +87,7 @@ def batch_norm_backward(
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     statistics: tuple[Tensor, Tensor],
     output: Tensor | None,
     eps: float,
@@ -96,16 +99,16 @@ def batch_norm_backward(
         grad: of the output, stored as the input is.
         input: [N, C, *S].
         weight: [C].
-        bias: [C].
+        bias: [C]; needed for a ReLU without a shortcut.
         statistics: mean and variance, as `batch_norm` returned them.
-        output: of `batch_norm` with a shortcut; None if it had none.
+        output: of `batch_norm`; needed for a ReLU with a shortcut.
         eps: as in `batch_norm`.
         relu: as in `batch_norm`.
 
     Returns:
-        The gradients of input, weight, bias, and of the shortcut (None if there was none).
+        The gradients of input, weight, bias, and of the shortcut (None without `output`).
     """
-    dx, (dweight, dbias) = torch.empty_like(input), input.new_empty(2, input.shape[1])
+    dx, dweight, dbias = torch.empty_like(input), torch.empty_like(weight), torch.empty_like(weight)
     dshortcut = None if output is None else torch.empty_like(input)
     mean, variance = statistics
     _batch_norm(
@@ -124,7 +127,9 @@ def _batch_norm(name: str, input: Tensor, eps: float, relu: bool, tensors: dict[
         eps=eps,
         **{field: None if tensor is None else tensor.data_ptr() for field, tensor in tensors.items()},
     )
-    workspace = torch.empty(function("involution_batch_norm_workspace")(ctypes.byref(call)), dtype=torch.float64)
+    workspace = torch.empty(
+        function("involution_batch_norm_workspace")(ctypes.byref(call)), dtype=torch.float64, device="cpu"
+    )
     call.workspace = workspace.data_ptr()
     function(f"{name}_{SUFFIX[input.dtype]}")(ctypes.byref(call))
 

@@ -211,7 +211,7 @@ def report(lines: list[dict[str, Any]]) -> None:
 def tables(lines: list[dict[str, Any]]) -> dict[str, str]:
     """The tables in Markdown, of the finished runs."""
     parts = {}
-    for group in ("twins", "first", "family"):
+    for group in ("twins", "starts", "first", "family"):
         parts[group] = twins_table(lines, group)
     base = next((line["test_accuracy"] for line in lines if line["name"] == BASELINE), None)
     rows = [
@@ -286,6 +286,8 @@ def title(name: str) -> str:
     group, part, row = name.split("/")
     if group == "family":
         return f"{row}, learning rate {part}"
+    if group == "starts":
+        return f"RedNetV2-{part}, {row}"
     networks = {
         "rednetv2": "RedNetV2-{}",
         "rednet": "RedNet-{}, the paper's generator and start",

@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
 
     A malloc that is loaded before glibc's (jemalloc, tcmalloc) is not told apart from it and not affected. Nothing is
     changed where malloc is not glibc's (macOS, Windows, musl), where the environment configures malloc
-    already (a variable that begins with MALLOC_, or glibc.malloc in GLIBC_TUNABLES), and where the environment
+    already (a variable that begins with ``MALLOC_``, or glibc.malloc in GLIBC_TUNABLES), and where the environment
     variable INVOLUTION_KEEP_MEMORY is 0.
 
     Returns:

@@ -34,7 +34,7 @@ def cifar10() -> ModuleType:
 def test_tables_are_those_of_the_results_file(cifar10: ModuleType) -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     tables = cifar10.tables(cifar10.finished(cifar10.RESULTS))
-    assert set(tables) == {"twins", "first", "ablations", "family", "recipes"}
+    assert set(tables) == {"twins", "starts", "first", "ablations", "family", "recipes"}
     for name, table in tables.items():
         assert table.count("\n") > 2, name
         assert table in page, f"{name}: run python experiments/cifar10.py report"

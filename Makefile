@@ -110,9 +110,8 @@ check-windows:
 	  -DCMAKE_CXX_FLAGS="-isystem $(MINGW)/include/c++ -isystem $(MINGW)/include/c++/$(WINDOWS)" \
 	  -DCMAKE_EXE_LINKER_FLAGS="$(LINKED)" -DCMAKE_SHARED_LINKER_FLAGS="$(LINKED)" -DCMAKE_CXX_STANDARD_LIBRARIES=-lpthread
 	cmake --build build/windows
-	$(WINDOWS)-gcc-posix -std=gnu11 -O2 -I csrc tests/csrc/maps_against_loops.c -o build/windows/check.exe \
-	  build/windows/libinvolution.so -lm
-	for set in baseline avx2; do WINEDEBUG=-all wine build/windows/check.exe $$set || exit 1; done
+	$(WINDOWS)-gcc-posix $(DRIVER) -o build/windows/random_calls.exe build/windows/libinvolution.so -lm
+	for set in baseline avx2; do WINEDEBUG=-all wine build/windows/random_calls.exe --isa $$set $(CASES) || exit 1; done
 LINKED := -fuse-ld=lld -static -B$(MINGW) -L$(MINGW)
 
 clean:

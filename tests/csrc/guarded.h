@@ -3,11 +3,15 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
-/* With `heap`, buffers come from malloc, whose ends AddressSanitizer and valgrind watch. */
+/* With `heap`, buffers come from malloc, whose ends AddressSanitizer and valgrind watch; on Windows always. */
+#ifdef _WIN32
+static int heap = 1;
+#else
+#include <sys/mman.h>
 static int heap;
+#endif
 
 typedef struct {
   char *base, *data; /* the writable pages, between two protected ones */
@@ -20,6 +24,7 @@ enum { kCanary = 128 }; /* bytes beside the buffer, on the side without a protec
 static void* begin_buffer(Guarded* buffer, size_t bytes, int at_end) {
   buffer->bytes = bytes, buffer->at_end = at_end;
   if (heap) return buffer->data = malloc(bytes);
+#ifndef _WIN32
   const size_t page = (size_t)sysconf(_SC_PAGESIZE), needed = (bytes + kCanary + page - 1) / page * page;
   if (buffer->capacity < needed) {
     if (buffer->base) munmap(buffer->base - page, buffer->capacity + 2 * page);
@@ -29,12 +34,15 @@ static void* begin_buffer(Guarded* buffer, size_t bytes, int at_end) {
   }
   buffer->data = at_end ? buffer->base + buffer->capacity - bytes : buffer->base;
   memset(at_end ? buffer->data - kCanary : buffer->data + bytes, 0xA5, kCanary);
+#endif
   return buffer->data;
 }
 
 /* Makes an operand read-only for a call, or writable again. */
 static void allow_writes(const Guarded* buffer, int allowed) {
+#ifndef _WIN32
   if (!heap && buffer->base) mprotect(buffer->base, buffer->capacity, allowed ? PROT_READ | PROT_WRITE : PROT_READ);
+#endif
 }
 
 /* Whether the bytes beside the buffer are unchanged; frees it in heap mode. */

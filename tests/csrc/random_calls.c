@@ -368,8 +368,13 @@ int main(int count, char** arguments) {
     printf("instruction set must be one of this library and machine, got %s\n", isa);
     return 2;
   }
-  const int signals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT};
-  for (int i = 0; i < 5; ++i)
+  const int signals[] = {
+      SIGSEGV, SIGILL, SIGFPE, SIGABRT,
+#ifdef SIGBUS
+      SIGBUS,
+#endif
+  };
+  for (size_t i = 0; i < sizeof signals / sizeof *signals; ++i)
     if (!heap || signals[i] == SIGABRT) signal(signals[i], on_signal);
   for (int i = 0; i < 3; ++i) { /* without --isa every set that there is */
     if (isa ? strcmp(isa, known[i]) : !involution_use(known[i])) continue;

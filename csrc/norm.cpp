@@ -42,24 +42,18 @@ void sum_rows(Index rows, Index channels, Index threads, double* workspace, F&& 
     for (Index begin = chunk.first; begin < chunk.end; begin += kBlock) {
       const Index end = min(chunk.end, begin + kBlock);
       for (Index c = 0; c < 2 * channels; ++c) sums[c] = 0;
-      Index row = begin;
-      for (; row + kTogether <= end; row += kTogether) {
+      const auto add_rows = [&](Index row, auto count) INVOLUTION_BODY {
         for_each_vector<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY {
           auto first = load<decltype(zero)>(sums + c), second = load<decltype(zero)>(sums + channels + c);
           INVOLUTION_UNROLL
-          for (int t = 0; t < kTogether; ++t) add(zero, row + t, c, first, second);
+          for (int t = 0; t < decltype(count)::value; ++t) add(zero, row + t, c, first, second);
           store(sums + c, first);
           store(sums + channels + c, second);
         });
-      }
-      for (; row < end; ++row) {
-        for_each_vector<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY {
-          auto first = load<decltype(zero)>(sums + c), second = load<decltype(zero)>(sums + channels + c);
-          add(zero, row, c, first, second);
-          store(sums + c, first);
-          store(sums + channels + c, second);
-        });
-      }
+      };
+      Index row = begin;
+      for (; row + kTogether <= end; row += kTogether) add_rows(row, std::integral_constant<int, kTogether>{});
+      for (; row < end; ++row) add_rows(row, std::integral_constant<int, 1>{});
       for (Index c = 0; c < 2 * channels; ++c) total[c] += double(sums[c]);
     }
   });
@@ -68,17 +62,26 @@ void sum_rows(Index rows, Index channels, Index threads, double* workspace, F&& 
   }
 }
 
-// Calls body(zero, row, channel) for all rows, a vector of channels at a time.
-template <class T, class F>
-void for_each_row(Index rows, Index channels, Index threads, F&& body) {
+// Calls body(index of the row's first element) for all rows, each thread for a share of them.
+template <class F>
+INVOLUTION_INLINE void for_each_row(Index rows, Index channels, Index threads, F&& body) {
   const Index used = norm_threads(rows, channels, threads);
   parallel_for(used, used, [&](Index i) {
     const Range share = part(i, used, rows);
-    for (Index row = share.first; row < share.end; ++row) {
-      for_each_vector<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY { body(zero, row, c); });
-    }
+    for (Index row = share.first; row < share.end; ++row) body(row * channels);
     stream_fence();
   });
+}
+
+// Batch norm as z = x * scale + offset, from the rows' statistics.
+template <class T>
+void fold_statistics(const BatchNorm& norm, T* scale, T* offset) {
+  const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
+  const T *mean = static_cast<const T*>(norm.mean), *variance = static_cast<const T*>(norm.variance);
+  for (Index c = 0; c < norm.channels; ++c) {
+    scale[c] = T(double(weight[c]) / __builtin_sqrt(double(variance[c]) + norm.eps));
+    offset[c] = bias == nullptr ? 0 : bias[c] - mean[c] * scale[c];
+  }
 }
 
 // Writes an output vector by vector. One that is larger than the caches goes past them, so that its lines are not read
@@ -110,7 +113,6 @@ template <class T>
 void batch_norm(const BatchNorm& norm) {
   const Index channels = norm.channels;
   const T *x = static_cast<const T*>(norm.x), *shortcut = static_cast<const T*>(norm.shortcut);
-  const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
   T *mean = static_cast<T*>(norm.mean), *variance = static_cast<T*>(norm.variance);
   const Output<T> y(norm.y, norm.rows, channels);
   double* totals = norm.workspace;
@@ -135,15 +137,15 @@ void batch_norm(const BatchNorm& norm) {
     const double spread = totals[channels + c] / double(norm.rows) - distance * distance;
     mean[c] = T(double(mean[c]) + distance);
     variance[c] = T(spread < 0 ? 0 : spread);
-    scale[c] = T(double(weight[c]) / __builtin_sqrt(double(variance[c]) + norm.eps));
-    offset[c] = bias[c] - mean[c] * scale[c];
   }
-  for_each_row<T>(norm.rows, channels, norm.threads, [&](auto zero, Index row, Index c) INVOLUTION_BODY {
-    using V = decltype(zero);
-    const Index at = row * channels + c;
-    V z = load<V>(x + at) * load<V>(scale + c) + load<V>(offset + c);
-    if (shortcut != nullptr) z += load<V>(shortcut + at);
-    y.write(at, norm.relu ? rectified(z) : z);
+  fold_statistics(norm, scale, offset);
+  for_each_row(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
+    for_each_vector<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY {
+      using V = decltype(zero);
+      V z = load<V>(x + row + c) * load<V>(scale + c) + load<V>(offset + c);
+      if (shortcut != nullptr) z += load<V>(shortcut + row + c);
+      y.write(row + c, norm.relu ? rectified(z) : z);
+    });
   });
 }
 
@@ -151,7 +153,6 @@ template <class T>
 void batch_norm_backward(const BatchNorm& norm) {
   const Index channels = norm.channels;
   const T *x = static_cast<const T*>(norm.x), *dy = static_cast<const T*>(norm.dy);
-  const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
   const T *mean = static_cast<const T*>(norm.mean), *variance = static_cast<const T*>(norm.variance);
   const T* y = static_cast<const T*>(norm.y);
   const Output<T> dx(norm.dx, norm.rows, channels), dshortcut(norm.dshortcut, norm.rows, channels);
@@ -159,10 +160,7 @@ void batch_norm_backward(const BatchNorm& norm) {
   double* totals = norm.workspace;
   T* scale = reinterpret_cast<T*>(totals + 4 * row_chunks(norm.rows) * channels);
   T *offset = scale + channels, *slope = offset + channels, *constant = slope + channels;
-  for (Index c = 0; c < channels; ++c) {
-    scale[c] = T(double(weight[c]) / __builtin_sqrt(double(variance[c]) + norm.eps));
-    offset[c] = bias == nullptr ? 0 : bias[c] - mean[c] * scale[c];
-  }
+  fold_statistics(norm, scale, offset);
   // The gradient before the ReLU, whose sign is that of y; without a shortcut y is computed again, not read.
   const auto before_relu = [&](auto zero, Index at, Index c, auto in) INVOLUTION_BODY {
     using V = decltype(zero);
@@ -186,13 +184,14 @@ void batch_norm_backward(const BatchNorm& norm) {
     slope[c] = T(totals[channels + c] * inverse / double(norm.rows));
     constant[c] = T(totals[c] / double(norm.rows));
   }
-  for_each_row<T>(norm.rows, channels, norm.threads, [&](auto zero, Index row, Index c) INVOLUTION_BODY {
-    using V = decltype(zero);
-    const Index at = row * channels + c;
-    const V in = load<V>(x + at), grad = before_relu(zero, at, c, in);
-    const V centred = grad - load<V>(constant + c) - (in - load<V>(mean + c)) * load<V>(slope + c);
-    dx.write(at, V(centred * load<V>(scale + c)));
-    if (norm.dshortcut != nullptr) dshortcut.write(at, grad);
+  for_each_row(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
+    for_each_vector<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY {
+      using V = decltype(zero);
+      const V in = load<V>(x + row + c), grad = before_relu(zero, row + c, c, in);
+      const V centred = grad - load<V>(constant + c) - (in - load<V>(mean + c)) * load<V>(slope + c);
+      dx.write(row + c, V(centred * load<V>(scale + c)));
+      if (norm.dshortcut != nullptr) dshortcut.write(row + c, grad);
+    });
   });
 }
 
@@ -223,15 +222,6 @@ INVOLUTION_INLINE T sum_channels(Index channels, F&& term) {
   return lane_sum<T>(sums) + rest;
 }
 
-template <class T, class F>
-INVOLUTION_INLINE void for_each_share(Index rows, Index channels, Index threads, F&& body) {
-  const Index used = norm_threads(rows, channels, threads);
-  parallel_for(used, used, [&](Index i) {
-    const Range share = part(i, used, rows);
-    for (Index row = share.first; row < share.end; ++row) body(row * channels);
-  });
-}
-
 }  // namespace
 
 template <class T>
@@ -239,7 +229,7 @@ void channel_norm(const ChannelNorm& norm) {
   const T* x = static_cast<const T*>(norm.x);
   T* y = static_cast<T*>(norm.y);
   const Index channels = norm.channels;
-  for_each_share<T>(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
+  for_each_row(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
     const T squares = sum_channels<T>(channels, [&](auto zero, Index c) INVOLUTION_BODY {
       const auto v = load<decltype(zero)>(x + row + c);
       return v * v;
@@ -258,7 +248,7 @@ void channel_norm_backward(const ChannelNorm& norm) {
   const T *x = static_cast<const T*>(norm.x), *dy = static_cast<const T*>(norm.dy);
   T* dx = static_cast<T*>(norm.dx);
   const Index channels = norm.channels;
-  for_each_share<T>(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
+  for_each_row(norm.rows, channels, norm.threads, [&](Index row) INVOLUTION_BODY {
     const auto before_relu = [&](auto zero, Index c) INVOLUTION_BODY {
       using V = decltype(zero);
       const V grad = load<V>(dy + row + c);

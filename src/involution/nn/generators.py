@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.arguments import same_padding
 from ..ops.layer import average_windows
-from .norms import ChannelL2Norm, norm_act
+from .norms import ChannelL2Norm, has_hooks, norm_act
 
 CONVOLUTION = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
@@ -118,9 +118,7 @@ class BottleneckGenerator(nn.Module):
     def is_fusable(self) -> bool:
         """Whether the fused layer can replace `forward`: it is `hidden` and a 1x1 span convolution, without hooks."""
         plain = type(self) is BottleneckGenerator and type(self.span) is CONVOLUTION[len(self.map_shape) - 1]
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        hooked = any(getattr(module, kind) for module in (self, self.span) for kind in kinds)
-        return plain and not hooked and _is_pointwise(self.span)
+        return plain and not has_hooks(self) and not has_hooks(self.span) and _is_pointwise(self.span)
 
 
 class LinearGenerator(nn.Module):

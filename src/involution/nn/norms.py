@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..ops.backends import cpu_norm
+from ..ops.layouts import in_layout
 from ..ops.registration import is_transformed
 
 
@@ -52,10 +53,10 @@ def norm_act(input: Tensor, norm: nn.Module, act: nn.Module | None = None, short
     Returns:
         [N, C, *S]. Gradients of gradients are those of the modules.
     """
-    if (act is None or _plain(act, nn.ReLU)) and _serves(input, shortcut):
-        if _is_batch_norm(norm, input):
+    if act is None or _plain(act, nn.ReLU):
+        if _is_batch_norm(norm) and _serves(input, shortcut) and _fits(norm, input):
             return _batch_norm_relu(input, norm, act is not None, shortcut)
-        if shortcut is None and _plain(norm, ChannelL2Norm):
+        if shortcut is None and _plain(norm, ChannelL2Norm) and _serves(input, None):
             result: Tensor = _ChannelNorm.apply(input, norm.eps, act is not None)
             return result
     output = norm(input)
@@ -75,15 +76,24 @@ def _serves(input: Tensor, shortcut: Tensor | None) -> bool:
 
 def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of this class itself, with its forward, and has no hooks."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooked = nn.modules.module._has_any_global_hook() or any(getattr(module, name) for name in hooks)
-    return type(module) is kind and "forward" not in vars(module) and not hooked
-
-
-def _is_batch_norm(norm: Any, input: Tensor) -> bool:
-    """Whether this is torch's batch norm in training, with a scale and running statistics that fit the input."""
-    if not _plain(norm, nn.BatchNorm2d) or not norm.training or norm.momentum is None or not norm.track_running_stats:
+    if type(module) is not kind or "forward" in vars(module):
         return False
+    return not has_hooks(module) and not nn.modules.module._has_any_global_hook()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are registered with this module, which want its call."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _is_batch_norm(norm: Any) -> bool:
+    """Whether this is torch's batch norm in training, with running statistics."""
+    return _plain(norm, nn.BatchNorm2d) and norm.training and norm.momentum is not None and norm.track_running_stats
+
+
+def _fits(norm: Any, input: Tensor) -> bool:
+    """Whether a batch norm has parameters and statistics that fit the input."""
     return input.dim() == 4 and all(
         type(one) in (Tensor, nn.Parameter)
         and one.shape == input.shape[1:2]
@@ -169,7 +179,7 @@ def _is_watched(grad: Tensor) -> bool:
 
 def _channels_last(grad: Tensor) -> Tensor:
     """The gradient, which may be expanded, contiguous or negated on reading, stored channels last."""
-    return grad.resolve_neg().movedim(1, -1).contiguous().movedim(-1, 1)
+    return in_layout(True, "output", grad.resolve_neg())
 
 
 def _composed_gradients(

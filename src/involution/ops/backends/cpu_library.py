@@ -43,6 +43,28 @@ class CFusedLayer(ctypes.Structure):
     ]
 
 
+class CBatchNorm(ctypes.Structure):
+    """`involution_batch_norm` of csrc/involution.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "threads", "relu")),
+        ("eps", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "shortcut", "dy")),
+        *((name, ctypes.c_void_p) for name in ("y", "mean", "variance", "dx", "dweight", "dbias", "dshortcut")),
+        ("workspace", ctypes.c_void_p),
+    ]
+
+
+class CChannelNorm(ctypes.Structure):
+    """`involution_channel_norm` of csrc/involution.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "channels", "threads", "relu")),
+        *((name, ctypes.c_double) for name in ("eps", "scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx")),
+    ]
+
+
 def instruction_set() -> str:
     """The instruction set in use: avx512, avx2 or baseline.
 
@@ -109,8 +131,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         function = getattr(loaded, f"involution_fused_layer_{suffix}")
         function.argtypes = [ctypes.POINTER(CGeometry), ctypes.POINTER(CFusedLayer)]
         function.restype = None
+        for name, struct in (("batch_norm", CBatchNorm), ("channel_norm", CChannelNorm)):
+            for direction in ("", "_backward"):
+                function = getattr(loaded, f"involution_{name}{direction}_{suffix}")
+                function.argtypes, function.restype = [ctypes.POINTER(struct)], None
     loaded.involution_fused_layer_workspace.argtypes = [ctypes.POINTER(CGeometry), ctypes.POINTER(CFusedLayer)]
     loaded.involution_fused_layer_workspace.restype = ctypes.c_int64
+    loaded.involution_batch_norm_workspace.argtypes = [ctypes.POINTER(CBatchNorm)]
     loaded.involution_batch_norm_workspace.restype = ctypes.c_int64
     loaded.involution_multiply_adds.argtypes = [ctypes.c_int64] * 2
     loaded.involution_multiply_adds.restype = ctypes.c_double

@@ -3,7 +3,6 @@
 Tensors are [N, C, *S], float32 or float64, on the CPU, stored as [N, *S, C] (`serves` checks this).
 """
 
-import ctypes
 from typing import Any
 
 import torch
@@ -11,29 +10,7 @@ from torch import Tensor
 
 from ..layouts import is_stored_channels_last
 from . import selection
-from .cpu_library import SUFFIX, function, library
-
-
-class CBatchNorm(ctypes.Structure):
-    """`involution_batch_norm` of csrc/involution.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "channels", "threads", "relu")),
-        ("eps", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "shortcut", "dy")),
-        *((name, ctypes.c_void_p) for name in ("y", "mean", "variance", "dx", "dweight", "dbias", "dshortcut")),
-        ("workspace", ctypes.c_void_p),
-    ]
-
-
-class CChannelNorm(ctypes.Structure):
-    """`involution_channel_norm` of csrc/involution.h, field by field."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "channels", "threads", "relu")),
-        *((name, ctypes.c_double) for name in ("eps", "scale")),
-        *((name, ctypes.c_void_p) for name in ("x", "dy", "y", "dx")),
-    ]
+from .cpu_library import SUFFIX, CBatchNorm, CChannelNorm, function, library
 
 
 def serves(*tensors: Tensor) -> bool:
@@ -127,11 +104,9 @@ def _batch_norm(name: str, input: Tensor, eps: float, relu: bool, tensors: dict[
         eps=eps,
         **{field: None if tensor is None else tensor.data_ptr() for field, tensor in tensors.items()},
     )
-    workspace = torch.empty(
-        function("involution_batch_norm_workspace")(ctypes.byref(call)), dtype=torch.float64, device="cpu"
-    )
+    workspace = torch.empty(function("involution_batch_norm_workspace")(call), dtype=torch.float64, device="cpu")
     call.workspace = workspace.data_ptr()
-    function(f"{name}_{SUFFIX[input.dtype]}")(ctypes.byref(call))
+    function(f"{name}_{SUFFIX[input.dtype]}")(call)
 
 
 def channel_norm(input: Tensor, eps: float, scale: float, relu: bool) -> Tensor:
@@ -151,7 +126,7 @@ def channel_norm_backward(grad: Tensor, input: Tensor, eps: float, scale: float,
 def _channel_norm(name: str, input: Tensor, eps: float, scale: float, relu: bool, **tensors: Tensor) -> None:
     pointers = {field: tensor.data_ptr() for field, tensor in tensors.items()}
     call = CChannelNorm(**_sizes(input), relu=relu, eps=eps, scale=scale, x=input.data_ptr(), **pointers)
-    function(f"{name}_{SUFFIX[input.dtype]}")(ctypes.byref(call))
+    function(f"{name}_{SUFFIX[input.dtype]}")(call)
 
 
 def _sizes(input: Tensor) -> dict[str, Any]:

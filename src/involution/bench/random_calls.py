@@ -12,6 +12,7 @@ from torch import Tensor
 from ..ops.backends import cpu_library, selection
 from ..ops.functional import involution1d, involution2d, involution3d
 from ..ops.fused import fused_layer
+from ..ops.layouts import in_layout
 
 OPERATORS = ("involution1d", "involution2d", "involution3d", "fused_layer")
 _INVOLUTION = {1: involution1d, 2: involution2d, 3: involution3d}
@@ -109,13 +110,10 @@ class Call(NamedTuple):
 
     def _in_layout(self, tensor: Tensor) -> Tensor:
         """An image in the call's layout; vectors and matrices as they are."""
-        if not self.channels_last or tensor.dim() < 3:
+        if tensor.dim() < 3:
             return tensor
-        dims = len(self.input)
-        if tensor.dim() == 2 + 2 * dims:  # the kernel map: [N, *O, G, *K]
-            flat = tensor.flatten(1, 1 + dims).movedim(1, -1).contiguous().movedim(-1, 1)
-            return flat.unflatten(1, (self.groups, *self.kernel_size))
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+        is_map = tensor.dim() == 2 + 2 * len(self.input)
+        return in_layout(self.channels_last, "kernel_map" if is_map else "input", tensor)
 
     def _results(self, tensors: dict[str, Tensor], relu: bool) -> dict[str, Tensor]:
         """The output and the gradients of the arguments."""

@@ -2,12 +2,16 @@
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..zoo.checkpoints import SOURCES
 from .atomic import atomic_write
@@ -72,6 +76,29 @@ def last_checkpoint(folder: Path) -> Path:
     return found[-1]
 
 
+def monitored(trainer: Trainer) -> list[str]:
+    """The metrics that checkpoints are selected by."""
+    selecting = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    return [one.monitor for one in selecting if one.monitor]
+
+
+@contextmanager
+def content_of(checkpoint: Path, argument: str) -> Iterator[dict[str, Any]]:
+    """Reads a checkpoint, its tensors only when they are used.
+
+    Args:
+        checkpoint: of `involution fit`.
+        argument: the option's name in errors.
+
+    Raises:
+        ValueError: the file is no checkpoint, or asks for code; or the block fails to find what it seeks in there.
+    """
+    try:
+        yield torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises errors of many kinds for other files
+        raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
+
+
 def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModule]:
     """The Lightning module's class that a checkpoint names.
 
@@ -85,11 +112,8 @@ def module_class(checkpoint: Path, argument: str = "ckpt_path") -> type[TaskModu
     """
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{argument} must be a checkpoint, got {checkpoint}, which is no file")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    with content_of(checkpoint, argument) as content:
         stored = content["involution"]
-    except Exception as error:  # torch raises errors of many kinds for other files
-        raise ValueError(f"{argument} must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
     return named_class(stored, checkpoint, argument)
 
 
@@ -99,8 +123,8 @@ def load_module(checkpoint: Path, argument: str = "ckpt_path") -> TaskModule:
     Its hyperparameters make the network without other files or downloads, whatever the checkpoint says.
     """
     kind = module_class(checkpoint, argument)
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    given = without_sources(content.get("hyper_parameters", {}))
+    with content_of(checkpoint, argument) as content:
+        given = without_sources(content.get("hyper_parameters", {}))
     return kind.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True, **given)
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .checkpoints import AtomicCheckpointIO, check_importable, last_checkpoint
+from .checkpoints import AtomicCheckpointIO, check_importable, content_of, last_checkpoint
 from .console import Screen, on_a_terminal, quiet_lightning, result_of
 from .curves import Curves
 from .finite_loss import FiniteLoss
@@ -118,11 +118,8 @@ def _check_named_class(checkpoint: Path) -> None:
     Raises:
         ValueError: it names one; or the file is no checkpoint, or asks for code.
     """
-    try:
-        content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    with content_of(checkpoint, "ckpt_path") as content:
         name = content.get("hyper_parameters", {}).get("_class_path")
-    except Exception as error:  # torch raises errors of many kinds for other files
-        raise ValueError(f"ckpt_path must be a checkpoint of involution fit, got {checkpoint}: {error!r}") from error
     if name is not None:
         check_importable(str(name), f"ckpt_path {checkpoint}")
 
@@ -155,11 +152,11 @@ def _without_initial_weights(given: list[str], checkpoint: Path) -> list[str]:
         ValueError: the checkpoint's run started from other weights.
     """
     kept: list[str] = []
-    content = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    begun = {
-        "backbone_weights": content.get("involution", {}).get("backbone_weights"),
-        "init_from": content.get("hyper_parameters", {}).get("init_from"),
-    }
+    with content_of(checkpoint, "ckpt_path") as content:
+        begun = {
+            "backbone_weights": content.get("involution", {}).get("backbone_weights"),
+            "init_from": content.get("hyper_parameters", {}).get("init_from"),
+        }
     arguments = iter(given)
     for argument in arguments:
         name, equals, value = argument.partition("=")

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from .checkpoints import monitored
 from .progress import OneLine
 
 _ADVICE = (
@@ -74,8 +75,7 @@ class Screen(Callback):
         if not isinstance(trainer.progress_bar_callback, OneLine | None) or not trainer.is_global_zero:
             return
         metrics = trainer.callback_metrics
-        monitored = [one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        names = dict.fromkeys(["train/loss", "val/loss", *filter(None, monitored)])
+        names = dict.fromkeys(["train/loss", "val/loss", *monitored(trainer)])
         numbers = "".join(f"  {name} {float(metrics[name]):.4f}" for name in names if name in metrics)
         of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.perf_counter() - self._began

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
+
+from .checkpoints import monitored
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,6 +117,5 @@ class Curves(Callback):
         log = Path(logs[0].log_dir) / "metrics.csv"
         if not log.is_file() or not _has(log, "train/loss"):
             return
-        monitored = [one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
-        metric = next((one.partition("/")[2] for one in monitored if one and one != "val/loss"), "accuracy")
+        metric = next((one.partition("/")[2] for one in monitored(trainer) if one != "val/loss"), "accuracy")
         draw_curves({"": log}, log.with_name("curves.png"), metric=metric)

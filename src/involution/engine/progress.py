@@ -4,10 +4,12 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from .checkpoints import monitored
 
 REFRESH = 0.5  # seconds between two reads of the loss, which wait for a GPU
 
@@ -147,9 +149,8 @@ def _trains(trainer: Trainer) -> bool:
 
 def _metrics(trainer: Trainer) -> list[str]:
     """The latest values of the metrics that checkpoints are selected by."""
-    monitored = [one.monitor for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     known = trainer.callback_metrics
-    return [f"{name} {float(known[name]):.4g}" for name in monitored if name is not None and name in known]
+    return [f"{name} {float(known[name]):.4g}" for name in monitored(trainer) if name in known]
 
 
 def _batches(trainer: Trainer) -> int | None:

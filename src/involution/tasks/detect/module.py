@@ -233,7 +233,8 @@ class Detector(TaskModule):
     def illustrate(self, batch: tuple[Images, Targets], count: int) -> Image.Image:
         """Images with the detections of a score of at least 0.5, four at most: a detector is slow."""
         pictures = []
-        for image, found in zip(batch[0][:4], self._detections(batch[0][: min(4, count)]), strict=False):
+        images = batch[0][: min(4, count)]
+        for image, found in zip(images, self._detections(images), strict=True):
             pixels = (255 * image.float().cpu()).round().byte()
             pictures.append(drawn(pixels, [one for one in found if one["score"] >= 0.5], self.classes))
         return side_by_side(pictures, 2)

@@ -19,38 +19,12 @@ import numpy as np
 import timm
 import torch
 from onnx_formulations import peak, session
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import involution.zoo
-from involution import Involution2d
+from involution.bench.memory import unfold_involutions
 from involution.export import to_onnx, trace
 
 assert involution.zoo  # registers the networks
-
-
-class Unfolded(nn.Module):
-    """An involution layer by F.unfold: [N, C, H, W] -> [N, C, ceil(H / stride), ceil(W / stride)]."""
-
-    def __init__(self, layer: Involution2d) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The sum over taps of kernels times windows."""
-        kernels, layer = self.layer.generator(x), self.layer
-        n, groups = kernels.shape[:2]
-        windows = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-        windows = windows.view(n, groups, x.shape[1] // groups, -1, *kernels.shape[4:])
-        return (windows * kernels.flatten(2, 3).unsqueeze(2)).sum(3).flatten(1, 2)
-
-
-def unfolded(network: nn.Module) -> nn.Module:
-    """Replaces every involution in place."""
-    for name, layer in list(network.named_modules()):
-        if isinstance(layer, Involution2d):
-            network.set_submodule(name, Unfolded(layer))
-    return network
 
 
 def images(side: int) -> dict[str, np.ndarray]:
@@ -81,8 +55,9 @@ def compare(name: str, side: int, rounds: int, folder: Path) -> None:
     files = {"involution export --static": folder / "ours.onnx", "unfold, exported": folder / "unfold.onnx"}
     ours, theirs = files.values()
     to_onnx(trace(network, example, ()), ours, ["logits"])
+    unfold_involutions(network)
     with torch.no_grad():
-        torch.onnx.export(unfolded(network), (example,), theirs, dynamo=True, verbose=False, input_names=["images"])
+        torch.onnx.export(network, (example,), theirs, dynamo=True, verbose=False, input_names=["images"])
     runs = {kind: session(file) for kind, file in files.items()}
     for kind, run in runs.items():
         apart = np.abs(run.run(None, given)[0] - wanted).max() / np.abs(wanted).max()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..nn.involution import Involution2d
 from ..ops.functional import involution3d
@@ -120,6 +120,13 @@ class Unfolded(Involution2d):
         return unfold(input, self.generator(input), self.stride[0])
 
 
+def unfold_involutions(network: nn.Module) -> None:
+    """Makes all of a network's involutions compute by unfold."""
+    for module in network.modules():
+        if type(module) is Involution2d:
+            module.__class__ = Unfolded
+
+
 def measure_detector(what: str, height: int, width: int) -> float:
     """The peak of a training step on one image, in MiB above what was resident before it."""
     from ..tasks.detect import faster_rcnn  # needs the extra "tasks"
@@ -128,9 +135,7 @@ def measure_detector(what: str, height: int, width: int) -> float:
     model = faster_rcnn("rednet50", "involution", "involution", _skip_resize=True).train()
     model.to(memory_format=torch.channels_last)
     if what.endswith("unfold"):
-        for module in model.modules():
-            if type(module) is Involution2d:
-                module.__class__ = Unfolded
+        unfold_involutions(model)
 
     def step(height: int, width: int) -> None:
         box = torch.tensor([[0.1, 0.2, 0.6, 0.7]]) * torch.tensor([width, height, width, height])

@@ -1,9 +1,11 @@
 """Checkpoints for the command line, its runs, and what they have logged, for the tests of several tasks."""
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from processes import Run, command, ranks
 
@@ -25,6 +27,12 @@ def saved(model: Any, folder: Path) -> Path:
     trainer.strategy.connect(model)
     trainer.save_checkpoint(folder / "a.ckpt")
     return folder / "a.ckpt"
+
+
+def saved_options(run: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Hyperparameters in the last checkpoint of a finished run, with lists for tuples."""
+    saved = torch.load(Path(str(run.trainer.log_dir)) / "checkpoints/last.ckpt")["hyper_parameters"]
+    return {name: list(saved[name]) if isinstance(saved[name], tuple) else saved[name] for name in names}
 
 
 def validate_alone_and_together(trained: Path, folder: Path, *together: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import runpy
 import socket
 import sys
@@ -14,6 +15,11 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
     ["involution.cli", "involution.engine.command", *(f"involution.tasks.{name}" for name in ("classify", "segment"))]
 )
+
+
+def sent_to_workers(loader: Any, reader: Any) -> bytes:
+    """What a data loader and a reader send to worker processes; Python 3.14 pickles it."""
+    return pickle.dumps((loader.dataset, loader.collate_fn, reader))
 
 
 class Run:

@@ -11,9 +11,9 @@ import torch
 from command_line import saved
 from PIL import Image
 from small_detectors import NARROW
+from varied_kernels import randomised
 
 from involution.cli import main
-from involution.nn import BottleneckGenerator
 from involution.show.command import chosen_layers
 from involution.show.layers import involutions
 from involution.show.sheet import Picture, Shown, draw_heat, draw_kernels_at, draw_sheet, most_varied
@@ -58,15 +58,6 @@ def detector(name: str = "mask_rcnn", **model_kwargs: int) -> Any:
         name, 2, "rednet26", neck="involution", backbone_kwargs=NARROW, model_kwargs=model_kwargs, **options
     )
     model.preprocessing = Scene(64, 96, *THIRDS)
-    return model
-
-
-def randomised(model: Subject) -> Subject:
-    """With kernels that differ from position to position."""
-    torch.manual_seed(0)
-    for module in model.network.modules():
-        if isinstance(module, BottleneckGenerator):
-            torch.nn.init.normal_(module.span.weight, std=0.1)
     return model
 
 

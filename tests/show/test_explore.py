@@ -10,8 +10,8 @@ from command_line import saved
 from PIL import Image
 from small_detectors import NARROW
 from torchvision.transforms.v2.functional import pil_to_tensor
+from varied_kernels import randomised
 
-from involution.nn import BottleneckGenerator
 from involution.show import catch_kernel_maps
 from involution.show.explore import Exploration, explore, explore_convolutions
 from involution.show.mosaic import (
@@ -26,7 +26,7 @@ from involution.show.mosaic import (
     draw_mosaic,
     draw_preview,
 )
-from involution.show.subject import Subject, subject
+from involution.show.subject import subject
 from involution.tasks.classify import Classifier
 from involution.tasks.classify.preprocessing import Preprocessing as Photograph
 from involution.tasks.detect import Detector
@@ -40,15 +40,6 @@ THIRDS = ((0.3, 0.3, 0.3), (0.3, 0.3, 0.3))
 
 def picture(width: int = 50, height: int = 40) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
-
-
-def randomised(model: Subject) -> Subject:
-    """With kernels that differ from position to position."""
-    torch.manual_seed(0)
-    for module in model.network.modules():
-        if isinstance(module, BottleneckGenerator):
-            torch.nn.init.normal_(module.span.weight, std=0.1)
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Data in COCO's format: the content of batches, scales and groups, and errors."""
 
 import json
-import pickle
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import sent_to_workers
 
 from involution.engine.images import UnreadableImage
 from involution.engine.module import Reader
@@ -136,7 +136,7 @@ def test_loader_workers_receive_no_module(coco_folder: Path) -> None:
     made = data(coco_folder, masks=True)
     reader = Reader(made.preprocessing.evaluation())
     for loader in (made.train_dataloader(), made.val_dataloader()):
-        content = pickle.dumps((loader.dataset, loader.collate_fn, reader))
+        content = sent_to_workers(loader, reader)
         assert b"EvaluationImages" in content or b"TrainingImages" in content
         assert b"lightning" not in content
         assert b"torch.nn" not in content

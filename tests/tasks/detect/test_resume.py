@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import QUIET
+from command_line import QUIET, saved_options
 from small_detectors import NARROW
 
 from involution.cli import main
@@ -81,8 +81,7 @@ def test_options_of_the_model_are_in_force(resumed: TaskCLI) -> None:
     assert not any(parameter.requires_grad for parameter in body.layer1.parameters())
     assert model.net.detections_per_img == 7
     assert not model.net.backbone.fpn.layer_blocks[0][0].weight.is_contiguous(memory_format=torch.channels_last)
-    saved = torch.load(Path(str(resumed.trainer.log_dir)) / "checkpoints/last.ckpt")["hyper_parameters"]
-    assert {name: list(saved[name]) if isinstance(saved[name], tuple) else saved[name] for name in CHANGED} == CHANGED
+    assert saved_options(resumed, CHANGED) == CHANGED
 
 
 def test_options_of_data_and_trainer_are_in_force(resumed: TaskCLI) -> None:

@@ -1,6 +1,5 @@
 """The data modules: what they read, and their errors."""
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import sent_to_workers
 from torchvision import tv_tensors
 
 from involution.engine.images import UnreadableImage
@@ -152,7 +152,7 @@ def test_loader_workers_receive_no_module(tree: Tree) -> None:
     module.setup("fit")
     reader = SizedReader(module.preprocessing.evaluation())
     for loader in (module.train_dataloader(), module.val_dataloader()):
-        content = pickle.dumps((loader.dataset, loader.collate_fn, reader))
+        content = sent_to_workers(loader, reader)
         assert b"TrainingPairs" in content or b"EvaluationPairs" in content
         assert b"lightning" not in content
         assert b"torch.nn" not in content

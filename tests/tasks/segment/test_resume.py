@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import QUIET
+from command_line import QUIET, saved_options
 from small_detectors import NARROW
 
 from involution.cli import main
@@ -83,8 +83,7 @@ def test_options_of_the_model_are_in_force(resumed: TaskCLI) -> None:
     assert model.inference == Inference((32, 40), (16, 20), (0.5, 1.0), True)
     assert (model.hparams["loss_over"], model.hparams["auxiliary_weight"]) == ("all", 0.9)
     assert not model.net.branches[0][0][0].weight.is_contiguous(memory_format=torch.channels_last)
-    saved = torch.load(Path(str(resumed.trainer.log_dir)) / "checkpoints/last.ckpt")["hyper_parameters"]
-    assert {name: list(saved[name]) if isinstance(saved[name], tuple) else saved[name] for name in CHANGED} == CHANGED
+    assert saved_options(resumed, CHANGED) == CHANGED
 
 
 def test_options_of_data_and_trainer_are_in_force(resumed: TaskCLI) -> None:

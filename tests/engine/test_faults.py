@@ -118,6 +118,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixtu
 
 
 def train() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as at a terminal: background jobs may ignore it
     run([*FIT, "--recovery.every_n_train_steps", "2"])
 
 
